@@ -1,0 +1,151 @@
+"""Attention over padding-free rows, for both towers, as one function registered with transformers.
+
+Its name contains "flash" on purpose: the vision towers take their variable-length branch only then, and transformers
+builds no mask for a name that it has no mask function for. What runs behind the name:
+
+* bf16/fp16 on CUDA (Ampere or newer): `torch.nn.attention.varlen.varlen_attn`, one kernel for the whole row;
+* elsewhere: scaled dot-product attention over the segments, those of equal length together. Never a T x T mask.
+
+T tokens (or patches) of a row, H heads, K key-value heads, D head size, S segments.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+
+NAME = "vlft_flash_varlen"
+
+
+@lru_cache(maxsize=1)
+def _varlen_parameters() -> frozenset[str]:
+    # The signature differs between torch versions (2.11 has no enable_gqa, yet runs grouped heads).
+    from torch.nn.attention.varlen import varlen_attn
+
+    return frozenset(inspect.signature(varlen_attn).parameters)
+
+
+def varlen_available(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether PyTorch's own variable-length flash attention runs for this device and dtype."""
+    if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
+        return False
+    return torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def _flash(q: Tensor, k: Tensor, v: Tensor, cu: Tensor, longest: int, scale: float | None, causal: bool) -> Tensor:
+    from torch.nn.attention.varlen import varlen_attn
+
+    known = _varlen_parameters()
+    options: dict[str, Any] = {"scale": scale}
+    if "window_size" in known:
+        options["window_size"] = (-1, 0) if causal else (-1, -1)
+    else:
+        options["is_causal"] = causal
+    if "enable_gqa" in known:
+        options["enable_gqa"] = q.shape[1] != k.shape[1]
+    out = varlen_attn(q, k, v, cu, cu, longest, longest, **options)
+    assert isinstance(out, Tensor)
+    return out
+
+
+def _segments(q: Tensor, k: Tensor, v: Tensor, borders: list[int], scale: float | None, causal: bool) -> Tensor:
+    repeats = q.shape[1] // k.shape[1]
+    if repeats > 1:
+        k, v = k.repeat_interleave(repeats, dim=1), v.repeat_interleave(repeats, dim=1)
+    starts_of: dict[int, list[int]] = {}
+    for start, end in zip(borders[:-1], borders[1:], strict=True):
+        if end > start:
+            starts_of.setdefault(end - start, []).append(start)
+    if len(starts_of) == 1 and borders[0] == 0 and borders[-1] == q.shape[0]:
+        length = next(iter(starts_of))
+        parts = (x.unflatten(0, (-1, length)).transpose(1, 2) for x in (q, k, v))
+        return scaled_dot_product_attention(*parts, is_causal=causal, scale=scale).transpose(1, 2).flatten(0, 1)
+    out = torch.zeros_like(q)
+    for length, starts in starts_of.items():
+        index = (torch.tensor(starts).unsqueeze(1) + torch.arange(length)).flatten().to(q.device)
+        parts = (x[index].unflatten(0, (-1, length)).transpose(1, 2) for x in (q, k, v))
+        one = scaled_dot_product_attention(*parts, is_causal=causal, scale=scale).transpose(1, 2).flatten(0, 1)
+        out = out.index_copy(0, index, one)
+    return out
+
+
+def attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    cu_seq_lens_q: Tensor | None = None,
+    max_length_q: int | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """Attention within the segments of a row; transformers calls it by `NAME`.
+
+    Args:
+        query: (1, H, T, D); key, value: (1, K, T, D).
+        cu_seq_lens_q: (S + 1,) int32 borders of the segments.
+        max_length_q: an upper bound of the segments' lengths (flash only).
+    Returns:
+        (1, T, H, D) and None for the attention weights.
+    Raises:
+        ValueError: a mask, dropout or sliding window was asked for, which packed rows do not support.
+    """
+    if attention_mask is not None or dropout or sliding_window or cu_seq_lens_q is None:
+        raise ValueError(
+            "Packed rows take no attention mask, attention dropout or sliding window, and need cu_seq_lens_q; "
+            "generate under `vlft.models.attention.plain_attention(model)`."
+        )
+    causal = bool(getattr(module, "is_causal", True)) if is_causal is None else is_causal
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    # Under autocast the rotary embedding may leave q and k in fp32 while v is already in the compute dtype.
+    q, k = q.to(v.dtype), k.to(v.dtype)
+    if varlen_available(q.device, q.dtype):
+        assert max_length_q is not None
+        cu = cu_seq_lens_q.to(q.device, non_blocking=True)
+        out = _flash(q.contiguous(), k.contiguous(), v.contiguous(), cu, max_length_q, scaling, causal)
+    else:
+        out = _segments(q, k, v, cu_seq_lens_q.tolist(), scaling, causal)
+    return out.unsqueeze(0), None
+
+
+def _configs(model: nn.Module) -> Iterator[Any]:
+    seen: set[int] = set()
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        if hasattr(config, "_attn_implementation_internal") and id(config) not in seen:
+            seen.add(id(config))
+            yield config
+
+
+def use_packed_attention(model: nn.Module) -> None:
+    """Make every attention of `model` run `attention`. `set_attn_implementation` would look for a hub kernel."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    ALL_ATTENTION_FUNCTIONS.register(NAME, attention)
+    for config in _configs(model):
+        config._attn_implementation = NAME
+
+
+@contextmanager
+def plain_attention(model: nn.Module) -> Iterator[None]:
+    """SDPA for the time of the block: generation pads, and packed attention knows no mask."""
+    before = [(config, config._attn_implementation) for config in _configs(model)]
+    try:
+        for config, _ in before:
+            config._attn_implementation = "sdpa"
+        yield
+    finally:
+        for config, name in before:
+            config._attn_implementation = name

@@ -1,0 +1,148 @@
+"""One padding-free row through the model, as ONE module: vision tower, scatter, language model, head, loss.
+
+One module, because DDP, DeepSpeed and FSDP hook the forward of what they wrap: a tower called from outside would be
+sharded or reduced wrongly. Nothing here knows a strategy.
+
+T tokens of a row, B samples, P patches, I images, M = P / 4 image tokens, D width, V vocabulary, S supervised tokens.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from vlft.family import Parts
+from vlft.models.attention import use_packed_attention
+
+IGNORE = -100
+
+
+def base_model(model: nn.Module) -> nn.Module:
+    """The Hugging Face model inside a PEFT model, or the model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[no-any-return,operator]
+
+
+def _vision_extras(tower: nn.Module, grid_thw: Tensor, device: torch.device) -> dict[str, Any]:
+    """What the tower would compute from the grid with host syncs, computed on the CPU and moved once."""
+    from transformers import vision_utils as vu
+
+    config: Any = tower.config
+    merge = int(config.spatial_merge_size)
+    cu = vu.get_vision_cu_seqlens(grid_thw)
+    extras: dict[str, Any] = {"cu_seqlens": cu, "max_seqlen": int((cu[1:] - cu[:-1]).max())}
+    extras["position_ids"] = vu.get_vision_position_ids(grid_thw, merge)
+    if hasattr(tower, "window_size"):
+        index, cu_window = vu.get_vision_window_index(
+            grid_thw, spatial_merge_size=merge, window_size=config.window_size, patch_size=config.patch_size
+        )
+        extras |= {"window_index": index, "cu_window_seqlens": cu_window}
+        extras["max_window_seqlen"] = int((cu_window[1:] - cu_window[:-1]).max())
+    return {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in extras.items()}
+
+
+class PackedVLM(nn.Module):
+    """Wraps what a strategy prepared and computes the loss of one row."""
+
+    def __init__(self, model: nn.Module, parts: Parts, image_token_id: int) -> None:
+        super().__init__()
+        self.model = model
+        self.parts = parts
+        self.image_token_id = image_token_id
+        hf: Any = base_model(model)
+        self.has_deepstack = any("deepstack" in path for path in parts.projector)
+        self.patch_dim = self._patch_dim(hf.config.vision_config)
+        use_packed_attention(hf)
+
+    @staticmethod
+    def _patch_dim(vision: Any) -> int:
+        return int(vision.in_channels * vision.temporal_patch_size * vision.patch_size**2)
+
+    def _part(self, path: str) -> Any:
+        return base_model(self.model).get_submodule(path)
+
+    def _see(self, pixel_values: Tensor | None, grid_thw: Tensor, like: Tensor) -> tuple[Tensor, list[Tensor], bool]:
+        """(M, D) features, the deepstack levels' features, and whether they belong to a real picture.
+
+        A row without pictures runs the tower on a blank of one merged patch: under ZeRO-3, FSDP and DDP every rank
+        must call every module, and AdamW decays on a zero gradient but skips a missing one.
+        """
+        real = pixel_values is not None and len(grid_thw) > 0
+        tower = self._part(self.parts.vit)
+        if not real:
+            grid_thw = torch.tensor([[1, 2, 2]])
+            pixel_values = torch.zeros(4, self.patch_dim, device=like.device)
+        assert pixel_values is not None
+        dtype = like.dtype if like.is_floating_point() else torch.float32
+        extras = _vision_extras(tower, grid_thw, like.device)
+        out = tower(pixel_values.to(dtype), grid_thw=grid_thw.to(like.device), return_dict=True, **extras)
+        levels = list(out.deepstack_features or []) if self.has_deepstack else []
+        return out.pooler_output, levels, real
+
+    def _embed(
+        self, input_ids_T: Tensor, pixel_values: Tensor | None, grid_thw: Tensor
+    ) -> tuple[Tensor, dict[str, Any]]:
+        embeds = self._part(self.parts.embed)(input_ids_T)
+        if torch.is_autocast_enabled(embeds.device.type):
+            # fp32 masters would otherwise keep the whole residual stream in fp32, twice the memory and traffic.
+            embeds = embeds.to(torch.get_autocast_dtype(embeds.device.type))
+        features, levels, real = self._see(pixel_values, grid_thw, embeds)
+        features, levels = features.to(embeds.dtype), [x.to(embeds.dtype) for x in levels]
+        if real:
+            mask = input_ids_T == self.image_token_id
+            embeds = embeds.masked_scatter(mask.unsqueeze(-1), features)
+        else:
+            # Into the embeddings, never into the loss: layer 0's input must have a gradient on every rank alike, or
+            # sharded engines gather in different orders and hang.
+            blank = features.sum() + sum(x.sum() for x in levels)
+            embeds = embeds + 0.0 * blank
+            mask = torch.zeros_like(input_ids_T, dtype=torch.bool)
+            levels = [x[:0] for x in levels]
+        if not self.has_deepstack:
+            return embeds, {}
+        return embeds, {"visual_pos_masks": mask, "deepstack_visual_embeds": levels}
+
+    def forward(
+        self,
+        input_ids_T: Tensor,
+        position_ids_4T: Tensor,
+        labels_T: Tensor,
+        cu_seqlens: Tensor,
+        max_seqlen: int,
+        pixel_values: Tensor | None,
+        image_grid_thw: Tensor,
+    ) -> Tensor:
+        """Cross entropy of every supervised token of the row.
+
+        Args:
+            input_ids_T: (1, T) int64, samples end to end.
+            position_ids_4T: (4, 1, T) int64: row 0 restarts in each sample, rows 1-3 are M-RoPE. The (3, 1, T) form
+                would leak across samples.
+            labels_T: (1, T) int64, already shifted within each sample; -100 where nothing is learnt.
+            cu_seqlens: (B + 1,) int32 sample borders.
+            max_seqlen: an upper bound of the samples' lengths.
+            pixel_values: (P, channels * temporal * patch * patch) float, or None.
+            image_grid_thw: (I, 3) int64, on the CPU.
+        Returns:
+            (S,) losses in fp32 (fp64 for fp64 weights), in the order of the tokens. S may be 0; the result still
+            carries a (zero) gradient to every trainable weight.
+        """
+        embeds, extra = self._embed(input_ids_T, pixel_values, image_grid_thw)
+        hidden = self._part(self.parts.llm)(
+            inputs_embeds=embeds,
+            position_ids=position_ids_4T,
+            attention_mask=None,
+            use_cache=False,
+            cu_seq_lens_q=cu_seqlens,
+            cu_seq_lens_k=cu_seqlens,
+            max_length_q=max_seqlen,
+            max_length_k=max_seqlen,
+            return_dict=True,
+            **extra,
+        ).last_hidden_state
+        supervised = labels_T != IGNORE
+        logits_SV = self._part(self.parts.head)(hidden[supervised])
+        logits_SV = logits_SV.to(torch.promote_types(logits_SV.dtype, torch.float32))
+        return F.cross_entropy(logits_SV, labels_T[supervised], reduction="none")

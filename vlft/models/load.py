@@ -1,0 +1,210 @@
+"""From a checkpoint's name to what the rest of vlft needs of it: folder, family, picture facts, and a `ModelSource`.
+
+Only this file calls `from_pretrained`. Everything is read from a local folder; a hub name is fetched to one first.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from vlft.errors import ModelError
+from vlft.family import Family, Parts, family_of
+
+WANTED_FILES = ("*.json", "*.safetensors", "*.txt", "*.jinja", "*.model", "*.tiktoken")
+
+
+def resolve_folder(name: str) -> Path:
+    """The local folder of a checkpoint: `name` itself, or the hub's snapshot of it.
+
+    Raises:
+        ModelError: neither a folder nor a repository that can be reached.
+    """
+    if Path(name).is_dir():
+        return Path(name).resolve()
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=list(WANTED_FILES)))
+    except (HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError, OSError, ValueError) as error:
+        raise ModelError(
+            f"--model_name_or_path '{name}' is neither a folder nor a model that the hub gave ({error}); "
+            "check the name, the network, or give a local folder."
+        ) from error
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise ModelError(f"{path} cannot be read as JSON: {error}.") from error
+    if not isinstance(found, dict):
+        raise ModelError(f"{path} holds a {type(found).__name__} where an object was expected.")
+    return found
+
+
+@dataclass(frozen=True)
+class PictureFacts:
+    """How this checkpoint turns pictures into patches, from its preprocessor_config.json."""
+
+    patch_size: int
+    """Pixels of a patch's side."""
+    merge_size: int
+    """Patches of a merged token's side."""
+    temporal_patch_size: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    rescale_factor: float
+    min_pixels: int
+    """Smallest picture area that the checkpoint's processor allows, in pixels."""
+
+    @property
+    def factor(self) -> int:
+        """Picture sides are multiples of this many pixels."""
+        return self.patch_size * self.merge_size
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    name: str
+    """As the user gave it: what an adapter's base is called."""
+    folder: Path
+    family: Family
+    pictures: PictureFacts
+    trust_remote_code: bool = False
+    adapter: dict[str, Any] | None = field(default=None, repr=False)
+    """adapter_config.json, where the folder is the adapter of an earlier run."""
+
+    @property
+    def is_adapter(self) -> bool:
+        return self.adapter is not None
+
+
+def processor_settings(folder: Path) -> dict[str, Any]:
+    """The image processor's settings: preprocessor_config.json, or its section in transformers 5's processor file."""
+    if (folder / "preprocessor_config.json").exists():
+        return _read_json(folder / "preprocessor_config.json")
+    if (folder / "processor_config.json").exists():
+        nested = _read_json(folder / "processor_config.json").get("image_processor")
+        if isinstance(nested, dict):
+            return nested
+    raise ModelError(f"{folder} has no preprocessor_config.json: copy the checkpoint's processor files beside it.")
+
+
+def _picture_facts(folder: Path, vision: dict[str, Any]) -> PictureFacts:
+    found = processor_settings(folder)
+    size = found.get("size") or {}
+    patch, merge = int(vision.get("patch_size", 14)), int(vision.get("spatial_merge_size", 2))
+    smallest = found.get("min_pixels") or size.get("shortest_edge") or size.get("min_pixels") or 4 * (patch * merge) ** 2
+    return PictureFacts(
+        patch_size=patch,
+        merge_size=merge,
+        temporal_patch_size=int(vision.get("temporal_patch_size", 2)),
+        mean=tuple(found.get("image_mean", (0.48145466, 0.4578275, 0.40821073))),
+        std=tuple(found.get("image_std", (0.26862954, 0.26130258, 0.27577711))),
+        rescale_factor=float(found.get("rescale_factor", 1 / 255)),
+        min_pixels=int(smallest),
+    )
+
+
+def open_checkpoint(name: str, *, trust_remote_code: bool = False) -> Checkpoint:
+    """Find and read a checkpoint's description; no weights are loaded.
+
+    Raises:
+        ModelError: absent, unreadable, or of a type that vlft does not support.
+    """
+    folder = resolve_folder(name)
+    adapter = _read_json(folder / "adapter_config.json") if (folder / "adapter_config.json").exists() else None
+    where = resolve_folder(str(adapter["base_model_name_or_path"])) if adapter else folder
+    if not (where / "config.json").exists():
+        raise ModelError(f"{where} has no config.json, so it is not a model folder.")
+    config = _read_json(where / "config.json")
+    family = family_of(str(config.get("model_type")), str(where))
+    facts = _picture_facts(where, config.get("vision_config") or {})
+    return Checkpoint(name, folder, family, facts, trust_remote_code, adapter)
+
+
+def load_config(checkpoint: Checkpoint) -> Any:
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=checkpoint.trust_remote_code)
+
+
+def weights_dtype(config: Any) -> torch.dtype:
+    """The dtype in which the checkpoint stores its weights (fp32 where it does not say)."""
+    found = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None) or torch.float32
+    return getattr(torch, found) if isinstance(found, str) else found
+
+
+def compute_dtype(mixed_precision: str, config: Any) -> torch.dtype:
+    """The dtype of products. With "no": fp32, or fp64 for an fp64 checkpoint, never less."""
+    named = {"bf16": torch.bfloat16, "fp16": torch.float16}
+    return named.get(mixed_precision) or torch.promote_types(weights_dtype(config), torch.float32)
+
+
+@dataclass(frozen=True)
+class Source:
+    """The `ModelSource` that strategies load from."""
+
+    checkpoint: Checkpoint
+    config: Any
+    compute_dtype: torch.dtype
+    device: torch.device
+
+    @property
+    def parts(self) -> Parts:
+        return self.checkpoint.family.parts
+
+    @property
+    def tied_head(self) -> bool:
+        return bool(self.config.tie_word_embeddings)
+
+    def load(self, **overrides: Any) -> nn.Module:
+        """The Hugging Face model in the checkpoint's dtype; `cast` (below) gives each weight its own afterwards."""
+        return load_hf(self.checkpoint.folder, self.device, self.checkpoint.trust_remote_code, **overrides)
+
+
+def load_hf(folder: Path, device: torch.device | str, trust_remote_code: bool = False, **overrides: Any) -> nn.Module:
+    """A plain Hugging Face model from a local folder.
+
+    Raises:
+        ModelError: the weights cannot be loaded; the cause is kept.
+    """
+    from transformers import AutoModelForImageTextToText
+
+    options: dict[str, Any] = {"dtype": "auto", "attn_implementation": "sdpa", "device_map": {"": str(device)}}
+    options |= {"trust_remote_code": trust_remote_code, "local_files_only": True} | overrides
+    try:
+        model = AutoModelForImageTextToText.from_pretrained(folder, **options)
+    except (OSError, ValueError, ImportError, RuntimeError) as error:
+        raise ModelError(f"the model in {folder} cannot be loaded: {error}") from error
+    assert isinstance(model, nn.Module)
+    return model
+
+
+def source_of(checkpoint: Checkpoint, mixed_precision: str, device: torch.device) -> Source:
+    config = load_config(checkpoint)
+    return Source(checkpoint, config, compute_dtype(mixed_precision, config), device)
+
+
+def cast(model: nn.Module, dtype: torch.dtype) -> None:
+    """Trainable weights become fp32 masters (fp64 stays), frozen ones take the compute dtype; packed 4-bit stays.
+
+    An Adam step at rate 2e-5 leaves 70% of bf16 weights of scale 0.02 unchanged: hence the masters.
+    """
+    for p in model.parameters():
+        if p.is_floating_point():
+            target = torch.promote_types(p.dtype, torch.float32) if p.requires_grad else dtype
+            if p.dtype != target:
+                p.data = p.data.to(target)
+
+
+def is_quantised(module: nn.Module) -> bool:
+    """By type, not by name: a linear layer whose weight is packed 4-bit or 8-bit."""
+    return any(base.__name__ in ("Linear4bit", "Linear8bitLt") for base in type(module).__mro__)
