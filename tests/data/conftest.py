@@ -1,0 +1,104 @@
+"""Checkpoint folders (tokenizer and template only), drawn pictures and small data sets for the tests of the data layer."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from vlft.data.index import Index, open_index
+from vlft.data.registry import DatasetSpec
+from vlft.data.tokens import Chat
+from vlft.family import FAMILIES
+
+
+def _load_tiny() -> Any:
+    # tests/ is no package (pytest --import-mode=importlib), so tiny.py is loaded by its path.
+    if "vlft_tests_tiny" not in sys.modules:
+        spec = importlib.util.spec_from_file_location("vlft_tests_tiny", Path(__file__).parents[1] / "tiny.py")
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules["vlft_tests_tiny"] = module
+        spec.loader.exec_module(module)
+    return sys.modules["vlft_tests_tiny"]
+
+
+@pytest.fixture(scope="session")
+def tiny() -> Any:
+    return _load_tiny()
+
+
+@pytest.fixture(scope="session")
+def chats(tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Chat]:
+    """A Chat of each family."""
+    out = {}
+    for family in tiny.FAMILIES:
+        folder = tmp_path_factory.mktemp(family)
+        tiny.make_tokenizer(family).save_pretrained(folder)
+        out[family] = Chat.load(folder, FAMILIES[family])
+    return out
+
+
+@pytest.fixture(scope="session")
+def chat(chats: dict[str, Chat]) -> Chat:
+    return chats["qwen2_5_vl"]
+
+
+def picture(seed: int, width: int, height: int) -> Image.Image:
+    rng = np.random.default_rng(seed)
+    return Image.fromarray(rng.integers(0, 256, (height, width, 3), np.uint8))
+
+
+def spec(path: Path, **options: Any) -> DatasetSpec:
+    return DatasetSpec(**{"name": path.stem, "json_path": path, **options})
+
+
+def text_record(n: int) -> dict[str, Any]:
+    return {"id": f"t{n}", "messages": [{"role": "user", "content": f"what is {n}"}, {"role": "assistant", "content": "red"}]}
+
+
+def image_record(n: int, *names: str, answer: str = "a red circle") -> dict[str, Any]:
+    marks = "<image>" * len(names)
+    return {
+        "id": f"r{n}",
+        "messages": [{"role": "user", "content": f"{marks}describe {n}"}, {"role": "assistant", "content": answer}],
+        "images": list(names),
+    }
+
+
+def write_jsonl(path: Path, records: list[Any]) -> Path:
+    path.write_text("".join(json.dumps(r) + "\n" for r in records), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def build(tmp_path: Path, chat: Chat) -> Callable[..., Index]:
+    """build(records, **spec options) -> Index over a JSONL file in tmp_path."""
+
+    def make(records: list[Any], *, name: str = "set", workers: int = 1, with_chat: Chat | None = None, **options: Any) -> Index:
+        path = write_jsonl(tmp_path / f"{name}.jsonl", records)
+        return open_index([spec(path, **options)], with_chat or chat, cache_dir=tmp_path / "cache", workers=workers)
+
+    return make
+
+
+@pytest.fixture
+def mixed(tmp_path: Path) -> list[Any]:
+    """40 records with 0 to 3 pictures of many sizes; the pictures are drawn into tmp_path."""
+    rng = np.random.default_rng(0)
+    records: list[Any] = []
+    for n in range(40):
+        names = []
+        for k in range(n % 4):
+            names.append(f"p{n}_{k}.png")
+            w, h = rng.integers(30, 300, 2).tolist()
+            picture(n * 7 + k, w, h).save(tmp_path / names[-1])
+        records.append(image_record(n, *names) if names else text_record(n))
+    return records

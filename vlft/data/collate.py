@@ -1,0 +1,134 @@
+"""Samples and their pictures as one padding-free row.
+
+Legend: T tokens, I images, B samples of the row, H, W pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from vlft.data.mixing import mix64_scalar
+from vlft.data.positions import mrope
+from vlft.data.sample import IGNORE, Sample
+
+if TYPE_CHECKING:
+    import torch
+
+# What the device needs; the rest is read by Python code, which must not wait for a copy back.
+_ON_DEVICE = ("input_ids_T", "position_ids_4T", "labels_T", "pixels_u8")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row for one forward. Tensors that no kernel reads stay on the CPU."""
+
+    input_ids_T: torch.Tensor  # noqa: N815
+    """(1, T) int64: samples laid end to end"""
+    position_ids_4T: torch.Tensor  # noqa: N815
+    """(4, 1, T) int64: row 0 restarts at 0 in each sample; rows 1 to 3 are M-RoPE (t, h, w)"""
+    labels_T: torch.Tensor  # noqa: N815
+    """(1, T) int64: shifted within each sample; -100 where nothing is learnt"""
+    cu_seqlens: torch.Tensor
+    """(B + 1,) int32: sample borders, on the CPU"""
+    pixels_u8: torch.Tensor
+    """(sum of 3*H*W,) uint8: pictures at their final size, channels first, end to end"""
+    image_grid_thw: torch.Tensor
+    """(I, 3) int64: patches, on the CPU"""
+    image_sample: torch.Tensor
+    """(I,) int64: which sample of the row a picture belongs to, on the CPU"""
+    sample_seeds: torch.Tensor
+    """(B,) int64: seed of each sample's augmentation, on the CPU"""
+    photometric_only: torch.Tensor
+    """(B,) bool: the sample speaks of places in its picture, on the CPU"""
+    sample_ids: tuple[int, ...]
+    """(B) numbers in the index; empty for an empty row"""
+    dataset_ids: tuple[int, ...]
+    """(B) numbers of the data sets; empty for an empty row"""
+
+    @property
+    def supervised(self) -> int:
+        """Tokens that are learnt."""
+        return int((self.labels_T != IGNORE).sum())
+
+    def to(self, device: torch.device | str, *, non_blocking: bool = True) -> Row:
+        """The row with the tensors of the forward on `device`."""
+        return replace(self, **{n: getattr(self, n).to(device, non_blocking=non_blocking) for n in _ON_DEVICE})
+
+    def pin_memory(self) -> Row:
+        """The row in page-locked memory, which copies to a GPU asynchronously."""
+        return replace(self, **{n: getattr(self, n).pin_memory() for n in _ON_DEVICE})
+
+    def same_as(self, other: Row) -> bool:
+        """Equality of everything, for tests."""
+        pairs = [(getattr(self, f.name), getattr(other, f.name)) for f in fields(self)]
+        return all(a.equal(b) if hasattr(a, "equal") else a == b for a, b in pairs)
+
+
+def sample_seed(identity: int, seed: int, epoch: int) -> int:
+    """Seed of a sample's augmentation, a signed 64-bit number: the same on every rank and in every row."""
+    mixed = mix64_scalar(identity, seed, epoch)
+    return mixed - (1 << 64) if mixed >= 1 << 63 else mixed
+
+
+def collate(
+    samples: Sequence[Sample],
+    decoded: Sequence[Sequence[npt.NDArray[np.uint8]]],
+    *,
+    image_token_id: int,
+    pad_token_id: int,
+    seed: int = 0,
+    epoch: int = 0,
+    merge: int = 2,
+) -> Row:
+    """One row of some samples; without any, an empty row.
+
+    Args:
+        decoded: for each sample its pictures, (3, H, W) uint8 at their final size.
+        seed, epoch: of the run, for the augmentation's seeds.
+    """
+    import torch
+
+    if not samples:
+        return empty_row(pad_token_id)
+    lengths = [len(s.input_ids) for s in samples]
+    positions = [mrope(s.input_ids, image_token_id, s.grid_thw, merge) for s in samples]
+    pixels = [picture.reshape(-1) for pictures in decoded for picture in pictures]
+    owners = [n for n, s in enumerate(samples) for _ in range(len(s.grid_thw))]
+    seeds = [sample_seed(s.identity, seed, epoch) for s in samples]
+    return Row(
+        input_ids_T=torch.from_numpy(np.concatenate([s.input_ids for s in samples]))[None],
+        position_ids_4T=torch.from_numpy(np.concatenate(positions, axis=1))[:, None],
+        labels_T=torch.from_numpy(np.concatenate([s.labels for s in samples]))[None],
+        cu_seqlens=torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32),
+        pixels_u8=torch.from_numpy(np.concatenate([np.zeros(0, np.uint8), *pixels])),
+        image_grid_thw=torch.from_numpy(np.concatenate([s.grid_thw for s in samples])),
+        image_sample=torch.tensor(owners, dtype=torch.int64),
+        sample_seeds=torch.tensor(seeds, dtype=torch.int64),
+        photometric_only=torch.tensor([s.photometric_only for s in samples]),
+        sample_ids=tuple(s.index for s in samples),
+        dataset_ids=tuple(s.dataset for s in samples),
+    )
+
+
+def empty_row(pad_token_id: int) -> Row:
+    """A row for a rank that has nothing to do while others do: one pad token, nothing learnt, no picture."""
+    import torch
+
+    return Row(
+        input_ids_T=torch.tensor([[pad_token_id]]),
+        position_ids_4T=torch.zeros(4, 1, 1, dtype=torch.int64),
+        labels_T=torch.tensor([[IGNORE]]),
+        cu_seqlens=torch.tensor([0, 1], dtype=torch.int32),
+        pixels_u8=torch.zeros(0, dtype=torch.uint8),
+        image_grid_thw=torch.zeros(0, 3, dtype=torch.int64),
+        image_sample=torch.zeros(0, dtype=torch.int64),
+        sample_seeds=torch.zeros(1, dtype=torch.int64),
+        photometric_only=torch.zeros(1, dtype=torch.bool),
+        sample_ids=(),
+        dataset_ids=(),
+    )

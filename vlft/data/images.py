@@ -1,0 +1,323 @@
+"""Pictures: sizes from headers, right RGB at the final size, and nothing from outside the allowed folders.
+
+Legend: H, W height and width in pixels.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import urllib.error
+import urllib.request
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import IO, Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import xxhash
+
+from vlft.data.formats import ImageRef
+from vlft.errors import RecordError
+
+Source: TypeAlias = str | Path | bytes
+"""A path that was checked, or the encoded file itself."""
+
+MAX_IMAGE_PIXELS = 178_956_970
+"""Pixels of the stored picture above which it is refused as a decompression bomb: twice Pillow's warning limit, as
+Pillow.
+"""
+MAX_ASPECT = 200
+"""Longer side by shorter side; Qwen-VL's processors refuse more."""
+MAX_DOWNLOAD = 64 * 2**20
+"""Bytes of a remote picture."""
+_EDGE = 32 * 1024
+
+
+# ------------------------------------------------------------------ where a picture is
+
+
+def resolve(
+    ref: ImageRef,
+    root: Path,
+    allowed_roots: Sequence[Path],
+    *,
+    allow_remote: bool = False,
+    cache_dir: Path | None = None,
+) -> Source:
+    """The file of a picture, after the checks; bytes for an embedded one.
+
+    Raises:
+        RecordError: `path_outside_root` (after links and `..`), `image_missing`, `remote_refused`, `remote_failed`.
+    """
+    if ref.kind == "bytes":
+        return ref.data
+    if ref.kind == "url":
+        if not allow_remote or cache_dir is None:
+            raise RecordError("remote_refused", f"{ref.value} is remote; download it, or pass --allow_remote_images.")
+        return fetch(ref.value, cache_dir)
+    path = os.path.realpath(os.path.join(root, os.path.expanduser(ref.value)))
+    roots = [os.path.realpath(r) for r in (root, *allowed_roots)]
+    if not any(path.startswith(r if r.endswith(os.sep) else r + os.sep) for r in roots):
+        raise RecordError(
+            "path_outside_root", f"{ref.value} leads to {path}, outside {roots[0]}; add its folder to 'allowed_roots'."
+        )
+    if not os.path.isfile(path):
+        found = "is no file" if os.path.exists(path) else "does not exist"
+        raise RecordError("image_missing", f"{path} {found}; check 'image_root' in the registry.")
+    return path
+
+
+def fetch(url: str, cache_dir: Path, *, timeout: float = 20.0, max_bytes: int = MAX_DOWNLOAD) -> str:
+    """Download once; the file's path in the cache.
+
+    Args:
+        timeout: seconds without an answer.
+        max_bytes: larger files are refused.
+    Raises:
+        RecordError: `remote_failed`.
+    """
+    folder = Path(cache_dir) / "remote"
+    target = folder / xxhash.xxh3_128_hexdigest(url.encode())
+    if target.exists():
+        return str(target)
+    try:
+        request = urllib.request.Request(url, headers={"User-Agent": "vlft"})
+        with urllib.request.urlopen(request, timeout=timeout) as answer:
+            data = answer.read(max_bytes + 1)
+    except (urllib.error.URLError, OSError, ValueError) as error:
+        raise RecordError("remote_failed", f"{url} cannot be downloaded: {error}.") from None
+    if len(data) > max_bytes:
+        raise RecordError("remote_failed", f"{url} has more than {max_bytes} bytes; download a smaller copy.")
+    folder.mkdir(parents=True, exist_ok=True)
+    part = folder / f"{target.name}.{os.getpid()}.part"
+    part.write_bytes(data)
+    os.replace(part, target)  # whole or absent: a run that is killed here leaves no half picture behind
+    return str(target)
+
+
+# ------------------------------------------------------------------ headers
+
+
+def _name(source: Source) -> str:
+    return f"an embedded picture of {len(source)} bytes" if isinstance(source, bytes) else str(source)
+
+
+def _stream(source: Source) -> IO[bytes]:
+    return io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb")
+
+
+@contextlib.contextmanager
+def _opened(source: Source) -> Iterator[Any]:
+    """The picture as Pillow opens it (headers only), its errors as RecordError."""
+    from PIL import Image, UnidentifiedImageError
+
+    name = _name(source)
+    try:
+        with warnings.catch_warnings():
+            # Our own limit applies; Pillow's warning would count a merely large picture as a bomb.
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            with _stream(source) as stream, Image.open(stream) as picture:
+                yield picture
+    except RecordError:
+        raise
+    except FileNotFoundError:
+        raise RecordError("image_missing", f"{name} does not exist; it was there when the path was checked.") from None
+    except Image.DecompressionBombError as error:
+        raise RecordError("image_bomb", f"{name}: {error}") from None
+    except UnidentifiedImageError:
+        raise RecordError("image_unreadable", f"{name} is no picture in a format that Pillow knows.") from None
+    except (
+        OSError,
+        ValueError,
+        SyntaxError,
+        EOFError,
+        IndexError,
+        TypeError,
+        KeyError,
+        ZeroDivisionError,
+        MemoryError,
+    ) as error:
+        raise RecordError("image_unreadable", f"{name} cannot be read: {type(error).__name__}: {error}.") from None
+    except Exception as error:
+        # Pillow's plugins raise struct.error, zlib.error and more on damaged files: one file must not end a run.
+        raise RecordError("image_unreadable", f"{name} cannot be read: {type(error).__name__}: {error}.") from None
+
+
+def probe(source: Source, *, max_image_pixels: int = MAX_IMAGE_PIXELS) -> tuple[int, int]:
+    """(width, height) in pixels after EXIF orientation, from headers alone.
+
+    Raises:
+        RecordError: `image_unreadable`, `image_missing`, `image_empty`, `image_bomb`, `image_aspect`.
+    """
+    with _opened(source) as picture:
+        width, height = picture.size
+        _check_size(width, height, _name(source), max_image_pixels)
+        # 5 to 8 of the EXIF orientations lie on their side.
+        return (height, width) if _orientation(picture) in (5, 6, 7, 8) else (width, height)
+
+
+def _orientation(picture: Any) -> int:
+    try:
+        return int(picture.getexif().get(0x0112, 1))
+    except Exception:  # damaged EXIF: Pillow's own exif_transpose would fail in many ways, the picture itself is fine
+        return 1
+
+
+def _check_size(width: int, height: int, name: str, max_image_pixels: int) -> None:
+    if width < 1 or height < 1:
+        raise RecordError("image_empty", f"{name} is {width} x {height} pixels.")
+    if width * height > max_image_pixels:
+        raise RecordError(
+            "image_bomb", f"{name} has {width * height} pixels, more than {max_image_pixels}; scale it down."
+        )
+    if max(width, height) > MAX_ASPECT * min(width, height):
+        raise RecordError(
+            "image_aspect",
+            f"{name} is {width} x {height}: one side is more than {MAX_ASPECT} times the other; crop it.",
+        )
+
+
+def content_hash(source: Source) -> int:
+    """64-bit hash of (size, first 32 KiB, last 32 KiB): equal files always hash equally, whatever they are called."""
+    with _stream(source) as stream:
+        size = stream.seek(0, os.SEEK_END)
+        stream.seek(0)
+        digest = xxhash.xxh3_64(size.to_bytes(8, "little") + stream.read(_EDGE))
+        stream.seek(max(0, size - _EDGE))
+        digest.update(stream.read(_EDGE))
+    return digest.intdigest()
+
+
+# ------------------------------------------------------------------ pixels
+
+
+def decode(
+    source: Source,
+    size_wh: tuple[int, int],
+    *,
+    expect_wh: tuple[int, int] | None = None,
+    max_image_pixels: int = MAX_IMAGE_PIXELS,
+) -> npt.NDArray[np.uint8]:
+    """The picture as right RGB at its final size.
+
+    The order (orientation, RGB, resize) and the filter are those of Hugging Face's Qwen2VLImageProcessorPil, whose
+    pixels this equals bit for bit.
+
+    Args:
+        size_wh: final (width, height).
+        expect_wh: (width, height) that the index knows; another size is refused, since the plan was made for this one.
+    Returns:
+        (3, H, W) uint8.
+    Raises:
+        RecordError: as `probe`, `image_truncated` and `image_changed`.
+    """
+    from PIL import Image
+
+    with _opened(source) as picture:
+        _check_size(picture.width, picture.height, _name(source), max_image_pixels)
+        rgb = to_rgb(_upright(_loaded(picture, source)))
+        if expect_wh is not None and rgb.size != tuple(expect_wh):
+            raise RecordError(
+                "image_changed",
+                f"{_name(source)} is {rgb.width} x {rgb.height} pixels, not the {expect_wh[0]} x {expect_wh[1]} of the "
+                "index; it was replaced since: delete the cache folder.",
+            )
+        resized = rgb.resize(size_wh, resample=Image.Resampling.BICUBIC)
+        return np.ascontiguousarray(np.asarray(resized, np.uint8).transpose(2, 0, 1))
+
+
+def _loaded(picture: Any, source: Source) -> Any:
+    """The first frame, decoded."""
+    if getattr(picture, "is_animated", False):
+        picture.seek(0)
+    try:
+        picture.load()
+    except OSError as error:
+        raise RecordError("image_truncated", f"{_name(source)} cannot be decoded: {error}.") from None
+    return picture
+
+
+def _upright(picture: Any) -> Any:
+    """`ImageOps.exif_transpose` without its writing of EXIF back, which fails on damaged EXIF."""
+    from PIL import Image
+
+    turn = {
+        2: Image.Transpose.FLIP_LEFT_RIGHT,
+        3: Image.Transpose.ROTATE_180,
+        4: Image.Transpose.FLIP_TOP_BOTTOM,
+        5: Image.Transpose.TRANSPOSE,
+        6: Image.Transpose.ROTATE_270,
+        7: Image.Transpose.TRANSVERSE,
+        8: Image.Transpose.ROTATE_90,
+    }.get(_orientation(picture))
+    if turn is None:
+        return picture
+    turned = picture.transpose(turn)
+    if "transparency" in picture.info:
+        turned.info["transparency"] = picture.info["transparency"]
+    return turned
+
+
+def to_rgb(picture: Any) -> Any:
+    """RGB as Hugging Face's `convert_to_rgb` makes it (transparency on white), and right for 16 bits and floats.
+
+    Pillow clips 16-bit grey to 255 when it converts it, which leaves a white sheet; here it is scaled.
+    """
+    from PIL import Image
+
+    if picture.mode.startswith("I") or picture.mode == "F":
+        return _from_deep_grey(picture)
+    if "A" in picture.getbands() or "a" in picture.getbands() or picture.info.get("transparency") is not None:
+        rgba = picture.convert("RGBA")
+        white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
+        return Image.alpha_composite(white, rgba).convert("RGB")
+    return picture.convert("RGB")
+
+
+def _from_deep_grey(picture: Any) -> Any:
+    """16-bit or float grey as 8-bit RGB: 0..65535 to 0..255; values within 0..255 (or 0..1 for floats) keep their
+    range.
+    """
+    from PIL import Image
+
+    grey = np.asarray(picture, np.float64)
+    if picture.mode == "F":
+        top = float(np.nanmax(grey, initial=0.0))
+        scale = 255.0 if top <= 1.0 else 1.0 if top <= 255.0 else 255.0 / 65535.0
+    else:
+        scale = 255.0 / 65535.0
+    grey8 = np.nan_to_num(grey * scale).round().clip(0, 255).astype(np.uint8)
+    return Image.fromarray(grey8, "L").convert("RGB")
+
+
+# ------------------------------------------------------------------ sizes
+
+IntArray: TypeAlias = npt.NDArray[np.int64]
+
+
+def smart_resize_batch(
+    height: npt.ArrayLike, width: npt.ArrayLike, factor: int, min_pixels: npt.ArrayLike, max_pixels: npt.ArrayLike
+) -> tuple[IntArray, IntArray]:
+    """Final (heights, widths) of many pictures, equal to `smart_resize` of transformers' Qwen2-VL processor.
+
+    Args:
+        height, width: pixels after EXIF orientation.
+        factor: both final sides are multiples of it (patch size x merge size).
+        min_pixels, max_pixels: limits of the final area, for all or for each.
+    """
+    h, w = np.asarray(height, np.float64), np.asarray(width, np.float64)
+    low, high = np.asarray(min_pixels, np.float64), np.asarray(max_pixels, np.float64)
+    # np.round is Python's round: halves go to the even number.
+    h_bar, w_bar = np.round(h / factor) * factor, np.round(w / factor) * factor
+    area = h_bar * w_bar
+    big, small = area > high, area < low
+    beta = np.sqrt((h * w) / high)
+    h_bar = np.where(big, np.maximum(factor, np.floor(h / beta / factor) * factor), h_bar)
+    w_bar = np.where(big, np.maximum(factor, np.floor(w / beta / factor) * factor), w_bar)
+    beta = np.sqrt(low / (h * w))
+    h_bar = np.where(small & ~big, np.ceil(h * beta / factor) * factor, h_bar)
+    w_bar = np.where(small & ~big, np.ceil(w * beta / factor) * factor, w_bar)
+    return h_bar.astype(np.int64), w_bar.astype(np.int64)

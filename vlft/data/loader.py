@@ -1,0 +1,215 @@
+"""Whole optimizer steps for one rank: planned, decoded in worker processes, in order.
+
+A worker gets the number of a step and does everything for it, so the result depends on neither the number of workers
+nor on what was loaded before; a loader made for a resume starts at its step and decodes nothing earlier.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from vlft.data import images
+from vlft.data.collate import Row, collate
+from vlft.data.index import Index
+from vlft.data.ledger import LedgerEntry
+from vlft.data.plan import Plan, place
+from vlft.data.sample import Fitted, Sample, build_sample
+from vlft.data.tokens import Chat
+from vlft.errors import RecordError
+
+if TYPE_CHECKING:
+    from torch.utils.data import DataLoader
+
+
+@dataclass(frozen=True)
+class Step:
+    """One optimizer step's rows of one rank."""
+
+    number: int
+    """From 1, as in metrics.jsonl: the step that the run has done when these rows are trained."""
+    epoch: int
+    """From 0."""
+    rows: list[Row]
+    """As many on every rank; some may be empty."""
+    failures: list[LedgerEntry]
+    """Samples of this rank that could not be decoded; they are in no row."""
+    supervised_tokens: int
+    """Of the rows above, after decoding."""
+    samples: int
+    """In the rows above, after decoding."""
+
+    def pin_memory(self) -> Step:
+        return replace(self, rows=[row.pin_memory() for row in self.rows])
+
+
+@dataclass
+class _Steps:
+    """The data set behind the loader: number of a step (from 0) -> Step."""
+
+    index: Index
+    fitted: Fitted
+    chat: Chat
+    members: Callable[[int], tuple[int, npt.NDArray[np.int64]]]
+    """step from 0 -> (epoch, sample ids)"""
+    rank: int
+    world_size: int
+    seed: int
+    placement: dict[str, Any]
+
+    def __getitem__(self, step: int) -> Step:
+        epoch, ids = self.members(step)
+        placed = place(self.fitted.length[ids], self.fitted.patches[ids], ranks=self.world_size, **self.placement)
+        failures: list[LedgerEntry] = []
+        rows = [self._row(ids[positions].tolist(), step, epoch, failures) for positions in placed[self.rank]]
+        return Step(
+            number=step + 1,
+            epoch=epoch,
+            rows=rows,
+            failures=failures,
+            supervised_tokens=sum(row.supervised for row in rows),
+            samples=sum(len(row.sample_ids) for row in rows),
+        )
+
+    def _row(self, ids: Sequence[int], step: int, epoch: int, failures: list[LedgerEntry]) -> Row:
+        samples: list[Sample] = []
+        decoded: list[list[npt.NDArray[np.uint8]]] = []
+        for i in ids:
+            try:
+                sample = build_sample(self.index, self.fitted, self.chat, i)
+                pictures = decode_sample(sample)
+            except RecordError as error:
+                failures.append(self._failure(i, step, error))
+                continue
+            samples.append(sample)
+            decoded.append(pictures)
+        return collate(
+            samples,
+            decoded,
+            image_token_id=self.chat.image_token_id,
+            pad_token_id=self.chat.pad_token_id,
+            seed=self.seed,
+            epoch=epoch,
+            merge=self.fitted.limits.merge,
+        )
+
+    def _failure(self, i: int, step: int, error: RecordError) -> LedgerEntry:
+        shard, _ = self.index.locate(i)
+        name = self.index.sample_id(i)
+        return LedgerEntry(
+            shard.spec.name, name, error.reason, f"{shard.spec.json_path.name}, {name}: {error}", step + 1
+        )
+
+
+def decode_sample(sample: Sample) -> list[npt.NDArray[np.uint8]]:
+    """The pictures of a sample, (3, H, W) uint8 at their final size.
+
+    Raises:
+        RecordError: one of them cannot be decoded.
+    """
+    pictures = zip(sample.sources, sample.final_wh, sample.stored_wh, strict=True)
+    return [images.decode(source, final, expect_wh=stored) for source, final, stored in pictures]
+
+
+@dataclass
+class _TrainMembers:
+    plan: Plan
+
+    def __call__(self, step: int) -> tuple[int, npt.NDArray[np.int64]]:
+        epoch, k = self.plan.locate(step)
+        return epoch, self.plan.members(epoch, k)
+
+
+@dataclass
+class _EvalMembers:
+    ids: npt.NDArray[np.int64]
+    block: int
+
+    def __call__(self, step: int) -> tuple[int, npt.NDArray[np.int64]]:
+        return 0, self.ids[step * self.block : (step + 1) * self.block]
+
+
+def step_loader(
+    index: Index,
+    fitted: Fitted,
+    plan: Plan,
+    chat: Chat,
+    *,
+    rank: int,
+    world_size: int,
+    seed: int,
+    start_step: int,
+    total_steps: int,
+    rows_per_rank: int = 1,
+    token_budget: int | None = None,
+    patch_budget: int | None = None,
+    costs: tuple[float, float] = (1.0, 0.0),
+    num_workers: int = 0,
+    pin_memory: bool = False,
+) -> DataLoader[Step]:
+    """Training steps `start_step + 1` to `total_steps` of this rank, in order.
+
+    Args:
+        start_step: steps already done.
+        rows_per_rank, token_budget, patch_budget: see `plan.place`.
+        costs: of one token and of one ViT patch, any unit.
+    """
+    placement = _placement(rows_per_rank, token_budget, patch_budget, costs)
+    steps = _Steps(index, fitted, chat, _TrainMembers(plan), rank, world_size, seed, placement)
+    return _loader(steps, range(start_step, total_steps), num_workers, pin_memory)
+
+
+def eval_rows(
+    index: Index,
+    fitted: Fitted,
+    chat: Chat,
+    ids: npt.ArrayLike,
+    *,
+    rank: int,
+    world_size: int,
+    batch_size: int = 1,
+    token_budget: int | None = None,
+    patch_budget: int | None = None,
+    costs: tuple[float, float] = (1.0, 0.0),
+    num_workers: int = 0,
+    pin_memory: bool = False,
+) -> DataLoader[Step]:
+    """This rank's part of held-out samples, as steps of `batch_size` samples a rank.
+
+    Over all ranks every id comes exactly once; every rank has the same number of steps and of rows, empty ones among
+    them, so collectives stay in step. `Row.dataset_ids` tells whose loss a sample's is.
+    """
+    ordered = np.asarray(ids, np.int64)
+    block = batch_size * world_size
+    placement = _placement(1, token_budget, patch_budget, costs)
+    steps = _Steps(index, fitted, chat, _EvalMembers(ordered, block), rank, world_size, 0, placement)
+    return _loader(steps, range(-(-len(ordered) // block)), num_workers, pin_memory)
+
+
+def _placement(
+    rows_per_rank: int, token_budget: int | None, patch_budget: int | None, costs: tuple[float, float]
+) -> dict[str, Any]:
+    return {
+        "rows_per_rank": rows_per_rank,
+        "token_budget": token_budget,
+        "patch_budget": patch_budget,
+        "token_cost": costs[0],
+        "patch_cost": costs[1],
+    }
+
+
+def _loader(steps: _Steps, numbers: range, num_workers: int, pin_memory: bool) -> DataLoader[Step]:
+    from torch.utils.data import DataLoader
+
+    return DataLoader(
+        steps,  # type: ignore[arg-type]
+        batch_size=None,
+        sampler=numbers,
+        num_workers=num_workers,
+        prefetch_factor=2 if num_workers else None,
+        pin_memory=pin_memory,
+    )

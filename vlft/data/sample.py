@@ -1,0 +1,273 @@
+"""From the index to samples: final picture sizes and lengths of everything at once, the split, and one sample's arrays.
+
+Legend: N samples, I images, T tokens (each picture's token repeated as often as the model sees it), P patches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from vlft.data.images import Source, smart_resize_batch
+from vlft.data.index import BOXED, HAS_BOXES, Index
+from vlft.data.ledger import LedgerEntry, check_bad_fraction
+from vlft.data.mixing import mix64
+from vlft.data.registry import DatasetSpec
+from vlft.data.tokens import Chat, PictureSize
+from vlft.errors import DataError, RecordError
+
+__all__ = ["Fitted", "LedgerEntry", "Limits", "Sample", "build_sample", "check_bad_fraction", "fit", "split"]
+
+Ints: TypeAlias = npt.NDArray[np.int64]
+_SPLIT_SALT, _SUBSET_SALT = 0x5B117, 0x5AB5E7
+IGNORE = -100
+"""Label of a token that is not learnt."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    min_pixels: int
+    """Pixels of a resized picture."""
+    max_pixels: int
+    """Pixels of a resized picture; a data set may have its own."""
+    max_seq_length: int
+    """Tokens of a sample."""
+    on_too_long: Literal["shrink", "drop", "error"]
+    factor: int
+    """Pixels that both final sides are multiples of: patch size x merge size."""
+    merge: int = 2
+    """Patches per token along one side."""
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """What every sample costs under some limits."""
+
+    limits: Limits
+    final_width: Ints
+    """(I,) pixels"""
+    final_height: Ints
+    """(I,) pixels"""
+    length: Ints
+    """(N,) tokens"""
+    patches: Ints
+    """(N,) patches of all its pictures"""
+    usable: npt.NDArray[np.bool_]
+    """(N,) False: too long"""
+    shrunk: int
+    """Samples whose pictures were made smaller to fit."""
+    ledger: list[LedgerEntry]
+
+    def sizes(self, index: Index, i: int) -> list[tuple[int, int]]:
+        """Final (width, height) of the pictures of sample `i`."""
+        span = slice(int(index.image_starts[i]), int(index.image_starts[i + 1]))
+        return list(zip(self.final_width[span].tolist(), self.final_height[span].tolist(), strict=True))
+
+
+# ------------------------------------------------------------------ fitting
+
+
+def fit(index: Index, limits: Limits) -> Fitted:
+    """Final size of every picture and length of every sample, and what does not fit.
+
+    Raises:
+        DataError: `on_too_long` is "error" and a sample is too long; it is named.
+    """
+    high_N = _max_pixels(index, limits)
+    high_I = np.repeat(high_N, index.n_images)
+    height_I, width_I = smart_resize_batch(index.height, index.width, limits.factor, limits.min_pixels, high_I)
+    text_N = index.n_tokens.astype(np.int64) - index.n_images
+    length_N = text_N + _image_tokens(index, height_I, width_I, limits.factor)
+    long_ids = np.flatnonzero(length_N > limits.max_seq_length)
+    usable_N = np.ones(len(index), np.bool_)
+    ledger: list[LedgerEntry] = []
+    shrunk = 0
+    if len(long_ids) and limits.on_too_long == "error":
+        raise DataError(_too_long(index, int(long_ids[0]), length_N, limits) + " (--on_too_long error).")
+    if len(long_ids):
+        fits = _shrink(index, limits, long_ids, text_N, high_N, height_I, width_I)
+        if limits.on_too_long == "drop":
+            fits = np.zeros(len(long_ids), np.bool_)
+        length_N = text_N + _image_tokens(index, height_I, width_I, limits.factor)
+        usable_N[long_ids[~fits]] = False
+        shrunk = int(fits.sum())
+        ledger = [_entry(index, int(i), length_N, limits) for i in long_ids[~fits]]
+    patches_N = (length_N - text_N) * limits.merge**2
+    return Fitted(limits, width_I, height_I, length_N, patches_N, usable_N, shrunk, ledger)
+
+
+def _max_pixels(index: Index, limits: Limits) -> Ints:
+    """(N,) cap of each sample's data set."""
+    caps = [spec.max_pixels or limits.max_pixels for spec in index.specs]
+    caps_N: Ints = np.array(caps, np.int64)[index.dataset]
+    return caps_N
+
+
+def _image_tokens(index: Index, height_I: Ints, width_I: Ints, factor: int) -> Ints:
+    """(N,) tokens of all pictures of each sample."""
+    sums: Ints = np.concatenate([np.zeros(1, np.int64), np.cumsum((height_I // factor) * (width_I // factor))])
+    ends, starts = index.image_starts[1:], index.image_starts[:-1]
+    tokens_N: Ints = sums[ends] - sums[starts]
+    return tokens_N
+
+
+def _images_of(index: Index, ids: Ints) -> tuple[Ints, Ints]:
+    """The pictures of some samples: (position in the image arrays, position in `ids`)."""
+    counts = index.n_images[ids].astype(np.int64)
+    owner = np.repeat(np.arange(len(ids)), counts)
+    before = np.cumsum(counts) - counts
+    return index.image_starts[ids][owner] + np.arange(len(owner)) - before[owner], owner
+
+
+def _shrink(
+    index: Index, limits: Limits, ids: Ints, text_N: Ints, high_N: Ints, height_I: Ints, width_I: Ints
+) -> npt.NDArray[np.bool_]:
+    """Lower the pixel cap of each too long sample to the largest that fits; writes the new sizes of those that do.
+
+    All are bisected at once, so the result depends on the sample alone. Pictures below the cap keep their size.
+
+    Returns:
+        (len(ids),) whether the sample fits now. No picture is made smaller than `min_pixels` (or than it was).
+    """
+    where, owner = _images_of(index, ids)
+    h, w = index.height[where], index.width[where]
+    room = limits.max_seq_length - text_N[ids]
+    low = np.full(len(ids), min(limits.min_pixels, int(high_N[ids].min())), np.int64)
+    high = high_N[ids].copy()
+
+    def sized(cap: Ints) -> tuple[Ints, Ints, Ints]:
+        new_h, new_w = smart_resize_batch(h, w, limits.factor, limits.min_pixels, cap[owner])
+        tokens = (new_h // limits.factor) * (new_w // limits.factor)
+        return new_h, new_w, np.bincount(owner, tokens, minlength=len(ids)).astype(np.int64)
+
+    while (high - low > 1).any():  # `low` is tried at the end, whether it fits or not
+        middle = (low + high) // 2
+        fits = sized(middle)[2] <= room
+        low, high = np.where(fits, middle, low), np.where(fits, high, middle)
+    new_h, new_w, tokens = sized(low)
+    floor = np.minimum(limits.min_pixels, height_I[where] * width_I[where])
+    too_small = np.bincount(owner, new_h * new_w < floor, minlength=len(ids)) > 0
+    fits = (tokens <= room) & ~too_small & (index.n_images[ids] > 0)
+    if limits.on_too_long == "shrink":
+        kept = fits[owner]
+        height_I[where[kept]], width_I[where[kept]] = new_h[kept], new_w[kept]
+    return fits
+
+
+def _too_long(index: Index, i: int, length_N: Ints, limits: Limits) -> str:
+    shard, _ = index.locate(i)
+    pictures = int(index.n_images[i])
+    return (
+        f"{shard.spec.json_path.name}, {index.sample_id(i)}: {int(length_N[i])} tokens with {pictures} pictures, "
+        f"more than --max_seq_length {limits.max_seq_length}"
+    )
+
+
+def _entry(index: Index, i: int, length_N: Ints, limits: Limits) -> LedgerEntry:
+    even = ", even with its pictures at --min_pixels" if limits.on_too_long == "shrink" and index.n_images[i] else ""
+    shard, _ = index.locate(i)
+    return LedgerEntry(
+        shard.spec.name, index.sample_id(i), "too_long", f"{_too_long(index, i, length_N, limits)}{even}."
+    )
+
+
+# ------------------------------------------------------------------ split
+
+
+def split(
+    index: Index,
+    specs: Sequence[DatasetSpec],
+    ratio: float,
+    *,
+    usable: npt.NDArray[np.bool_] | None = None,
+) -> tuple[Ints, Ints]:
+    """(train ids, eval ids), both ascending.
+
+    A sample's side depends on its pictures (or its text) alone, so it stays there whatever is added later, and several
+    questions about one picture stay together.
+
+    Args:
+        specs: those of `index`; `split` forces a side, `max_samples` takes the samples with the smallest hashes.
+        ratio: part that trains, 0 to 1.
+        usable: (N,) samples that may be taken, as `Fitted.usable`; default all.
+    """
+    taken = np.ones(len(index), np.bool_) if usable is None else usable.copy()
+    train = (mix64(index.split_hash, _SPLIT_SALT) >> np.uint64(11)) * 2.0**-53 < ratio
+    for n, spec in enumerate(specs):
+        span = slice(int(index.starts[n]), int(index.starts[n + 1]))
+        if spec.split is not None:
+            train[span] = spec.split == "train"
+        if spec.max_samples is not None:
+            mine = np.flatnonzero(taken[span])
+            hashes = mix64(index.split_hash[span][mine], _SUBSET_SALT)
+            order = np.lexsort((mix64(index.identity[span][mine], _SUBSET_SALT), hashes))
+            taken[span][mine[order[spec.max_samples :]]] = False
+    return np.flatnonzero(taken & train), np.flatnonzero(taken & ~train)
+
+
+# ------------------------------------------------------------------ one sample
+
+
+@dataclass(frozen=True)
+class Sample:
+    index: int
+    """Its number in the index."""
+    dataset: int
+    input_ids: Ints
+    """(T,) the picture token repeated as often as the model sees it"""
+    labels: Ints
+    """(T,) the token that follows, where it is learnt; -100 elsewhere and at the end"""
+    sources: list[Source]
+    """(I) checked paths, or encoded files"""
+    stored_wh: list[tuple[int, int]]
+    """(I) pixels as the index knows them"""
+    final_wh: list[tuple[int, int]]
+    """(I) pixels"""
+    grid_thw: Ints
+    """(I, 3) patches"""
+    photometric_only: bool
+    identity: int
+    """64 bits: (data set, row)"""
+
+
+def build_sample(index: Index, fitted: Fitted, chat: Chat, i: int) -> Sample:
+    """The arrays of sample `i`; no picture is decoded.
+
+    Raises:
+        RecordError: the record no longer reads as it did when it was indexed.
+    """
+    limits = fitted.limits
+    stored, final = index.sizes(i), fitted.sizes(index, i)
+    if index.flags[i] & BOXED:
+        both = [PictureSize(*old, *new) for old, new in zip(stored, final, strict=True)]
+        encoded = chat.encode(index.parsed(i), both)
+        ids, learnt = encoded.input_ids, encoded.supervised
+    else:
+        ids, learnt = index.tokens(i)
+    patch = limits.factor // limits.merge
+    grid = np.array([(1, h // patch, w // patch) for w, h in final], np.int64).reshape(-1, 3)
+    repeats = np.ones(len(ids), np.int64)
+    is_image = ids == chat.image_token_id
+    if int(is_image.sum()) != len(final):
+        raise RecordError("record_changed", f"the text has {int(is_image.sum())} pictures, the index {len(final)}.")
+    repeats[is_image] = grid[:, 1] * grid[:, 2] // limits.merge**2
+    long_ids = np.repeat(ids.astype(np.int64), repeats)
+    long_learnt = np.repeat(learnt, repeats)
+    labels = np.full(len(long_ids), IGNORE, np.int64)
+    labels[:-1] = np.where(long_learnt[1:], long_ids[1:], IGNORE)
+    return Sample(
+        index=i,
+        dataset=int(index.dataset[i]),
+        input_ids=long_ids,
+        labels=labels,
+        sources=index.sources(i),
+        stored_wh=stored,
+        final_wh=final,
+        grid_thw=grid,
+        photometric_only=bool(index.flags[i] & HAS_BOXES),
+        identity=int(index.identity[i]),
+    )
