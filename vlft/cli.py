@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -37,6 +38,7 @@ from vlft.config import (
     output_dir_problem,
 )
 from vlft.errors import ConfigError, StrategyError, VlftError
+from vlft.family import PARTS, Part
 from vlft.rivals import ENVIRONMENT, RIVALS, nearest
 from vlft.strategy import Strategy, StrategyConfig
 
@@ -237,7 +239,8 @@ def parse(argv: Sequence[str], *, start: bool = True) -> Run:
     config, failed = build(RunConfig, given, problems, broken, missing=readable)
     options: StrategyConfig | None = None
     if strategy and found:
-        options, _ = build(strategy.Config, given, problems, broken, missing=readable)
+        where = f"--tuning_strategy {name}: "
+        options, _ = build(strategy.Config, given, problems, broken, missing=readable, where=where)
         if config and options:
             config = _check_rates(config, options, given, found, problems, notes)
     if config and start:
@@ -259,7 +262,13 @@ def load_run(path: str | Path, overrides: Sequence[str] = (), *, start: bool = F
 
 
 def build(
-    model: type[ModelT], given: Mapping[str, Given], problems: list[str], broken: Iterable[str] = (), *, missing: bool
+    model: type[ModelT],
+    given: Mapping[str, Given],
+    problems: list[str],
+    broken: Iterable[str] = (),
+    *,
+    missing: bool,
+    where: str = "",
 ) -> tuple[ModelT | None, set[str]]:
     """Validate the part of `given` that belongs to `model`; problems are added as sentences.
 
@@ -269,6 +278,7 @@ def build(
     Args:
         broken: names that were reported before.
         missing: report required options that are not there.
+        where: stands before a problem of several options together, for a model that does not name them itself.
     Returns:
         the model, None when there is none to be had, and the names that failed.
     """
@@ -289,7 +299,7 @@ def build(
                 if detail["type"] == "default_factory_not_called":
                     continue
                 if name not in failed and (missing or detail["type"] != "missing"):
-                    problems += _sentences(name, detail, given, options)
+                    problems += _sentences(name, detail, given, options, where)
                 failed.add(name)
                 values.pop(name, None)
                 if name and options[name].required:
@@ -297,11 +307,12 @@ def build(
     return None, failed
 
 
-def _sentences(name: str, detail: Any, given: Mapping[str, Given], options: Mapping[str, Option]) -> list[str]:
+def _sentences(
+    name: str, detail: Any, given: Mapping[str, Given], options: Mapping[str, Option], where: str
+) -> list[str]:
     cause = (detail.get("ctx") or {}).get("error")
     if not name:
-        # A check over several fields: it knows the places itself.
-        return str(cause or detail["msg"]).split("\n")
+        return [f"{where}{line.rstrip('.')}." for line in str(cause or detail["msg"]).split("\n")]
     option = options[name]
     if detail["type"] == "missing":
         return [f"--{name} is missing; give {option.values} ({option.text.rstrip('.')})."]
@@ -368,6 +379,21 @@ def _unknown(name: str, place: str, known: Mapping[str, Option], strategy: str) 
     return f"{place} is not an option{hint}; 'vlft --help' lists all."
 
 
+def _default_rates(options: StrategyConfig, found: discovery.Found) -> dict[Part, float]:
+    """What the plugin answers, checked: a wrong rate would surface hours later, as a loss that does not fall."""
+    try:
+        rates = options.rates()
+        for part, rate in rates.items():
+            if part not in PARTS or not 0 < rate < math.inf:
+                raise ValueError(f"{part!r}: {rate!r} is no part with a rate above 0")
+    except Exception as error:
+        raise StrategyError(
+            f"Strategy '{found.name}' of {found.source} cannot say its rates: {type(error).__name__}: {error}; "
+            "ask its author for a fix."
+        ) from error
+    return rates
+
+
 def _check_rates(
     config: RunConfig,
     options: StrategyConfig,
@@ -377,13 +403,7 @@ def _check_rates(
     notes: list[str],
 ) -> RunConfig:
     """A rate for a part that stays frozen is refused; one that a run.yaml holds gives way to flags that freeze it."""
-    try:
-        rates = options.rates()
-    except Exception as error:
-        raise StrategyError(
-            f"Strategy '{found.name}' of {found.source} cannot say its rates: {type(error).__name__}: {error}; "
-            "ask its author for a fix."
-        ) from error
+    rates = _default_rates(options, found)
     if not rates:
         problems.append(f"--tuning_strategy {found.name} with these options trains no part; switch one on.")
     own = type(options).model_fields
@@ -530,7 +550,7 @@ def help_text(argv: Sequence[str] = ()) -> str:
     if name in strategies:
         cls, found = discovery.load_strategy(name)
         lines += ["", f"Strategy {name} ({found.source}):", *_help_lines(options_of(cls.Config, name).values(), width)]
-        lines += textwrap.wrap(_default_rates(cls), width, initial_indent="  ", subsequent_indent="  ")
+        lines += textwrap.wrap(_rates_line(cls), width, initial_indent="  ", subsequent_indent="  ")
     else:
         lines += ["", "Strategies (vlft --tuning_strategy NAME --help shows the options of one):"]
         lines += [f"  {one.name:<28}{one.source}" for one in strategies.values()]
@@ -563,7 +583,7 @@ def _help_lines(options: Iterable[Option], width: int) -> list[str]:
     return lines
 
 
-def _default_rates(cls: type[Strategy]) -> str:
+def _rates_line(cls: type[Strategy]) -> str:
     try:
         rates = cls.Config().rates()
     except Exception:
@@ -584,7 +604,7 @@ def options_page() -> str:
         if found.distribution == "vlft":
             cls, _ = discovery.load_strategy(name)
             own = options_of(cls.Config, "strategy").values()
-            lines += [f"### {name}", "", _default_rates(cls), "", *_TABLE_HEAD]
+            lines += [f"### {name}", "", _rates_line(cls), "", *_TABLE_HEAD]
             lines += [*(_row(one, _RESUME[one.resume]) for one in own), ""]
     lines += ["## Names in other projects", "", _RIVALS_HEAD, "", "| there | here |", "|---|---|"]
     lines += [f"| `{name}` | {advice} |" for name, advice in sorted(RIVALS.items())]

@@ -271,21 +271,21 @@ def parse_scripts(value: Any) -> dict[str, tuple[str, ...]]:
         ValueError: a part is missing, or two scripts of a dataset share the stem under which metrics.jsonl lists them.
     """
     if isinstance(value, dict):
-        pairs = [(str(dataset), names) for dataset, names in value.items()]
+        pairs = list(value.items())
     else:
-        words = [value] if isinstance(value, str) else list(value)
+        words = value if isinstance(value, list | tuple) else [value]
         pairs = [(dataset, names) for dataset, _, names in (str(word).partition(":") for word in words)]
     result: dict[str, tuple[str, ...]] = {}
-    for dataset, names in pairs:
-        split = names.split(",") if isinstance(names, str) else names
-        scripts = tuple(script for script in (str(one).strip() for one in split or ()) if script)
-        if not dataset.strip() or not scripts:
+    for written, names in pairs:
+        dataset = str(written).strip()
+        split = names if isinstance(names, list | tuple) else str(names or "").split(",")
+        scripts = tuple(script for script in (str(one).strip() for one in split) if script)
+        if not dataset or not scripts:
             raise ValueError("needs a dataset and its scripts, as in 'invoices:exact_match,my_metric.py'")
-        all_scripts = result.get(dataset.strip(), ()) + scripts
-        stems = [Path(script).stem for script in all_scripts]
+        result[dataset] = result.get(dataset, ()) + scripts
+        stems = [Path(script).stem for script in result[dataset]]
         if twice := next((stem for stem in stems if stems.count(stem) > 1), None):
-            raise ValueError(f"names two scripts '{twice}' for dataset '{dataset.strip()}'; rename one of the files")
-        result[dataset.strip()] = all_scripts
+            raise ValueError(f"names two scripts '{twice}' for dataset '{dataset}'; rename one of the files")
     return result
 
 

@@ -1,1 +1,1 @@
-"""Data: registry -> records -> index -> fitted samples -> plan -> rows. Imports only vlft.errors and vlft.family; no torch here."""
+"""Data: registry -> records -> index -> fitted samples -> plan -> rows. No torch here; only vlft.errors and vlft.family."""

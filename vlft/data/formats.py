@@ -492,7 +492,8 @@ _JSON_BOX = re.compile(rf'("(?:bbox_2d|point_2d)"\s*:\s*)\[\s*({_NUMBER}(?:\s*,\
 _MARKED_BOX = re.compile(
     rf"<\|box_start\|>\(\s*({_NUMBER})\s*,\s*({_NUMBER})\s*\)(?:\s*,\s*\(\s*({_NUMBER})\s*,\s*({_NUMBER})\s*\))?<\|box_end\|>"
 )
-_LEFT_OVER = re.compile(r'"(?:bbox_2d|point_2d)"\s*:\s*\[|<\|box_start\|>')
+# Not the description of a format in a prompt ("bbox_2d": [x1, y1, x2, y2]).
+_LEFT_OVER = re.compile(r'"(?:bbox_2d|point_2d)"\s*:[\s\[]*-?\d|<\|box_start\|>\(?\s*-?\d')
 _PLACES = re.compile(
     r"bbox|point_2d|<\|box_start\|>|<\|quad_start\|>|<box>|<point|\[\s*\d+(?:\.\d+)?(?:\s*,\s*\d+(?:\.\d+)?){3}\s*\]"
 )
@@ -566,7 +567,7 @@ def _split_boxes(text: str, unit: Unit) -> list[Part]:
     parts.append(TextPart(text[at:]))
     for part in parts:
         # A coordinate that stays as it was among converted ones would teach nonsense in silence.
-        if isinstance(part, TextPart) and (left := _LEFT_OVER.search(part.text)) and not part.text[left.end() :] == "":
+        if isinstance(part, TextPart) and (left := _LEFT_OVER.search(part.text)):
             raise RecordError("bad_box", f"a box near '{part.text[left.start() : left.start() + 40]}' cannot be read.")
     return [p for p in parts if not (isinstance(p, TextPart) and not p.text)]
 

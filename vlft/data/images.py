@@ -34,6 +34,7 @@ MAX_ASPECT = 200
 MAX_DOWNLOAD = 64 * 2**20
 """Bytes of a remote picture."""
 _EDGE = 32 * 1024
+_ORIENTATION = 0x0112
 
 
 # ------------------------------------------------------------------ where a picture is
@@ -155,15 +156,43 @@ def probe(source: Source, *, max_image_pixels: int = MAX_IMAGE_PIXELS) -> tuple[
     with _opened(source) as picture:
         width, height = picture.size
         _check_size(width, height, _name(source), max_image_pixels)
-        # 5 to 8 of the EXIF orientations lie on their side.
-        return (height, width) if _orientation(picture) in (5, 6, 7, 8) else (width, height)
+        # 5 to 8 of the EXIF orientations lie on their side. Pillow turns TIFF itself, and says so in the size.
+        on_side = picture.format != "TIFF" and _orientation(picture, source) in (5, 6, 7, 8)
+        return (height, width) if on_side else (width, height)
 
 
-def _orientation(picture: Any) -> int:
+def _orientation(picture: Any, source: Source) -> int:
+    """EXIF orientation, 1 to 8; 1 where there is none or it is damaged (the picture itself is fine then)."""
+    from PIL import Image
+
     try:
-        return int(picture.getexif().get(0x0112, 1))
-    except Exception:  # damaged EXIF: Pillow's own exif_transpose would fail in many ways, the picture itself is fine
+        if picture.format == "PNG" and not _png_exif_follows(source):
+            # PNG's own getexif decodes the whole picture to look behind its pixels.
+            return int(Image.Image.getexif(picture).get(_ORIENTATION, 1))
+        return int(picture.getexif().get(_ORIENTATION, 1))
+    except Exception:
         return 1
+
+
+def _png_exif_follows(source: Source) -> bool:
+    """A PNG has EXIF or XMP behind its pixels, where opening it does not look."""
+    pixels_seen = False
+    with _stream(source) as stream:
+        stream.seek(8)
+        while len(head := stream.read(8)) == 8:
+            length, kind = int.from_bytes(head[:4], "big"), head[4:]
+            if kind in (b"IEND", b"fcTL") and pixels_seen:
+                return False
+            pixels_seen |= kind == b"IDAT"
+            if pixels_seen and kind == b"eXIf":
+                return True
+            if pixels_seen and kind in (b"tEXt", b"zTXt", b"iTXt"):
+                word = stream.read(min(length, 21))
+                if word == b"Raw profile type exif" or word.startswith(b"XML:com.adobe.xmp"):
+                    return True
+                stream.seek(-len(word), os.SEEK_CUR)
+            stream.seek(length + 4, os.SEEK_CUR)
+    return False
 
 
 def _check_size(width: int, height: int, name: str, max_image_pixels: int) -> None:
@@ -218,7 +247,7 @@ def decode(
 
     with _opened(source) as picture:
         _check_size(picture.width, picture.height, _name(source), max_image_pixels)
-        rgb = to_rgb(_upright(_loaded(picture, source)))
+        rgb = to_rgb(_upright(_loaded(picture, source), source))
         if expect_wh is not None and rgb.size != tuple(expect_wh):
             raise RecordError(
                 "image_changed",
@@ -240,7 +269,7 @@ def _loaded(picture: Any, source: Source) -> Any:
     return picture
 
 
-def _upright(picture: Any) -> Any:
+def _upright(picture: Any, source: Source) -> Any:
     """`ImageOps.exif_transpose` without its writing of EXIF back, which fails on damaged EXIF."""
     from PIL import Image
 
@@ -252,7 +281,7 @@ def _upright(picture: Any) -> Any:
         6: Image.Transpose.ROTATE_270,
         7: Image.Transpose.TRANSVERSE,
         8: Image.Transpose.ROTATE_90,
-    }.get(_orientation(picture))
+    }.get(_orientation(picture, source))
     if turn is None:
         return picture
     turned = picture.transpose(turn)
@@ -278,15 +307,18 @@ def to_rgb(picture: Any) -> Any:
 
 
 def _from_deep_grey(picture: Any) -> Any:
-    """16-bit or float grey as 8-bit RGB: 0..65535 to 0..255; values within 0..255 (or 0..1 for floats) keep their
-    range.
+    """16-bit or float grey as 8-bit RGB: 0..65535 becomes 0..255.
+
+    32-bit and float files that hold 8-bit values (0..255, or 0..1 for floats) keep their range.
     """
     from PIL import Image
 
     grey = np.asarray(picture, np.float64)
-    if picture.mode == "F":
-        top = float(np.nanmax(grey, initial=0.0))
-        scale = 255.0 if top <= 1.0 else 1.0 if top <= 255.0 else 255.0 / 65535.0
+    top = float(np.nanmax(grey, initial=0.0))
+    if picture.mode == "F" and top <= 1.0:
+        scale = 255.0
+    elif picture.mode in ("F", "I") and top <= 255.0:
+        scale = 1.0
     else:
         scale = 255.0 / 65535.0
     grey8 = np.nan_to_num(grey * scale).round().clip(0, 255).astype(np.uint8)

@@ -127,7 +127,7 @@ class _Collector:
             self.rejected.append(
                 _Rejected(row.row, _own_id(row.raw), error.reason, str(error), _watch(error, seen, self.job, row))
             )
-        except (ValueError, TypeError, KeyError, AttributeError, IndexError, RecursionError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError, IndexError, RecursionError, OSError) as error:
             # A shape that no reader foresaw: one record must not end a run, and must not vanish either.
             message = f"the record cannot be read ({type(error).__name__}: {error})."
             self.rejected.append(_Rejected(row.row, _own_id(row.raw), "bad_record", message, None))
@@ -307,7 +307,7 @@ def _key(job: _Job) -> str:
     state = {
         "version": INDEX_VERSION,
         "chat": job.chat.fingerprint(),
-        "source": [str(spec.json_path), job.source.digest()],
+        "source": job.source.digest(),
         "spec": spec.model_dump(
             mode="json", include={"format", "system", "columns", "tags", "box_format", "allowed_roots"}
         ),
@@ -332,12 +332,9 @@ def _open_one(
 ) -> Shard:
     base = cache_dir / "index"
     name = "".join(c if c.isalnum() or c in "-_." else "_" for c in spec.name)
-    tables = cache_dir / "tables" / xxhash.xxh3_64_hexdigest(str(spec.json_path).encode())
-    source = open_source(spec.json_path, tables)
+    source = open_source(spec.json_path, cache_dir / "tables")
     job = _Job(spec, source, chat, cache_dir, allow_remote)
     key = _key(job)
-    if hasattr(source, "tables"):
-        source.tables = cache_dir / "tables" / key  # unpacked rows belong to one content of the file
     folder = base / f"{name}-{key}"
     if not _is_current(folder):
         base.mkdir(parents=True, exist_ok=True)

@@ -31,7 +31,7 @@ class Step:
     """One optimizer step's rows of one rank."""
 
     number: int
-    """From 1, as in metrics.jsonl: the step that the run has done when these rows are trained."""
+    """From 0: the steps that are done before it. Ledger entries carry number + 1, the step as metrics.jsonl counts."""
     epoch: int
     """From 0."""
     rows: list[Row]
@@ -67,7 +67,7 @@ class _Steps:
         failures: list[LedgerEntry] = []
         rows = [self._row(ids[positions].tolist(), step, epoch, failures) for positions in placed[self.rank]]
         return Step(
-            number=step + 1,
+            number=step,
             epoch=epoch,
             rows=rows,
             failures=failures,
@@ -151,7 +151,7 @@ def step_loader(
     num_workers: int = 0,
     pin_memory: bool = False,
 ) -> DataLoader[Step]:
-    """Training steps `start_step + 1` to `total_steps` of this rank, in order.
+    """Training steps `start_step` to `total_steps - 1` of this rank, in order.
 
     Args:
         start_step: steps already done.

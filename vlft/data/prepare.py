@@ -2,11 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
+import numpy as np
+import numpy.typing as npt
+
+from vlft.data.collate import Row
+from vlft.data.formats import Record, TextPart
+from vlft.data.index import Index, open_index
+from vlft.data.index import summary as index_summary
+from vlft.data.ledger import LedgerEntry, check_bad_fraction
+from vlft.data.loader import Step, eval_rows, step_loader
+from vlft.data.plan import Plan
+from vlft.data.registry import read_registry
+from vlft.data.sample import Fitted, Limits, fit, split
+from vlft.data.tokens import Chat
 from vlft.family import Family
 
 
@@ -39,4 +52,140 @@ class DataOptions:
     rank: int
     world_size: int
     num_workers: int
+    pin_memory: bool
     progress: bool
+
+
+@dataclass
+class Described:
+    """A held-out sample as predictions show it."""
+
+    id: str
+    question: str
+    images: tuple[str, ...]
+    record: Any
+
+
+class Data:
+    """What the loop asks of the data."""
+
+    def __init__(
+        self, options: DataOptions, index: Index, fitted: Fitted, chat: Chat, plan: Plan, held_out: npt.NDArray[np.int64]
+    ) -> None:
+        self.options, self.index, self.fitted, self.chat, self.plan = options, index, fitted, chat, plan
+        self._held_out = held_out
+        self._names = [spec.name for spec in index.specs]
+        self._bad: dict[tuple[str, str], LedgerEntry] = {}
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return self.plan.steps_per_epoch
+
+    @property
+    def ledger(self) -> list[LedgerEntry]:
+        """What was left out before the first step."""
+        return [*self.index.ledger, *self.fitted.ledger]
+
+    @property
+    def eval_datasets(self) -> list[str]:
+        """Data sets that have held-out samples."""
+        return [self._names[n] for n in np.unique(self.index.dataset[self._held_out])]
+
+    @property
+    def summary(self) -> list[str]:
+        """Lines for the start of a run."""
+        shrunk = f", pictures of {self.fitted.shrunk} made smaller to fit" if self.fitted.shrunk else ""
+        long = sum(not e.counts_as_bad for e in self.fitted.ledger)
+        left = f", {long} too long (ledger)" if long else ""
+        total = f"{self.plan.samples_per_epoch} samples an epoch, {len(self._held_out)} held out{shrunk}{left}"
+        return [*(f"data: {line}" for line in index_summary(self.index)), f"data: {total}"]
+
+    def steps(self, start: int, total: int, costs: tuple[float, float]) -> Iterator[Step]:
+        """Training steps of this rank, from step number `start` (0-based) up to `total`.
+
+        Args:
+            costs: of one LLM token and of one ViT patch, in any unit.
+        """
+        o = self.options
+        loader = step_loader(
+            self.index, self.fitted, self.plan, self.chat, rank=o.rank, world_size=o.world_size, seed=o.seed,
+            start_step=start, total_steps=total, rows_per_rank=o.rows_per_rank,
+            token_budget=o.train_batch_size * o.max_seq_length, costs=costs, num_workers=o.num_workers,
+            pin_memory=o.pin_memory,
+        )  # fmt: skip
+        return iter(loader)
+
+    def eval_rows(self, datasets: Sequence[str]) -> Iterator[Row]:
+        """Held-out rows of this rank; over all ranks each sample once, and the same number of rows everywhere."""
+        o = self.options
+        wanted = [n for n, name in enumerate(self._names) if name in datasets]
+        ids = self._held_out[np.isin(self.index.dataset[self._held_out], wanted)]
+        loader = eval_rows(
+            self.index, self.fitted, self.chat, ids, rank=o.rank, world_size=o.world_size, batch_size=o.eval_batch_size,
+            num_workers=min(o.num_workers, 2), pin_memory=o.pin_memory,
+        )  # fmt: skip
+        for step in loader:
+            yield from step.rows
+
+    def counts(self, step: Step) -> list[float]:
+        """Of this rank's part of a step: supervised tokens, samples, tokens, pictures, samples that failed to decode."""
+        real = [row for row in step.rows if row.sample_ids]
+        tokens = sum(row.input_ids_T.shape[1] for row in real)
+        pictures = sum(len(row.image_grid_thw) for row in real)
+        return [float(n) for n in (step.supervised_tokens, step.samples, tokens, pictures, len(step.failures))]
+
+    def account(self, failures: Sequence[LedgerEntry]) -> list[LedgerEntry]:
+        """Remember samples that failed to decode, on any rank; returns those not seen before.
+
+        Raises:
+            DataError: with those before the run, more than `max_bad_fraction` of the data.
+        """
+        new = [e for e in failures if (e.dataset, e.id) not in self._bad]
+        self._bad |= {(e.dataset, e.id): e for e in new}
+        check_bad_fraction([*self.ledger, *self._bad.values()], self.index.total, self.options.max_bad_fraction)
+        return new
+
+    @property
+    def bad(self) -> list[dict[str, Any]]:
+        """What `account` remembers, for a checkpoint."""
+        return [entry.json() for entry in self._bad.values()]
+
+    def restore(self, bad: Sequence[dict[str, Any]]) -> None:
+        self._bad = {(e["dataset"], e["id"]): LedgerEntry(**e) for e in bad}
+
+    def dataset_of(self, sample: int) -> str:
+        return self._names[int(self.index.dataset[sample])]
+
+    def describe(self, sample: int) -> Described:
+        record = self.index.parsed(sample)
+        images = tuple(str(s) if isinstance(s, str) else "(bytes)" for s in self.index.sources(sample))
+        return Described(self.index.sample_id(sample), _question(record), images, self.index.record(sample))
+
+
+def _question(record: Record) -> str:
+    """Text of the last user turn."""
+    turns = [turn for turn in record.turns if turn.role == "user"]
+    return "".join(part.text for part in turns[-1].parts if isinstance(part, TextPart)).strip() if turns else ""
+
+
+def prepare_data(options: DataOptions) -> Data:
+    """Read the registry, index (or find in the cache), fit, split and plan.
+
+    Raises:
+        ConfigError: the registry is wrong; all its problems.
+        DataError: a file cannot be read, too much of it cannot be used, or nothing is left to train on.
+    """
+    o = options
+    specs = read_registry(o.registry, o.names)
+    chat = Chat.load(o.folder, o.family)
+    index = open_index(
+        specs, chat, cache_dir=o.cache_dir, workers=max(1, o.num_workers), allow_remote=o.allow_remote_images,
+        progress=o.progress,
+    )  # fmt: skip
+    check_bad_fraction(index.ledger, index.total, o.max_bad_fraction)
+    factor = o.patch_size * o.merge_size
+    limits = Limits(o.min_pixels, o.max_pixels, o.max_seq_length, o.on_too_long, factor, o.merge_size)
+    fitted = fit(index, limits)
+    train, held_out = split(index, specs, o.train_split_ratio, usable=fitted.usable)
+    plan = Plan(train, index.dataset[train], [s.weight for s in specs], seed=o.seed, global_batch=o.global_batch)
+    return Data(o, index, fitted, chat, plan, held_out)

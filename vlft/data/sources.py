@@ -317,7 +317,9 @@ class ParquetSource:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        self.path, self.files, self.tables = path, files, tables
+        self.path, self.files = path, files
+        # Unpacked rows belong to one content of the files.
+        self.tables = tables / xxhash.xxh3_128_hexdigest(self.digest().encode())
         self.groups: list[tuple[int, int, int]] = []  # (file, row group, rows)
         for n, file in enumerate(files):
             try:
@@ -339,16 +341,18 @@ class ParquetSource:
             yield Chunk(n, 0, rows, rows)
 
     def read(self, chunk: Chunk) -> tuple[Iterable[RawRow], int]:
-        self._unpack(chunk.number)
         places = [chunk.number << 32 | n for n in range(chunk.end)]
         # One at a time: a row group's pictures together may be gigabytes.
         return (RawRow(n, place, 0, self.record(place, 0)) for n, place in enumerate(places)), chunk.end
+
+    def _unpacked(self, number: int) -> Path:
+        return self.tables / f"{number:05d}.arrow"
 
     def _unpack(self, number: int) -> None:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        target = self.tables / f"{number:05d}.arrow"
+        target = self._unpacked(number)
         self.tables.mkdir(parents=True, exist_ok=True)
         file, group, _ = self.groups[number]
         table = pq.ParquetFile(self.files[file]).read_row_group(group, use_threads=False)
@@ -363,7 +367,9 @@ class ParquetSource:
         del length
         number, row = offset >> 32, offset & 0xFFFFFFFF
         if number not in self._open:
-            reader = pa.ipc.open_file(pa.memory_map(str(self.tables / f"{number:05d}.arrow")))
+            if not self._unpacked(number).exists():
+                self._unpack(number)
+            reader = pa.ipc.open_file(pa.memory_map(str(self._unpacked(number))))
             # Batches have 64 rows but for a group's own chunk borders, so look the starts up.
             sizes = [reader.get_batch(n).num_rows for n in range(reader.num_record_batches)]
             self._open[number] = (reader, np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)]))

@@ -107,7 +107,10 @@ class Chat:
     def end_token(self) -> str:
         """The special token that the template writes after an answer, whatever the tokenizer calls its end token."""
         probe = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "\ue000answer\ue001"}]
-        _, _, rest = self._render(probe).partition("\ue001")
+        try:
+            _, _, rest = self._render(probe).partition("\ue001")
+        except RecordError as error:
+            raise ModelError(f"{self.folder}: {error}") from None
         special = sorted(self.tokenizer.get_added_vocab(), key=len, reverse=True)
         for token in special:
             if rest.startswith(token):
@@ -133,7 +136,12 @@ class Chat:
         return list(self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids) if text else []
 
     def _render(self, messages: list[dict[str, Any]]) -> str:
-        return str(self.tokenizer.apply_chat_template(messages, tokenize=False))
+        from jinja2 import TemplateError
+
+        try:
+            return str(self.tokenizer.apply_chat_template(messages, tokenize=False))
+        except (TemplateError, TypeError) as error:
+            raise RecordError("template_refuses", f"the chat template refuses the conversation: {error}.") from None
 
     # -------------------------------------------------------------- records
 

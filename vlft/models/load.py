@@ -185,7 +185,19 @@ def load_hf(folder: Path, device: torch.device | str, trust_remote_code: bool = 
     except (OSError, ValueError, ImportError, RuntimeError) as error:
         raise ModelError(f"the model in {folder} cannot be loaded: {error}") from error
     assert isinstance(model, nn.Module)
+    _keep_packing(model)
     return model
+
+
+def _keep_packing(model: nn.Module) -> None:
+    """On CPUs with bf16 instructions bitsandbytes repacks 4-bit weights in place at the first forward in eval mode.
+
+    From then on the layer computes in bf16 and passes no gradient, also back in training: an evaluation in the middle
+    of a run would cut the LLM off in silence.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
 
 
 def source_of(checkpoint: Checkpoint, mixed_precision: str, device: torch.device) -> Source:

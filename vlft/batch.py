@@ -1,0 +1,46 @@
+"""From a collated row to the arguments of the packed forward, on the device: move, augment, normalise, cut patches.
+
+The one place where data (bytes), vision (pictures) and models (arguments) meet.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from vlft.data.collate import Row
+from vlft.models.load import PictureFacts
+from vlft.vision.augment import Policy, augment_row
+from vlft.vision.patches import cut_patches, normalisation_table, split_pictures
+
+
+class ToInputs:
+    """Callable (row, training) -> keyword arguments of `PackedVLM.forward`."""
+
+    def __init__(self, pictures: PictureFacts, policy: Policy | None, device: torch.device) -> None:
+        self.pictures, self.policy, self.device = pictures, policy, device
+        self.table = normalisation_table(pictures.mean, pictures.std, pictures.rescale_factor).to(device)
+
+    def __call__(self, row: Row, training: bool) -> dict[str, Any]:
+        lengths = row.cu_seqlens[1:] - row.cu_seqlens[:-1]
+        return {
+            "input_ids_T": row.input_ids_T.to(self.device, non_blocking=True),
+            "position_ids_4T": row.position_ids_4T.to(self.device, non_blocking=True),
+            "labels_T": row.labels_T.to(self.device, non_blocking=True),
+            "cu_seqlens": row.cu_seqlens.to(self.device, non_blocking=True),
+            "max_seqlen": int(lengths.max()),
+            "pixel_values": self._patches(row, self.policy if training else None),
+            "image_grid_thw": row.image_grid_thw,
+        }
+
+    def _patches(self, row: Row, policy: Policy | None) -> torch.Tensor | None:
+        if not len(row.image_grid_thw):
+            return None
+        p = self.pictures
+        pixels = row.pixels_u8.to(self.device, non_blocking=True)
+        views = split_pictures(pixels, row.image_grid_thw, p.patch_size)
+        shown = augment_row(
+            list(views), policy, row.image_sample.tolist(), row.sample_seeds.tolist(), row.photometric_only.tolist()
+        )
+        return cut_patches(shown, self.table, p.patch_size, p.merge_size, p.temporal_patch_size)

@@ -1,0 +1,142 @@
+"""Held-out loss for each dataset, and generated answers for the metrics that were asked for; on all ranks.
+
+Every held-out sample is used exactly once. Sums travel, not averages, so the result does not depend on the ranks.
+
+T tokens of a row, B samples, S supervised tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vlft.data.collate import Row
+from vlft.data.prepare import Described
+from vlft.engine import Engine
+from vlft.metrics import Metric, Prediction
+from vlft.models.attention import plain_attention
+from vlft.models.forward import IGNORE, base_model
+
+Inputs = Callable[[Row, bool], dict[str, Any]]
+"""(row, training) -> keyword arguments of the packed forward."""
+Describe = Callable[[int], Described]
+
+
+def _sample_of_supervised(row: Row) -> Tensor:
+    """(S,) index in the row of the sample that each supervised token belongs to."""
+    lengths = (row.cu_seqlens[1:] - row.cu_seqlens[:-1]).long()
+    sample_T = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
+    return sample_T[row.labels_T[0].cpu() != IGNORE]
+
+
+@torch.no_grad()
+def held_out_loss(
+    engine: Engine, model: nn.Module, rows: Iterable[Row], inputs: Inputs, dataset_of: Callable[[int], str], names: Sequence[str]
+) -> dict[str, float]:
+    """Mean loss over the supervised tokens of each dataset, as "eval/<dataset>/loss"."""
+    sums, counts = dict.fromkeys(names, 0.0), dict.fromkeys(names, 0)
+    for row in rows:
+        losses_S = model(**inputs(row, False)).double().cpu()
+        for sample, loss in zip(_sample_of_supervised(row).tolist(), losses_S.tolist(), strict=True):
+            name = dataset_of(row.sample_ids[sample])
+            sums[name] += loss
+            counts[name] += 1
+    total = engine.sums([sums[n] for n in names] + [float(counts[n]) for n in names])
+    half = len(names)
+    return {f"eval/{n}/loss": total[i] / total[half + i] for i, n in enumerate(names) if total[half + i]}
+
+
+def _last_answer(labels_T: Tensor) -> tuple[int, int]:
+    """[start, end) of the last supervised run of tokens; labels are shifted, so the token of label t is t + 1."""
+    places = (labels_T != IGNORE).nonzero().flatten().tolist()
+    start = end = places[-1]
+    while start - 1 in places:
+        start -= 1
+    return start + 1, end + 2
+
+
+def _prompts(row: Row) -> list[tuple[int, Tensor, Tensor]]:
+    """(index in the row, prompt tokens, reference tokens) of each sample."""
+    found = []
+    borders = row.cu_seqlens.tolist()
+    for i, (start, end) in enumerate(zip(borders[:-1], borders[1:], strict=True)):
+        ids, labels = row.input_ids_T[0, start:end].cpu(), row.labels_T[0, start:end].cpu()
+        if bool((labels != IGNORE).any()):
+            first, last = _last_answer(labels)
+            found.append((i, ids[:first], ids[first:last]))
+    return found
+
+
+def _left_padded(prompts: Sequence[Tensor], pad: int) -> tuple[Tensor, Tensor]:
+    width = max(len(p) for p in prompts)
+    ids = torch.full((len(prompts), width), pad)
+    mask = torch.zeros_like(ids)
+    for i, prompt in enumerate(prompts):
+        ids[i, width - len(prompt) :], mask[i, width - len(prompt) :] = prompt, 1
+    return ids, mask
+
+
+@torch.no_grad()
+def generate(model: nn.Module, row: Row, inputs: Inputs, tokenizer: Any, max_new_tokens: int) -> list[tuple[int, str, str]]:
+    """Greedy answers to the last question of each sample: (sample, prediction, reference).
+
+    Args:
+        model: the prepared model itself, not the packed wrapper.
+    """
+    prompts = _prompts(row)
+    if not prompts:
+        return []
+    hf: Any = base_model(model)
+    device = next(hf.parameters()).device
+    ids, mask = _left_padded([p for _, p, _ in prompts], tokenizer.pad_token_id)
+    packed = inputs(row, False)
+    pictures = {}
+    if packed["pixel_values"] is not None:
+        pictures = {"pixel_values": packed["pixel_values"], "image_grid_thw": row.image_grid_thw.to(device)}
+    with plain_attention(hf):
+        out = hf.generate(
+            input_ids=ids.to(device),
+            attention_mask=mask.to(device),
+            mm_token_type_ids=(ids == hf.config.image_token_id).int().to(device),
+            **pictures,
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    # Stale deltas would shift the positions of the next forward.
+    hf.model.rope_deltas = None
+    texts = tokenizer.batch_decode(out[:, ids.shape[1] :].cpu(), skip_special_tokens=True)
+    references = tokenizer.batch_decode([r for _, _, r in prompts], skip_special_tokens=True)
+    return [(row.sample_ids[i], t, r) for (i, _, _), t, r in zip(prompts, texts, references, strict=True)]
+
+
+def predictions(
+    engine: Engine,
+    model: nn.Module,
+    rows: Iterable[Row],
+    inputs: Inputs,
+    tokenizer: Any,
+    describe: Describe,
+    max_new_tokens: int = 256,
+) -> list[Prediction]:
+    """Answers of all ranks, in the order of the samples."""
+    found: list[tuple[int, str, str]] = []
+    for row in rows:
+        found += generate(model, row, inputs, tokenizer, max_new_tokens)
+    made = []
+    for sample, text, reference in sorted(engine.gather(found)):
+        about = describe(sample)
+        made.append(Prediction(about.id, about.question, text, reference, about.images, about.record))
+    return made
+
+
+def score(dataset: str, made: Sequence[Prediction], metrics: Mapping[str, Metric]) -> dict[str, float]:
+    """"eval/<dataset>/<script>/<metric>" of every script."""
+    return {
+        f"eval/{dataset}/{stem}/{name}": float(value)
+        for stem, metric in metrics.items()
+        for name, value in metric(made).items()
+    }

@@ -1,0 +1,226 @@
+"""The result of a run as a Hugging Face folder, and merging an adapter into a whole model.
+
+Two kinds of result are known here. A plain model is saved whole. A PEFT model is saved as its adapter PLUS every other
+trained module in PEFT's `modules_to_save` layout, made at save time only: PEFT's own `save_pretrained` drops an
+unfrozen tower in silence, and loading then returns base vision weights. A strategy with another format implements
+`vlft.Exporter`.
+
+    model/
+        config.json + model*.safetensors               a plain model, or
+        adapter_config.json + adapter_model.safetensors
+        tokenizer and processor files                  the checkpoint's own, with the training pixel limits
+        vlft.json                                      what merging needs to know
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from vlft.errors import ModelError
+from vlft.models.forward import base_model
+from vlft.models.load import Source, load_hf, open_checkpoint, resolve_folder, weights_dtype
+from vlft.strategy import Exporter, Strategy
+
+META = "vlft.json"
+PEFT_PREFIX = "base_model.model."
+_CARRIED = (
+    "tokenizer*", "vocab*", "merges*", "special_tokens_map*", "added_tokens*", "chat_template*", "preprocessor_config*",
+    "processor_config*", "video_preprocessor_config*", "generation_config*",
+)  # fmt: skip
+
+
+def _with_limits(settings: dict[str, Any], min_pixels: int, max_pixels: int) -> dict[str, Any]:
+    settings = dict(settings)
+    for key, value in (("min_pixels", min_pixels), ("max_pixels", max_pixels)):
+        if key in settings:
+            settings[key] = value
+    settings["size"] = {"shortest_edge": min_pixels, "longest_edge": max_pixels}
+    return settings
+
+
+def carry_processor(source: Path, target: Path, min_pixels: int, max_pixels: int) -> None:
+    """Copy the checkpoint's tokenizer and processor files, changing only the pixel limits of pictures.
+
+    Inference must resize pictures as training did, or boxes and fine print no longer agree.
+    """
+    for pattern in _CARRIED:
+        for file in source.glob(pattern):
+            if file.is_file():
+                shutil.copyfile(file, target / file.name)
+    for name, section in (("preprocessor_config.json", None), ("processor_config.json", "image_processor")):
+        path = target / name
+        if not path.exists():
+            continue
+        whole = json.loads(path.read_text())
+        if section is None:
+            whole = _with_limits(whole, min_pixels, max_pixels)
+        elif isinstance(whole.get(section), dict):
+            whole[section] = _with_limits(whole[section], min_pixels, max_pixels)
+        path.write_text(json.dumps(whole, indent=2))
+
+
+def _owner(name: str) -> str:
+    return name.rpartition(".")[0]
+
+
+def modules_to_save(model: nn.Module, trained: Mapping[str, Tensor], whole_parts: tuple[str, ...]) -> list[str]:
+    """Paths, inside the base model, of the fewest modules that hold all trained weights outside adapters.
+
+    A part all of whose weights train is one module; otherwise each trained weight's own module.
+
+    Raises:
+        ModelError: a layer's own weight trains beside its adapter, which this layout cannot hold.
+    """
+    base = base_model(model)
+    adapter = str(getattr(model, "active_adapter", "default"))
+    loose = {n.removeprefix(PEFT_PREFIX) for n in trained if adapter not in n.split(".")}
+    if inside := sorted(n for n in loose if ".base_layer." in n):
+        raise ModelError(f"'{inside[0]}' trains beside its own adapter; only a strategy with an Exporter can save that.")
+    chosen: list[str] = []
+    for path in whole_parts:
+        module = base.get_submodule(path)
+        held = {f"{path}.{n}" for n, _ in module.named_parameters()}
+        if held and held <= loose:
+            # PEFT refuses to wrap a list of modules; its items it takes.
+            chosen += [f"{path}.{i}" for i in range(len(module))] if isinstance(module, nn.ModuleList) else [path]
+            loose -= held
+    return chosen + sorted({_owner(n) for n in loose})
+
+
+def _save_adapter(model: Any, source: Source, trained: Mapping[str, Tensor], folder: Path) -> None:
+    from peft.utils import get_peft_model_state_dict
+
+    parts = source.parts
+    modules = modules_to_save(model, trained, (parts.vit, *parts.projector))
+    tensors = dict(get_peft_model_state_dict(model, state_dict=dict(trained), save_embedding_layers=False))
+    dtype, base = weights_dtype(source.config), base_model(model)
+    for path in modules:
+        for name, p in base.get_submodule(path).named_parameters():
+            tensors[f"{PEFT_PREFIX}{path}.{name}"] = trained.get(f"{PEFT_PREFIX}{path}.{name}", p).detach().to(dtype)
+    config = model.peft_config[model.active_adapter]
+    written = config.to_dict() | {
+        "base_model_name_or_path": _base_name(source),
+        "modules_to_save": modules or None,
+        "inference_mode": True,
+    }
+    plain = {k: sorted(v) if isinstance(v, set) else v for k, v in written.items()}
+    (folder / "adapter_config.json").write_text(json.dumps(plain, indent=2, default=str))
+    save_file({k: v.cpu().contiguous() for k, v in tensors.items()}, folder / "adapter_model.safetensors", {"format": "pt"})
+
+
+def _base_name(source: Source) -> str:
+    name = source.checkpoint.name
+    return str(Path(name).resolve()) if Path(name).is_dir() else name
+
+
+def _save_plain(model: Any, source: Source, trained: Mapping[str, Tensor], folder: Path) -> None:
+    dtype = weights_dtype(source.config)
+    whole = {n: trained.get(n, p).detach().to(dtype) for n, p in model.named_parameters(remove_duplicate=False)}
+    whole |= {n: b for n, b in model.state_dict().items() if n not in whole}
+    model.config.dtype = dtype
+    model.save_pretrained(folder, state_dict=whole)
+
+
+def save_result(
+    strategy: Strategy,
+    model: nn.Module,
+    source: Source,
+    trained: Mapping[str, Tensor],
+    folder: Path,
+    *,
+    min_pixels: int,
+    max_pixels: int,
+    facts: Mapping[str, Any],
+) -> None:
+    """Write the result of a run; call on one process.
+
+    Args:
+        model: what the strategy prepared.
+        trained: every trained parameter by its name in `model`, whole.
+        facts: written to vlft.json beside what merging needs.
+    """
+    beside = folder.with_name(f".writing-{folder.name}")
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir(parents=True)
+    if isinstance(strategy, Exporter):
+        strategy.export(model, dict(trained), beside)
+    elif hasattr(model, "peft_config"):
+        _save_adapter(model, source, trained, beside)
+    else:
+        _save_plain(model, source, trained, beside)
+    carry_processor(source.checkpoint.folder, beside, min_pixels, max_pixels)
+    quantised = getattr(base_model(model), "hf_quantizer", None)
+    config = quantised.quantization_config.to_dict() if quantised is not None else None
+    (beside / META).write_text(json.dumps({"quantization": config, **facts}, indent=2, default=str))
+    shutil.rmtree(folder, ignore_errors=True)
+    beside.rename(folder)
+
+
+def _quantised_base(folder: Path, settings: dict[str, Any], device: str) -> nn.Module:
+    """The base as training saw it: quantised to NF4 and back."""
+    from transformers import BitsAndBytesConfig
+
+    kept = {k: v for k, v in settings.items() if k.startswith(("load_in_4bit", "bnb_4bit", "llm_int8_skip"))}
+    model: Any = load_hf(folder, device, quantization_config=BitsAndBytesConfig(**kept))
+    dtype = weights_dtype(model.config)
+    whole = model.dequantize()
+    assert isinstance(whole, nn.Module)
+    return whole.to(dtype)
+
+
+def merged(folder: Path, base: Literal["trained", "original"] = "trained", device: str = "cpu") -> nn.Module:
+    """A whole plain model from an adapter folder.
+
+    Args:
+        base: "trained" merges onto the weights that training saw (dequantised NF4 for a quantised base, so logits
+            agree); "original" merges onto the unquantised checkpoint, whose logits differ by the quantisation error.
+    Raises:
+        ModelError: the folder holds no adapter, or the base cannot be loaded.
+    """
+    import peft
+
+    checkpoint = open_checkpoint(str(folder))
+    if checkpoint.adapter is None:
+        raise ModelError(f"{folder} is already a whole model: there is nothing to merge.")
+    meta = json.loads((folder / META).read_text()) if (folder / META).exists() else {}
+    where = resolve_folder(str(checkpoint.adapter["base_model_name_or_path"]))
+    quantisation = meta.get("quantization")
+    if quantisation and base == "trained":
+        model = _quantised_base(where, quantisation, device)
+    else:
+        model = load_hf(where, device)
+    model = peft.PeftModel.from_pretrained(model, str(folder), torch_device=device)
+    whole = model.merge_and_unload(safe_merge=True)
+    assert isinstance(whole, nn.Module)
+    return whole
+
+
+def merge(model: Path, output: Path, base: Literal["trained", "original"] = "trained") -> str:
+    """`vlft merge`: write the merged model to `output` with the adapter's processor files; returns what was done.
+
+    Raises:
+        ModelError: `output` is not empty, or `model` cannot be merged.
+    """
+    if output.exists() and any(output.iterdir()):
+        raise ModelError(f"{output} is not empty; choose another --output_dir.")
+    whole: Any = merged(model, base, "cuda" if torch.cuda.is_available() else "cpu")
+    output.mkdir(parents=True, exist_ok=True)
+    whole.save_pretrained(output)
+    for pattern in _CARRIED:
+        for file in model.glob(pattern):
+            shutil.copyfile(file, output / file.name)
+    meta = json.loads((model / META).read_text()) if (model / META).exists() else {}
+    quantised = bool(meta.get("quantization"))
+    (output / META).write_text(json.dumps(meta | {"quantization": None, "merged_onto": base}, indent=2))
+    if quantised and base == "original":
+        return f"merged onto the original weights into {output}; logits differ from training's by the NF4 rounding."
+    onto = "the dequantised NF4 base, as trained" if quantised else "the base"
+    return f"merged onto {onto}, into {output}."

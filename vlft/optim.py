@@ -1,0 +1,72 @@
+"""AdamW over a strategy's groups, and learning rates as a pure function of the step (so a resume has no state to lose)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import nn
+from torch.optim import AdamW, Optimizer
+
+from vlft.family import Part
+from vlft.strategy import ParamGroup
+
+Multiplier = Callable[[int], float]
+
+
+def group_rate(group: ParamGroup, rates: Mapping[Part, float]) -> float:
+    """Peak learning rate of a group; the head takes the LLM's."""
+    return rates["llm" if group.part == "head" else group.part] * group.lr_scale
+
+
+def build_optimizer(
+    model: nn.Module, groups: Sequence[ParamGroup], rates: Mapping[Part, float], weight_decay: float
+) -> AdamW:
+    """AdamW (Loshchilov and Hutter 2019) with decoupled decay on matrices only: norms and biases never decay.
+
+    Each torch group carries `names`, `part` and `peak_lr`.
+    """
+    by_name = dict(model.named_parameters())
+    torch_groups = []
+    for group in groups:
+        decay = weight_decay if group.weight_decay is None else group.weight_decay
+        for suffix, wanted in (("", True), ("/no_decay", False)):
+            names = [n for n in group.parameters if (by_name[n].ndim >= 2) == wanted]
+            if names:
+                rate = group_rate(group, rates)
+                torch_groups.append(
+                    {
+                        "params": [by_name[n] for n in names],
+                        "names": names,
+                        "name": group.name + suffix,
+                        "part": group.part,
+                        "peak_lr": rate,
+                        "lr": rate,
+                        "weight_decay": decay if wanted else 0.0,
+                    }
+                )
+    fused = all(p.device.type == "cuda" for g in torch_groups for p in g["params"])
+    return AdamW(torch_groups, fused=fused)
+
+
+def schedule(name: str, warmup_steps: int, total_steps: int) -> Multiplier:
+    """step (0-based) -> factor of the peak rate, in the shape of transformers' scheduler of that name.
+
+    Shifted by one: transformers' own would spend the first step at rate 0 under warmup, and a linear decay the last.
+    """
+    from transformers import get_scheduler
+
+    dummy = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+    # With a polynomial decay transformers ends at an absolute rate, which must be below the optimizer's.
+    made = get_scheduler(name, dummy, num_warmup_steps=warmup_steps, num_training_steps=total_steps + 1)
+    shape = made.lr_lambdas[0]
+    return lambda step: float(shape(step + 1))
+
+
+def set_rates(optimizer: Optimizer, factor: float) -> dict[str, float]:
+    """Set every group's rate to its peak times `factor`; returns the highest rate of each part."""
+    now: dict[str, float] = {}
+    for group in optimizer.param_groups:
+        group["lr"] = group["peak_lr"] * factor
+        now[group["part"]] = max(now.get(group["part"], 0.0), group["lr"])
+    return now

@@ -1,0 +1,168 @@
+"""The proof that a strategy trained what it said: checked before the run, shown as a table, checked again on real steps.
+
+Before: every trainable parameter is in exactly one group and no frozen one is in any. After the first step that was
+not skipped: no frozen weight moved, and every part whose data was in a step received a finite, non-zero gradient and
+moved. Judged per part, since LoRA's A has no gradient while B is zero.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from vlft.errors import StrategyError, TrainingError
+from vlft.family import PARTS, Part, Parts
+from vlft.models.load import is_quantised
+from vlft.optim import group_rate
+from vlft.strategy import ParamGroup
+from vlft.terminal import table
+
+
+def _some(names: Sequence[str], limit: int = 5) -> str:
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more
+
+
+def check_groups(model: nn.Module, groups: Sequence[ParamGroup], strategy: str) -> None:
+    """Hold a strategy to its contract.
+
+    Raises:
+        StrategyError: names what is in no group, in two, frozen but grouped, unknown, or not floating point.
+    """
+    trainable = {n for n, p in model.named_parameters() if p.requires_grad}
+    everything = {n for n, _ in model.named_parameters()}
+    counts = Counter(name for group in groups for name in group.parameters)
+    faults = [
+        ("trains but is in no group", sorted(trainable - set(counts))),
+        ("is in more than one group", sorted(n for n, k in counts.items() if k > 1)),
+        ("is in a group but frozen", sorted((set(counts) & everything) - trainable)),
+        ("is in a group but not in the model", sorted(set(counts) - everything)),
+    ]
+    problems = [f"{_some(names)} {what}" for what, names in faults if names]
+    if not trainable:
+        problems.append("nothing trains")
+    unknown = sorted({str(g.part) for g in groups} - set(PARTS))
+    if unknown:
+        problems.append(f"unknown parts {_some(unknown)} (known: {', '.join(PARTS)})")
+    if problems:
+        raise StrategyError(f"strategy '{strategy}' broke its contract: {'; '.join(problems)}.")
+
+
+def checksum(p: Tensor) -> int:
+    """A sum over the raw bits: any optimizer step changes it, and it costs one pass over the memory."""
+    raw = p.detach().contiguous().view(torch.uint8) if p.element_size() != 4 else p.detach().contiguous().view(torch.int32)
+    if raw.dtype == torch.uint8 and raw.numel() % 8 == 0:
+        raw = raw.flatten().view(torch.int64)
+    return int(raw.sum(dtype=torch.int64))
+
+
+@dataclass
+class PartRow:
+    """One line of the proof table."""
+
+    part: Part
+    parameters: int = 0
+    trainable: int = 0
+    dtypes: str = ""
+    quantised: int = 0
+    """Weights held in 4 or 8 bits."""
+    rate: float | None = None
+    """Peak learning rate; None where the part is frozen."""
+
+
+def _logical_size(p: Tensor) -> int:
+    state = getattr(p, "quant_state", None)
+    return int(state.shape.numel()) if state is not None else p.numel()
+
+
+def part_table(
+    model: nn.Module, groups: Sequence[ParamGroup], parts: Parts, rates: Mapping[Part, float], tied_head: bool
+) -> list[PartRow]:
+    """What each part holds and trains. A tied head counts under "llm"."""
+    rows = {part: PartRow(part) for part in PARTS}
+    dtypes: dict[str, set[str]] = {part: set() for part in PARTS}
+    packed = {id(m.weight) for m in model.modules() if is_quantised(m)}
+    for name, p in model.named_parameters():
+        part = parts.part_of(name, tied_head=tied_head)
+        row, size = rows[part], _logical_size(p)
+        row.parameters += size
+        row.trainable += size if p.requires_grad else 0
+        row.quantised += size if id(p) in packed else 0
+        kind = "nf4" if id(p) in packed else str(p.dtype).removeprefix("torch.")
+        dtypes[part].add(kind + (" trained" if p.requires_grad else ""))
+    for group in groups:
+        rows[group.part].rate = max(rows[group.part].rate or 0.0, group_rate(group, rates))
+    for part, row in rows.items():
+        row.dtypes = ", ".join(sorted(dtypes[part]))
+    return [row for row in rows.values() if row.parameters]
+
+
+def render(rows: Sequence[PartRow]) -> str:
+    """The table that is printed before the first step."""
+    lines = [
+        (r.part, f"{r.parameters:,}", f"{r.trainable:,}", r.dtypes, f"{r.quantised:,}", f"{r.rate:g}" if r.rate else "frozen")
+        for r in rows
+    ]
+    return table(("part", "parameters", "trainable", "dtype", "quantised", "rate"), lines)
+
+
+class Proof:
+    """Watches the first steps of a run; `done` once every promise was seen kept."""
+
+    def __init__(self, model: nn.Module, groups: Sequence[ParamGroup]) -> None:
+        self._named = dict(model.named_parameters())
+        self._members: dict[str, list[str]] = {}
+        for group in groups:
+            self._members.setdefault(group.part, []).extend(group.parameters)
+        self._frozen = {n: checksum(p) for n, p in self._named.items() if not p.requires_grad}
+        self._before: dict[str, list[int]] = {}
+        self._frozen_checked = False
+        self.proved: dict[str, int] = {}
+        """Part -> the step on which its gradient was seen."""
+
+    @property
+    def done(self) -> bool:
+        return self._frozen_checked and set(self.proved) == set(self._members)
+
+    @property
+    def sentence(self) -> str:
+        seen = ", ".join(f"{part} in step {step}" for part, step in self.proved.items())
+        return f"a finite gradient moved {seen}; {len(self._frozen)} frozen weights stayed as they were."
+
+    def before_update(self, reached_pictures: bool) -> None:
+        """Call with gradients in place. A step without pictures says nothing about ViT and projector.
+
+        Raises:
+            TrainingError: a part that the step's data reached has no gradient at all.
+        """
+        self._before = {}
+        for part, names in self._members.items():
+            if part in self.proved or (part in ("vit", "projector") and not reached_pictures):
+                continue
+            norms = [self._named[n].grad for n in names]
+            if not any(g is not None and bool(g.ne(0).any()) for g in norms):
+                raise TrainingError(
+                    f"'{part}' should train, but no gradient reached any of its {len(names)} parameters "
+                    f"(first: {names[0]}); the strategy or the forward cuts it off."
+                )
+            self._before[part] = [checksum(self._named[n]) for n in names]
+
+    def after_update(self, step: int) -> None:
+        """Call after a step that was not skipped.
+
+        Raises:
+            TrainingError: a frozen weight moved, or a part that had a gradient did not.
+        """
+        if not self._frozen_checked:
+            moved = [n for n, before in self._frozen.items() if checksum(self._named[n]) != before]
+            if moved:
+                raise TrainingError(f"frozen weights moved in step {step}: {_some(moved)}.")
+            self._frozen_checked = True
+        for part, before in self._before.items():
+            if before == [checksum(self._named[n]) for n in self._members[part]]:
+                raise TrainingError(f"'{part}' had a gradient in step {step} but none of its weights moved.")
+            self.proved[part] = step

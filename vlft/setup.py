@@ -1,0 +1,170 @@
+"""Words -> objects: everything that the loop needs, checked before the first step.
+
+Whatever can be wrong with options, data, model, strategy or checkpoint is found here.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from vlft import checkpoint as checkpoints
+from vlft import export
+from vlft.batch import ToInputs
+from vlft.config import Run, accumulation_for, check_output_dir, check_resume, global_batch, resolved, resolved_yaml
+from vlft.data.prepare import Data, DataOptions, prepare_data
+from vlft.engine import Engine, seed_start
+from vlft.errors import ConfigError
+from vlft.metrics import Metric, load_script
+from vlft.models.forward import PackedVLM, base_model
+from vlft.models.load import Checkpoint, Source, cast, open_checkpoint, source_of
+from vlft.optim import Multiplier, build_optimizer, schedule
+from vlft.proof import PartRow, Proof, check_groups, part_table, render
+from vlft.strategy import Strategy
+from vlft.tracking import Journal, RunFolder, Trackers, cut_back, run_card, write_json
+
+
+@dataclass
+class Job:
+    """Everything that the loop needs."""
+
+    run: Run
+    engine: Engine
+    folder: RunFolder
+    source: Source
+    strategy: Strategy
+    model: nn.Module
+    """What the strategy prepared."""
+    packed: nn.Module
+    """The one wrapped module: `model` inside `PackedVLM` inside DDP."""
+    optimizer: torch.optim.Optimizer
+    rate_factor: Multiplier
+    proof: Proof
+    data: Data
+    inputs: ToInputs
+    metrics: dict[str, dict[str, Metric]]
+    journal: Journal
+    costs: tuple[float, float]
+    """Relative cost of one LLM token and of one ViT patch: their parts' parameters."""
+    global_batch: int
+    total_steps: int
+    done_steps: int = 0
+
+
+def setup(run: Run, engine: Engine) -> Job:
+    config, folder = run.config, RunFolder(run.config.output_dir)
+    if engine.is_main:
+        check_output_dir(config)
+    resume = engine.from_main(checkpoints.find(config.resume_from_checkpoint, folder.checkpoints))
+    state = checkpoints.read_state(resume) if resume else None
+    metrics = {d: dict(load_script(s) for s in scripts) for d, scripts in config.eval_dataset_scripts.items()}
+    checkpoint = base_checkpoint(run, engine, folder)
+
+    batch = int(state["global_batch"]) if state else global_batch(config, engine.world_size)
+    if state:
+        check_resume(state["options"], run, stored_global_batch=batch, world_size=engine.world_size)
+    data = engine.main_first(lambda: prepare_data(data_options(run, engine, checkpoint, batch)))
+    if unknown := sorted(set(metrics) - set(data.eval_datasets)):
+        raise ConfigError(f"--eval_dataset_scripts names {', '.join(unknown)}, which has no held-out samples here.")
+    total = math.ceil(config.epochs * data.steps_per_epoch)
+    total = min(total, config.max_steps or total)
+
+    seed_start(config.seed)
+    source = source_of(checkpoint, engine.precision, engine.device)
+    strategy = run.strategy(run.options)  # type: ignore[call-arg]  # a protocol says nothing of constructors
+    model = strategy.prepare_model(source)
+    groups = strategy.param_groups(model)
+    check_groups(model, groups, config.tuning_strategy)
+    cast(model, source.compute_dtype)
+    if config.gradient_checkpointing or (config.gradient_checkpointing is None and engine.device.type == "cuda"):
+        # Non-reentrant: frozen embeddings give inputs without a gradient, which the reentrant kind would cut off.
+        base_model(model).gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+    optimizer = build_optimizer(model, groups, run.rates, config.weight_decay)
+    if resume:
+        checkpoints.restore_weights(model, checkpoints.load_tensors(resume, "weights"), resume)
+    packed = engine.prepare(PackedVLM(model, source.parts, source.config.image_token_id), optimizer)
+    if resume and state:
+        checkpoints.restore_optimizer(optimizer, checkpoints.load_tensors(resume, "optimizer"))
+        engine.restore_scaler(state["scaler"])
+        data.restore(state["bad"])
+
+    warmup = math.ceil(0.03 * total) if config.warmup_steps is None else config.warmup_steps
+    done = int(state["step"]) if state else 0
+    trackers = Trackers(engine.accelerator, enabled=config.use_wandb, project=config.wandb_project,
+                        run_name=config.wandb_run_name, options=resolved(run))  # fmt: skip
+    table = part_table(model, groups, source.parts, run.rates, source.tied_head)
+    job = Job(
+        run, engine, folder, source, strategy, model, packed, optimizer,
+        schedule(config.lr_scheduler_type, warmup, total), Proof(model, groups), data,
+        ToInputs(checkpoint.pictures, config.augmentation, engine.device), metrics,
+        Journal(folder, trackers, is_main=engine.is_main, total_steps=total), part_costs(table), batch, total, done,
+    )  # fmt: skip
+    open_folder(job)
+    for note in (*run.notes, *data.summary, start_sentence(job)):
+        job.journal.say(note)
+    job.journal.say(render(table))
+    return job
+
+
+def part_costs(rows: list[PartRow]) -> tuple[float, float]:
+    sizes = {row.part: float(row.parameters) for row in rows}
+    return sizes.get("llm", 1.0), sizes.get("vit", 0.0)
+
+
+def start_sentence(job: Job) -> str:
+    c, world = job.run.config, job.engine.world_size
+    rows = accumulation_for(c, world, job.global_batch)
+    going = f"going on after step {job.done_steps}" if job.done_steps else "from the start"
+    return (
+        f"{c.tuning_strategy} from {job.run.distribution}, {job.engine.precision} on {job.engine.device.type}: "
+        f"{job.total_steps} steps of {job.global_batch} samples ({c.per_device_train_batch_size} a forward x {rows} "
+        f"forwards x {world} processes), {going}."
+    )
+
+
+def base_checkpoint(run: Run, engine: Engine, folder: RunFolder) -> Checkpoint:
+    """The model to start from. The adapter of an earlier run is merged into output_dir/base first (a second stage)."""
+    trust = run.config.trust_remote_code
+    found = open_checkpoint(run.config.model_name_or_path, trust_remote_code=trust)
+    if not found.is_adapter:
+        return found
+    if engine.is_main and not (folder.base / "config.json").exists():
+        export.merge(found.folder, folder.base)
+    engine.wait()
+    return open_checkpoint(str(folder.base), trust_remote_code=trust)
+
+
+def data_options(run: Run, engine: Engine, checkpoint: Checkpoint, batch: int) -> DataOptions:
+    c, pictures = run.config, checkpoint.pictures
+    return DataOptions(
+        registry=c.dataset_config_path, names=c.dataset_names, folder=checkpoint.folder, family=checkpoint.family,
+        patch_size=pictures.patch_size, merge_size=pictures.merge_size,
+        min_pixels=c.min_pixels or pictures.min_pixels, max_pixels=c.max_pixels, max_seq_length=c.max_seq_length,
+        on_too_long=c.on_too_long, train_split_ratio=c.train_split_ratio, max_bad_fraction=c.max_bad_fraction,
+        allow_remote_images=c.allow_remote_images, cache_dir=c.cache_dir, seed=c.seed, global_batch=batch,
+        train_batch_size=c.per_device_train_batch_size, eval_batch_size=c.per_device_eval_batch_size,
+        rows_per_rank=accumulation_for(c, engine.world_size, batch), rank=engine.rank, world_size=engine.world_size,
+        num_workers=c.num_workers, pin_memory=engine.device.type == "cuda", progress=engine.is_main,
+    )  # fmt: skip
+
+
+def open_folder(job: Job) -> None:
+    """Write what describes the run; a resume cuts metrics and ledger back to the step it goes on from."""
+    if not job.engine.is_main:
+        return
+    folder = job.folder
+    folder.root.mkdir(parents=True, exist_ok=True)
+    cut_back(folder.metrics, job.done_steps)
+    cut_back(folder.ledger, job.done_steps)
+    if not job.done_steps:
+        folder.ledger.write_text("")
+        job.journal.ledger(entry.json() for entry in job.data.ledger)
+    (folder.root / "run.yaml").write_text(resolved_yaml(job.run))
+    card = run_card(strategy=job.run.config.tuning_strategy, distribution=job.run.distribution, seed=job.run.config.seed,
+                    mixed_precision=job.engine.precision, world_size=job.engine.world_size,
+                    global_batch=job.global_batch, trust_remote_code=job.run.config.trust_remote_code,
+                    dtypes=sorted({str(p.dtype) for p in job.model.parameters()}))  # fmt: skip
+    write_json(folder.root / "run_card.json", card)
