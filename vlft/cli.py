@@ -15,6 +15,7 @@ import re
 import shutil
 import sys
 import textwrap
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -498,8 +499,8 @@ def _registry_problems(config: RunConfig, place: Callable[[str], str]) -> list[s
 
 
 def _script_problem(script: str, where: str) -> str:
-    path = Path(script).expanduser()
-    if path.suffix == ".py" or "/" in script:
+    path = Path(script)
+    if path.suffix == ".py":
         return "" if path.is_file() else f"{where}: there is no script {script}{_sibling(path)}; check the path."
     metrics = discovery.find(discovery.METRICS)
     if script in metrics:
@@ -720,10 +721,12 @@ def _merge_command(words: Sequence[str]) -> None:
     config = parse_merge(words)
     from vlft import export
 
-    export.merge(config.model, config.output_dir, config.base)
+    print(export.merge(config.model, config.output_dir, config.base))
 
 
 _MERGE_USAGE = "vlft merge MODEL --output_dir DIR [--base trained|original]\n"
+SILENT_SECONDS = 5.0
+"""How long a process that repeats nothing stays; a launcher ends it sooner."""
 COMMANDS = {"train": _train, "plugins": _plugins, "merge": _merge_command}
 
 
@@ -734,7 +737,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         _dispatch(words)
     except VlftError as error:
         if _first_to_say(str(error)):
-            print(_report(error), file=sys.stderr)
+            print(_report(error), file=sys.stderr, flush=True)
+        else:
+            # A launcher ends all processes when the first one does: leave the one that speaks the time to do so.
+            time.sleep(SILENT_SECONDS)
         return error.exit_code
     except KeyboardInterrupt:
         return 130

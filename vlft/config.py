@@ -122,7 +122,11 @@ class RunConfig(BaseModel):
         gt=0,
     )
     max_steps: int | None = _training(
-        None, "End after this many optimizer steps, whatever epochs says.", resume="yes", shown="no limit", gt=0
+        None,
+        "End after this many optimizer steps, if the epochs have not ended before.",
+        resume="yes",
+        shown="no limit",
+        gt=0,
     )
     per_device_train_batch_size: int = _training(
         1,
@@ -221,6 +225,12 @@ class RunConfig(BaseModel):
     def _home(cls, value: Path) -> Path:
         return value.expanduser()
 
+    @field_validator("model_name_or_path", "resume_from_checkpoint", "deepspeed")
+    @classmethod
+    def _home_in_words(cls, value: str | None) -> str | None:
+        """A shell does not expand `~` in YAML."""
+        return str(Path(value).expanduser()) if value and value.startswith("~") else value
+
     @field_validator("eval_dataset_scripts", mode="before")
     @classmethod
     def _scripts(cls, value: Any) -> dict[str, tuple[str, ...]]:
@@ -279,7 +289,7 @@ def parse_scripts(value: Any) -> dict[str, tuple[str, ...]]:
     for written, names in pairs:
         dataset = str(written).strip()
         split = names if isinstance(names, list | tuple) else str(names or "").split(",")
-        scripts = tuple(script for script in (str(one).strip() for one in split) if script)
+        scripts = tuple(str(Path(script).expanduser()) for script in (str(one).strip() for one in split) if script)
         if not dataset or not scripts:
             raise ValueError("needs a dataset and its scripts, as in 'invoices:exact_match,my_metric.py'")
         result[dataset] = result.get(dataset, ()) + scripts

@@ -1,1 +1,1 @@
-"""Data: registry -> records -> index -> fitted samples -> plan -> rows. No torch here; only vlft.errors and vlft.family."""
+"""Data: registry -> records -> index -> fitted samples -> plan -> rows. Needs only vlft.errors and vlft.family."""

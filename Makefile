@@ -1,0 +1,41 @@
+# Short verbs; CI, pre-commit and people call the same ones.
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+STAMP = $(VENV)/.installed
+
+.PHONY: install demo test test-slow lint types check bench base clean
+
+install: $(STAMP)  ## the project and all that tests need, into .venv
+
+# torch first, alone and pinned: a later resolution would fetch gigabytes of CUDA libraries.
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q -c constraints.txt torch
+	$(BIN)/pip install -q -c constraints.txt -e '.[dev]'
+	touch $(STAMP)
+
+demo: $(STAMP)  ## a real fine-tuning on the CPU, in a few minutes
+	$(BIN)/python demo/run.py
+
+test: $(STAMP)  ## the suite
+	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+lint: $(STAMP)  ## ruff, import contracts
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+
+types: $(STAMP)  ## mypy --strict over vlft and the built-in strategies
+	$(BIN)/mypy
+
+check: lint types test  ## everything that CI asks
+
+base: $(STAMP)  ## draw and train the demo's base model again
+	$(BIN)/python demo/make_base.py
+
+bench: $(STAMP)  ## what the performance pages are made with, the part that runs on a CPU
+	$(BIN)/python bench/index.py
+
+clean:
+	rm -rf $(VENV) runs build dist

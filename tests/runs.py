@@ -1,0 +1,91 @@
+"""Helpers of the end-to-end tests: a toy data set, a run as a user starts it, and reading what it left."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+COLOURS = {"red": (220, 40, 40), "green": (40, 200, 60), "blue": (50, 70, 220), "grey": (128, 128, 128)}
+
+
+def write_data(folder: Path, n: int = 24, *, name: str = "toy", seed: int = 0, **spec: Any) -> Path:
+    """Records with 0 to 3 pictures each, one or two turns, of different lengths; returns the registry's path."""
+    rng = np.random.default_rng(seed)
+    pictures = folder / "images"
+    pictures.mkdir(parents=True, exist_ok=True)
+    with (folder / f"{name}.jsonl").open("w") as out:
+        for i in range(n):
+            count, colour = (1, 0, 3, 2)[i % 4], list(COLOURS)[i % len(COLOURS)]
+            names = []
+            for k in range(count):
+                height, width = rng.integers(40, 150, 2)
+                noise = rng.integers(-30, 30, (height, width, 3))
+                pixels = np.clip(np.array(COLOURS[colour]) + noise, 0, 255).astype(np.uint8)
+                names.append(f"{name}-{i}-{k}.png")
+                Image.fromarray(pixels).save(pictures / names[-1])
+            turns = [{"role": "user", "content": "<image>" * count + "what colour is the picture"}]
+            turns.append({"role": "assistant", "content": f"the picture is {colour} " * (1 + i % 3)})
+            if i % 3 == 0:
+                turns += [{"role": "user", "content": "describe"}, {"role": "assistant", "content": f"{colour} square"}]
+            out.write(json.dumps({"id": f"r{i}", "messages": turns, "images": names}) + "\n")
+    registry = folder / "registry.json"
+    known = json.loads(registry.read_text())["datasets"] if registry.exists() else {}
+    known[name] = {"json_path": f"{name}.jsonl", "image_root": "images", **spec}
+    registry.write_text(json.dumps({"datasets": known}))
+    return registry
+
+
+def command(model: Path, registry: Path, output: Path, strategy: str, **options: Any) -> list[str]:
+    """Words of a training run. `True` becomes a bare flag, a tuple several words."""
+    defaults = {
+        "per_device_train_batch_size": 4,
+        "max_steps": 4,
+        "num_workers": 0,
+        "train_split_ratio": 1.0,
+        "cache_dir": registry.parent / "cache",
+    }
+    words = ["--model_name_or_path", str(model), "--dataset_config_path", str(registry), "--output_dir", str(output)]
+    words += ["--tuning_strategy", strategy]
+    for key, value in (defaults | options).items():
+        if value is True:
+            words.append(f"--{key}")
+        elif value is not None:
+            many = value if isinstance(value, tuple) else (value,)
+            words += [f"--{key}", *(str(v) for v in many)]
+    return words
+
+
+def environment(**extra: str) -> dict[str, str]:
+    """The environment of a child: one thread each (tests run side by side), no hub, no tracker on the network."""
+    fixed = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline", "TOKENIZERS_PARALLELISM": "false"}
+    return {**os.environ, **fixed, **extra}
+
+
+def start(words: list[str], *, processes: int = 1, check: bool = True, **env: str) -> subprocess.CompletedProcess[str]:
+    """Run vlft as a user would, in `processes` processes; raises with its output if it fails and `check` is set."""
+    launcher = [sys.executable, "-m", "vlft"]
+    if processes > 1:
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
+        launcher += ["--master_port", str(20000 + os.getpid() % 20000), "-m", "vlft"]
+        env = {"ACCELERATE_USE_CPU": "true"} | env
+    done = subprocess.run(launcher + words, capture_output=True, text=True, env=environment(**env), timeout=280, check=False)
+    if check and done.returncode:
+        raise AssertionError(f"exit {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}")
+    return done
+
+
+def metrics(output: Path, kind: str = "train") -> list[dict[str, Any]]:
+    """Lines of metrics.jsonl of one kind, without what a repeat may change."""
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k != "perf"} for line in lines if line["kind"] == kind]
+
+
+def ledger(output: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (output / "ledger.jsonl").read_text().splitlines()]
