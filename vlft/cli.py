@@ -230,10 +230,8 @@ def parse(argv: Sequence[str], *, start: bool = True) -> Run:
     own = options_of(strategy.Config, "strategy") if strategy else _every_strategy_option()
     known = options_of(RunConfig) | own
     flags, broken = _read_flags(words, known, problems)
-    written = file | flags
-    problems += [
-        _unknown(one, written[one].place, known, name) for one in written if one not in known | dict.fromkeys(broken)
-    ]
+    unknown = {key: one.place for key, one in (file | flags).items() if key not in known and key not in broken}
+    problems += _unknown(unknown, known, name)
     given = _merge(file, flags)
 
     # A file that could not be read may hold what is missing.
@@ -363,21 +361,24 @@ def _every_strategy_option() -> dict[str, Option]:
     }
 
 
-def _unknown(name: str, place: str, known: Mapping[str, Option], strategy: str) -> str:
-    owners = [
-        other for other, cls in _other_strategies().items() if name.removeprefix("no_") in cls.Config.model_fields
-    ]
-    if owners:
-        return f"{place} belongs to {', '.join(owners)}; {strategy} does not use it: leave it out."
-    lower = name.lower()
-    if lower in known:
-        return f"{place} is not an option; use --{lower}."
-    advice = RIVALS.get(lower) or RIVALS.get(lower.removeprefix("no_"))
-    if advice:
-        return f"{place} is not an option of vlft; {advice}."
-    # `--no-x` of an unknown x is looked up as x: the nearest of "no_wandb" is use_wandb, not num_workers.
-    hint = nearest(lower, known) or nearest(lower.removeprefix("no_"), known)
-    return f"{place} is not an option{hint}; 'vlft --help' lists all."
+def _unknown(names: Mapping[str, str], known: Mapping[str, Option], strategy: str) -> list[str]:
+    """One sentence for each name (with its place) that is not an option here."""
+    others = {other: cls.Config.model_fields for other, cls in _other_strategies().items()} if names else {}
+    problems = []
+    for name, place in names.items():
+        lower, positive = name.lower(), name.lower().removeprefix("no_")
+        owners = ", ".join(other for other, fields in others.items() if name.removeprefix("no_") in fields)
+        if owners:
+            problems.append(f"{place} belongs to {owners}; {strategy} does not use it: leave it out.")
+        elif lower in known:
+            problems.append(f"{place} is not an option; use --{lower}.")
+        elif advice := RIVALS.get(lower) or RIVALS.get(positive):
+            problems.append(f"{place} is not an option of vlft; {advice}.")
+        else:
+            # The nearest of `no_wandb` is use_wandb, not num_workers.
+            hint = nearest(lower, known) or nearest(positive, known)
+            problems.append(f"{place} is not an option{hint}; 'vlft --help' lists all.")
+    return problems
 
 
 def _default_rates(options: StrategyConfig, found: discovery.Found) -> dict[Part, float]:
