@@ -1,9 +1,8 @@
-"""Checkpoint folders (tokenizer and template only), drawn pictures and small data sets for the tests of the data layer."""
+"""Checkpoint folders (tokenizer and template only) and small data sets for the tests of the data layer."""
 
 from __future__ import annotations
 
 import importlib.util
-import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -11,19 +10,22 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from vlft.data.index import Index, open_index
-from vlft.data.registry import DatasetSpec
 from vlft.data.tokens import Chat
 from vlft.family import FAMILIES
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from conftest_data import image_record, picture, spec, text_record, write_jsonl
 
 
 def _load_tiny() -> Any:
     # tests/ is no package (pytest --import-mode=importlib), so tiny.py is loaded by its path.
     if "vlft_tests_tiny" not in sys.modules:
         spec = importlib.util.spec_from_file_location("vlft_tests_tiny", Path(__file__).parents[1] / "tiny.py")
-        assert spec is not None and spec.loader is not None
+        assert spec is not None
+        assert spec.loader is not None
         module = importlib.util.module_from_spec(spec)
         sys.modules["vlft_tests_tiny"] = module
         spec.loader.exec_module(module)
@@ -51,38 +53,13 @@ def chat(chats: dict[str, Chat]) -> Chat:
     return chats["qwen2_5_vl"]
 
 
-def picture(seed: int, width: int, height: int) -> Image.Image:
-    rng = np.random.default_rng(seed)
-    return Image.fromarray(rng.integers(0, 256, (height, width, 3), np.uint8))
-
-
-def spec(path: Path, **options: Any) -> DatasetSpec:
-    return DatasetSpec(**{"name": path.stem, "json_path": path, **options})
-
-
-def text_record(n: int) -> dict[str, Any]:
-    return {"id": f"t{n}", "messages": [{"role": "user", "content": f"what is {n}"}, {"role": "assistant", "content": "red"}]}
-
-
-def image_record(n: int, *names: str, answer: str = "a red circle") -> dict[str, Any]:
-    marks = "<image>" * len(names)
-    return {
-        "id": f"r{n}",
-        "messages": [{"role": "user", "content": f"{marks}describe {n}"}, {"role": "assistant", "content": answer}],
-        "images": list(names),
-    }
-
-
-def write_jsonl(path: Path, records: list[Any]) -> Path:
-    path.write_text("".join(json.dumps(r) + "\n" for r in records), encoding="utf-8")
-    return path
-
-
 @pytest.fixture
 def build(tmp_path: Path, chat: Chat) -> Callable[..., Index]:
     """build(records, **spec options) -> Index over a JSONL file in tmp_path."""
 
-    def make(records: list[Any], *, name: str = "set", workers: int = 1, with_chat: Chat | None = None, **options: Any) -> Index:
+    def make(
+        records: list[Any], *, name: str = "set", workers: int = 1, with_chat: Chat | None = None, **options: Any
+    ) -> Index:
         path = write_jsonl(tmp_path / f"{name}.jsonl", records)
         return open_index([spec(path, **options)], with_chat or chat, cache_dir=tmp_path / "cache", workers=workers)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import TypeAlias
 
 import numpy as np
@@ -155,17 +156,46 @@ def _balance(cost: Floats, ranks: int) -> list[list[int]]:
 
 
 def _even_out(groups: list[list[int]], cost: Floats, *, close: float = 1.005, tries: int = 64) -> None:
-    """Move or swap members between the slowest rank and a fast one while that helps."""
+    """Deal out anew the members of the slowest rank and a fast one while that helps."""
     loads = np.array([cost[group].sum() for group in groups])
     for _ in range(tries):
         slow = int(loads.argmax())
         if loads[slow] <= close * loads.mean():
             return
-        for fast in np.argsort(loads, kind="stable").tolist()[:4]:
-            if fast != slow and _exchange(groups, cost, loads, slow, fast):
+        for fast in np.argsort(loads, kind="stable").tolist()[:_PARTNERS]:
+            few = len(groups[slow]) + len(groups[fast]) <= _FEW
+            if fast != slow and (_redeal if few else _exchange)(groups, cost, loads, slow, fast):
                 break
         else:
             return
+
+
+_PARTNERS = 16
+_FEW = 10
+"""Members of two ranks up to which all ways to deal them out are tried: 2^10 sums."""
+
+
+@lru_cache(maxsize=_FEW)
+def _ways(n: int) -> Floats:
+    """(2^(n-1), n) all subsets of n things as 0 and 1, but for complements."""
+    return (np.arange(1 << (n - 1))[:, None] >> np.arange(n) & 1).astype(np.float64)
+
+
+def _redeal(groups: list[list[int]], cost: Floats, loads: Floats, slow: int, fast: int) -> bool:
+    """The best of all ways to deal out the members of two ranks, if it makes the slower of the two faster."""
+    members = groups[slow] + groups[fast]
+    ways = _ways(len(members))
+    sums = ways @ cost[members]
+    total = loads[slow] + loads[fast]
+    best = int(np.abs(sums - total / 2).argmin())
+    ends = (float(sums[best]), float(total - sums[best]))
+    if max(ends) >= loads[slow] * (1 - 1e-9):
+        return False
+    taken = ways[best].tolist()
+    groups[slow] = [m for m, t in zip(members, taken, strict=True) if t]
+    groups[fast] = [m for m, t in zip(members, taken, strict=True) if not t]
+    loads[slow], loads[fast] = ends
+    return True
 
 
 def _exchange(groups: list[list[int]], cost: Floats, loads: Floats, slow: int, fast: int) -> bool:

@@ -102,9 +102,9 @@ def _known_keys(value: dict[str, str], known: Sequence[str], what: str) -> dict[
 
 def _nearest(word: str, choices: Sequence[str]) -> str:
     """`; did you mean 'x'?`, or nothing if no choice is near."""
-    from rapidfuzz import process
+    from rapidfuzz import fuzz, process
 
-    found = process.extractOne(word, list(choices), score_cutoff=55)
+    found = process.extractOne(word, list(choices), scorer=fuzz.ratio, score_cutoff=60)
     return f", did you mean '{found[0]}'?" if found else ""
 
 
@@ -167,11 +167,13 @@ def _read_spec(name: str, entry: Any, path: Path) -> tuple[DatasetSpec | None, l
             hint = f", did you mean '{_RIVALS[key]}'?" if key in _RIVALS else _nearest(key, KEYS)
             problems.append(f"{where}: unknown key '{key}'{hint or ';'} Known keys: {', '.join(KEYS)}.")
     known = {key: value for key, value in entry.items() if key in KEYS}
+    known = _absolute(known, path.absolute().parent)
+    problems += [f"{where}, key '{key}': {target} does not exist." for key, target in _missing(known)]
     notes = []
     if "dataset_class" in known:
         notes.append(f"{name}: 'dataset_class' is accepted but not used; the record format is found from the records.")
     try:
-        spec = DatasetSpec(name=name, notes=notes, **_absolute(known, path.absolute().parent))
+        spec = DatasetSpec(name=name, notes=notes, **known)
     except ValidationError as error:
         for item in error.errors():
             key = ".".join(map(str, item["loc"])) or "value"
@@ -180,7 +182,6 @@ def _read_spec(name: str, entry: Any, path: Path) -> tuple[DatasetSpec | None, l
         return None, problems
     except TypeError as error:
         return None, [*problems, f"{where}: {error}."]
-    problems += [f"{where}, key '{key}': {target} does not exist." for key, target in _missing(spec)]
     return (None if problems else spec), problems
 
 
@@ -196,9 +197,8 @@ def _absolute(entry: dict[str, Any], base: Path) -> dict[str, Any]:
     return out
 
 
-def _missing(spec: DatasetSpec) -> list[tuple[str, Path]]:
-    paths = [("json_path", spec.json_path)]
-    if spec.image_root is not None:
-        paths.append(("image_root", spec.image_root))
-    paths += [("allowed_roots", root) for root in spec.allowed_roots]
-    return [(key, target) for key, target in paths if not target.exists()]
+def _missing(entry: dict[str, Any]) -> list[tuple[str, Path]]:
+    paths = [(key, entry.get(key)) for key in ("json_path", "image_root")]
+    roots = entry.get("allowed_roots")
+    paths += [("allowed_roots", root) for root in (roots if isinstance(roots, list) else ())]
+    return [(key, target) for key, target in paths if isinstance(target, Path) and not target.exists()]

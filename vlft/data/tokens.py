@@ -216,26 +216,28 @@ class Chat:
         while f"\ue000{nonce}:" in real:
             nonce += 1
         marks: list[tuple[str, str]] = []
+        said: list[str] = []
         messages = []
         for turn, texts in turns:
             if turn.role == "assistant":
                 opening, closing = (f"\ue000{nonce}:{len(marks)}{side}\ue001" for side in "<>")
                 marks.append((opening, closing))
+                said.append("".join(text for text in texts if text is not None))
                 texts = [opening, *texts, closing]
             messages.append(_message(turn, texts))
-        return self._find(real, self._render(messages), marks)
+        return self._find(real, self._render(messages), marks, said)
 
-    def _find(self, real: str, marked: str, marks: list[tuple[str, str]]) -> list[tuple[int, int]]:
+    def _find(self, real: str, marked: str, marks: list[tuple[str, str]], said: list[str]) -> list[tuple[int, int]]:
         rebuilt: list[str] = []
         spans: list[tuple[int, int]] = []
         length = 0
         rest = marked
-        for opening, closing in marks:
+        for (opening, closing), text in zip(marks, said, strict=True):
             before, found_open, rest = rest.partition(opening)
             answer, found_close, rest = rest.partition(closing)
-            if not found_open or not found_close:
+            if not found_open or not found_close or answer != text:
                 raise RecordError(
-                    "template_rewrites", "the chat template drops or moves an answer; use another template."
+                    "template_rewrites", "the chat template drops or rewrites an answer; use another one."
                 )
             rebuilt += [before, answer]
             start = length + len(before)
