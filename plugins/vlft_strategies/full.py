@@ -1,4 +1,4 @@
-"""Train the weights of every part. `--no-train_vit` is the recipe of the Qwen authors (projector with `--train_projector`)."""
+"""Train the weights of every part. The recipe of the Qwen authors is `--no-train_vit --train_projector`."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Full:
         unfreeze(model, source.parts, self.config, self._trains_in_llm, source.tied_head)
         return model
 
-    def _trains_in_llm(self, name: str) -> bool:
+    def _trains_in_llm(self, name: str) -> bool:  # noqa: ARG002  (a subclass asks it)
         """Whether the LLM's parameter `name` trains, given that the LLM does."""
         return True
 

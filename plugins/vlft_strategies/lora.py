@@ -17,19 +17,21 @@ if TYPE_CHECKING:
 class LoraConfig(PartsConfig):
     llm_rate: ClassVar[float] = ADAPTER_RATE
 
-    lora_rank: int = Field(64, ge=1, description="rank of the adapters; usual: 32, 64, 128")
-    lora_alpha: float = Field(16, gt=0, description="scaling of the adapters; the tuning guide: rank/4 to rank/2")
-    lora_dropout: float = Field(0.05, ge=0, lt=1, description="dropout probability before the adapters")
+    lora_rank: int = Field(64, ge=1, description="Rank of the adapters; usual: 32, 64, 128.")
+    lora_alpha: float = Field(16, gt=0, description="Scaling of the adapters; the tuning guide: rank/4 to rank/2.")
+    lora_dropout: float = Field(0.05, ge=0, lt=1, description="Dropout probability before the adapters.")
     lora_target_modules: tuple[str, ...] | None = Field(
-        None, description="LLM layers' linear modules to adapt, by name (default: all of them)"
+        None,
+        description="Linear modules of the LLM's layers to adapt, by name.",
+        json_schema_extra={"shown": "all of them"},
     )
-    use_rslora: bool = Field(False, description="scale by alpha/sqrt(rank) instead of alpha/rank")
-    train_vit: bool = Field(False, description="train the vision tower's weights in full precision")
-    train_llm: bool = Field(True, description="put adapters on the LLM")
+    use_rslora: bool = Field(False, description="Scale by alpha/sqrt(rank) instead of alpha/rank.")
+    train_vit: bool = Field(False, description="Train the vision tower's weights in full precision.")
+    train_llm: bool = Field(True, description="Put adapters on the LLM.")
 
 
 class LoraFullVitConfig(LoraConfig):
-    train_vit: bool = Field(True, description="train the vision tower's weights in full precision")
+    train_vit: bool = Field(True, description="Train the vision tower's weights in full precision.")
 
 
 def linear_names(model: nn.Module, layers: str) -> set[str]:
@@ -37,7 +39,9 @@ def linear_names(model: nn.Module, layers: str) -> set[str]:
     from torch import nn
 
     return {
-        name.rsplit(".", 1)[-1] for name, m in model.named_modules() if name.startswith(layers) and isinstance(m, nn.Linear)
+        name.rsplit(".", 1)[-1]
+        for name, m in model.named_modules()
+        if name.startswith(layers) and isinstance(m, nn.Linear)
     }
 
 

@@ -1,4 +1,4 @@
-"""Freeze the lower LLM layers and the embeddings; train the upper layers, final norm, untied head, ViT and projector."""
+"""Freeze the lower LLM layers and the embeddings; train the upper ones, final norm, untied head, ViT and projector."""
 
 from __future__ import annotations
 
@@ -17,11 +17,16 @@ if TYPE_CHECKING:
 
 class PartialConfig(PartsConfig):
     llm_frozen_layers: int | None = Field(
-        None, ge=0, description="LLM layers to freeze, counted from layer 0 (default: the lower half)"
+        None,
+        ge=0,
+        description="LLM layers to freeze, counted from layer 0.",
+        json_schema_extra={"shown": "the lower half"},
     )
 
 
 class PartialLlmFullVit(Full):
+    """All weights but the lower LLM layers and the embeddings."""
+
     Config = PartialConfig
     config: PartialConfig
 

@@ -28,11 +28,11 @@ class PartsConfig(StrategyConfig):
 
     llm_rate: ClassVar[float] = WEIGHTS_RATE
 
-    train_vit: bool = Field(True, description="train the vision tower's weights")
+    train_vit: bool = Field(True, description="Train the vision tower's weights.")
     train_projector: bool | None = Field(
-        None, description="train the projector's weights (default: as the vision tower)"
+        None, description="Train the projector's weights.", json_schema_extra={"shown": "as train_vit"}
     )
-    train_llm: bool = Field(True, description="train the LLM")
+    train_llm: bool = Field(True, description="Train the LLM's weights.")
 
     @property
     def trains_projector(self) -> bool:

@@ -1,4 +1,4 @@
-"""QLoRA (Dettmers et al. 2023): the LLM's linear layers in NF4, adapters on them; ViT, projector and head stay whole."""
+"""QLoRA (Dettmers et al. 2023): the LLM's linear layers in NF4 with adapters; ViT, projector and head stay whole."""
 
 from __future__ import annotations
 

@@ -9,8 +9,10 @@ from vlft_strategies.parts import PartsConfig
 
 
 class VitOnlyConfig(PartsConfig):
-    train_llm: bool = Field(False, description="train the LLM too, which makes this `full`")
+    train_llm: bool = Field(False, description="Train the LLM's weights too, which makes this `full`.")
 
 
 class VitOnly(Full):
+    """All weights of ViT and projector; the LLM stays as it is."""
+
     Config = VitOnlyConfig
