@@ -75,7 +75,9 @@ def start(words: list[str], *, processes: int = 1, check: bool = True, **env: st
         launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
         launcher += ["--master_port", str(20000 + os.getpid() % 20000), "-m", "vlft"]
         env = {"ACCELERATE_USE_CPU": "true"} | env
-    done = subprocess.run(launcher + words, capture_output=True, text=True, env=environment(**env), timeout=280, check=False)
+    done = subprocess.run(
+        launcher + words, capture_output=True, text=True, env=environment(**env), timeout=280, check=False
+    )
     if check and done.returncode:
         raise AssertionError(f"exit {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}")
     return done

@@ -132,7 +132,9 @@ def find(wanted: str | None, root: Path) -> Path | None:
     path = Path(wanted)
     if not (path / "state.json").exists():
         others = ", ".join(str(p) for p in complete(root)) or "none"
-        raise CheckpointError(f"{path} is not a complete checkpoint (no state.json); complete ones in this run: {others}.")
+        raise CheckpointError(
+            f"{path} is not a complete checkpoint (no state.json); complete ones in this run: {others}."
+        )
     return path
 
 
@@ -156,7 +158,9 @@ def read_state(path: Path) -> dict[str, Any]:
 
 def _offer(path: Path) -> str:
     before = [p for p in complete(path.parent) if p.name < path.name]
-    return f" The checkpoint before it: --resume_from_checkpoint {before[-1]}." if before else " There is none before it."
+    return (
+        f" The checkpoint before it: --resume_from_checkpoint {before[-1]}." if before else " There is none before it."
+    )
 
 
 def load_tensors(path: Path, stem: str) -> dict[str, Tensor]:

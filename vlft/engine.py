@@ -44,7 +44,7 @@ def choose_precision(wanted: str | None) -> str:
 
 
 class Engine:
-    """Accelerate, wired for packed rows: the loss is divided by the step's tokens over all ranks, not by micro-batches."""
+    """Accelerate, wired for packed rows: a loss is divided by the tokens of the whole step over all ranks."""
 
     def __init__(self, mixed_precision: str | None) -> None:
         if not _has_accelerator():

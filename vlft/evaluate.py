@@ -8,6 +8,7 @@ T tokens of a row, B samples, S supervised tokens.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -34,7 +35,12 @@ def _sample_of_supervised(row: Row) -> Tensor:
 
 @torch.no_grad()
 def held_out_loss(
-    engine: Engine, model: nn.Module, rows: Iterable[Row], inputs: Inputs, dataset_of: Callable[[int], str], names: Sequence[str]
+    engine: Engine,
+    model: nn.Module,
+    rows: Iterable[Row],
+    inputs: Inputs,
+    dataset_of: Callable[[int], str],
+    names: Sequence[str],
 ) -> dict[str, float]:
     """Mean loss over the supervised tokens of each dataset, as "eval/<dataset>/loss"."""
     sums, counts = dict.fromkeys(names, 0.0), dict.fromkeys(names, 0)
@@ -62,7 +68,7 @@ def _prompts(row: Row) -> list[tuple[int, Tensor, Tensor]]:
     """(index in the row, prompt tokens, reference tokens) of each sample."""
     found = []
     borders = row.cu_seqlens.tolist()
-    for i, (start, end) in enumerate(zip(borders[:-1], borders[1:], strict=True)):
+    for i, (start, end) in enumerate(pairwise(borders)):
         ids, labels = row.input_ids_T[0, start:end].cpu(), row.labels_T[0, start:end].cpu()
         if bool((labels != IGNORE).any()):
             first, last = _last_answer(labels)
@@ -80,7 +86,9 @@ def _left_padded(prompts: Sequence[Tensor], pad: int) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def generate(model: nn.Module, row: Row, inputs: Inputs, tokenizer: Any, max_new_tokens: int) -> list[tuple[int, str, str]]:
+def generate(
+    model: nn.Module, row: Row, inputs: Inputs, tokenizer: Any, max_new_tokens: int
+) -> list[tuple[int, str, str]]:
     """Greedy answers to the last question of each sample: (sample, prediction, reference).
 
     Args:
@@ -134,7 +142,7 @@ def predictions(
 
 
 def score(dataset: str, made: Sequence[Prediction], metrics: Mapping[str, Metric]) -> dict[str, float]:
-    """"eval/<dataset>/<script>/<metric>" of every script."""
+    """ "eval/<dataset>/<script>/<metric>" of every script."""
     return {
         f"eval/{dataset}/{stem}/{name}": float(value)
         for stem, metric in metrics.items()

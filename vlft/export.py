@@ -83,7 +83,9 @@ def modules_to_save(model: nn.Module, trained: Mapping[str, Tensor], whole_parts
     adapter = str(getattr(model, "active_adapter", "default"))
     loose = {n.removeprefix(PEFT_PREFIX) for n in trained if adapter not in n.split(".")}
     if inside := sorted(n for n in loose if ".base_layer." in n):
-        raise ModelError(f"'{inside[0]}' trains beside its own adapter; only a strategy with an Exporter can save that.")
+        raise ModelError(
+            f"'{inside[0]}' trains beside its own adapter; only a strategy with an Exporter can save that."
+        )
     chosen: list[str] = []
     for path in whole_parts:
         module = base.get_submodule(path)
@@ -113,7 +115,9 @@ def _save_adapter(model: Any, source: Source, trained: Mapping[str, Tensor], fol
     }
     plain = {k: sorted(v) if isinstance(v, set) else v for k, v in written.items()}
     (folder / "adapter_config.json").write_text(json.dumps(plain, indent=2, default=str))
-    save_file({k: v.cpu().contiguous() for k, v in tensors.items()}, folder / "adapter_model.safetensors", {"format": "pt"})
+    save_file(
+        {k: v.cpu().contiguous() for k, v in tensors.items()}, folder / "adapter_model.safetensors", {"format": "pt"}
+    )
 
 
 def _base_name(source: Source) -> str:

@@ -106,7 +106,13 @@ FAMILIES: dict[str, Family] = {
     for family in (
         Family("qwen2_vl", "Qwen2-VL", _qwen_parts(), "relative1000", _MARKED_BOX, _MARKED_REF, _QWEN_MARKERS),
         Family(
-            "qwen2_5_vl", "Qwen2.5-VL", _qwen_parts(), "resized_pixels", "[{x1}, {y1}, {x2}, {y2}]", "{ref}", _QWEN_MARKERS
+            "qwen2_5_vl",
+            "Qwen2.5-VL",
+            _qwen_parts(),
+            "resized_pixels",
+            "[{x1}, {y1}, {x2}, {y2}]",
+            "{ref}",
+            _QWEN_MARKERS,
         ),
         Family(
             "qwen3_vl",

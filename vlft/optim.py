@@ -1,8 +1,9 @@
-"""AdamW over a strategy's groups, and learning rates as a pure function of the step (so a resume has no state to lose)."""
+"""AdamW over a strategy's groups, and rates as a pure function of the step: a resume has no schedule to lose."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -27,7 +28,7 @@ def build_optimizer(
     Each torch group carries `names`, `part` and `peak_lr`.
     """
     by_name = dict(model.named_parameters())
-    torch_groups = []
+    torch_groups: list[dict[str, Any]] = []
     for group in groups:
         decay = weight_decay if group.weight_decay is None else group.weight_decay
         for suffix, wanted in (("", True), ("/no_decay", False)):

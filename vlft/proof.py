@@ -1,4 +1,4 @@
-"""The proof that a strategy trained what it said: checked before the run, shown as a table, checked again on real steps.
+"""The proof that a strategy trained what it said: checked before the run, shown as a table, checked on real steps.
 
 Before: every trainable parameter is in exactly one group and no frozen one is in any. After the first step that was
 not skipped: no frozen weight moved, and every part whose data was in a step received a finite, non-zero gradient and
@@ -54,7 +54,11 @@ def check_groups(model: nn.Module, groups: Sequence[ParamGroup], strategy: str) 
 
 def checksum(p: Tensor) -> int:
     """A sum over the raw bits: any optimizer step changes it, and it costs one pass over the memory."""
-    raw = p.detach().contiguous().view(torch.uint8) if p.element_size() != 4 else p.detach().contiguous().view(torch.int32)
+    raw = (
+        p.detach().contiguous().view(torch.uint8)
+        if p.element_size() != 4
+        else p.detach().contiguous().view(torch.int32)
+    )
     if raw.dtype == torch.uint8 and raw.numel() % 8 == 0:
         raw = raw.flatten().view(torch.int64)
     return int(raw.sum(dtype=torch.int64))
@@ -104,7 +108,14 @@ def part_table(
 def render(rows: Sequence[PartRow]) -> str:
     """The table that is printed before the first step."""
     lines = [
-        (r.part, f"{r.parameters:,}", f"{r.trainable:,}", r.dtypes, f"{r.quantised:,}", f"{r.rate:g}" if r.rate else "frozen")
+        (
+            r.part,
+            f"{r.parameters:,}",
+            f"{r.trainable:,}",
+            r.dtypes,
+            f"{r.quantised:,}",
+            f"{r.rate:g}" if r.rate else "frozen",
+        )
         for r in rows
     ]
     return table(("part", "parameters", "trainable", "dtype", "quantised", "rate"), lines)
@@ -151,8 +162,8 @@ class Proof:
                 )
             self._before[part] = [checksum(self._named[n]) for n in names]
 
-    def after_update(self, step: int) -> None:
-        """Call after a step that was not skipped.
+    def after_update(self, step: int) -> str | None:
+        """Call after a step that was not skipped; returns the proof in a sentence once it is complete.
 
         Raises:
             TrainingError: a frozen weight moved, or a part that had a gradient did not.
@@ -166,3 +177,4 @@ class Proof:
             if before == [checksum(self._named[n]) for n in self._members[part]]:
                 raise TrainingError(f"'{part}' had a gradient in step {step} but none of its weights moved.")
             self.proved[part] = step
+        return self.sentence if self.done else None

@@ -163,8 +163,10 @@ def open_folder(job: Job) -> None:
         folder.ledger.write_text("")
         job.journal.ledger(entry.json() for entry in job.data.ledger)
     (folder.root / "run.yaml").write_text(resolved_yaml(job.run))
-    card = run_card(strategy=job.run.config.tuning_strategy, distribution=job.run.distribution, seed=job.run.config.seed,
-                    mixed_precision=job.engine.precision, world_size=job.engine.world_size,
-                    global_batch=job.global_batch, trust_remote_code=job.run.config.trust_remote_code,
-                    dtypes=sorted({str(p.dtype) for p in job.model.parameters()}))  # fmt: skip
+    config, engine = job.run.config, job.engine
+    card = run_card(
+        strategy=config.tuning_strategy, distribution=job.run.distribution, seed=config.seed,
+        mixed_precision=engine.precision, world_size=engine.world_size, global_batch=job.global_batch,
+        trust_remote_code=config.trust_remote_code, dtypes=sorted({str(p.dtype) for p in job.model.parameters()}),
+    )  # fmt: skip
     write_json(folder.root / "run_card.json", card)

@@ -23,7 +23,9 @@ from accelerate.tracking import filter_trackers
 from vlft.errors import ConfigError
 
 SCHEMA = 1
-_PACKAGES = ("vlft", "torch", "transformers", "accelerate", "peft", "bitsandbytes", "kornia", "deepspeed", "numpy", "pillow")
+_PACKAGES = (
+    "vlft", "torch", "transformers", "accelerate", "peft", "bitsandbytes", "kornia", "deepspeed", "numpy", "pillow"
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

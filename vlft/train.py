@@ -19,12 +19,11 @@ from vlft.tracking import peak_memory_gib
 def main(run: Run) -> None:
     """Train, and leave a Hugging Face folder in output_dir/model."""
     engine = Engine(run.config.mixed_precision)
-    try:
-        job = setup(run, engine)
-        fit(job)
-        hand_over(job)
-    finally:
-        engine.close()
+    job = setup(run, engine)
+    fit(job)
+    hand_over(job)
+    # Not in a `finally`: the command line tells an error once for all ranks through the process group.
+    engine.close()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -69,10 +68,8 @@ def train_step(job: Job, step: Step) -> dict[str, Any]:
         if not job.proof.done:
             job.proof.before_update(reached_pictures=images > 0)
         norm = engine.clip(job.run.config.max_grad_norm)
-        if engine.update() and not job.proof.done:
-            job.proof.after_update(step.number + 1)
-            if job.proof.done:
-                job.journal.say(f"proved: {job.proof.sentence}")
+        if engine.update() and not job.proof.done and (proved := job.proof.after_update(step.number + 1)):
+            job.journal.say(f"proved: {proved}")
     loss_sum = engine.sums([loss_sum])[0]
     return {
         "step": step.number + 1, "kind": "train", "loss": loss_sum / supervised if supervised else None,

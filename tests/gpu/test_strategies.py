@@ -1,6 +1,6 @@
 """Every strategy on a real GPU in bf16 against the CPU in fp32. Skipped where there is no GPU; run by hand on one:
 
-    python -m pytest tests/gpu -n 4
+python -m pytest tests/gpu -n 4
 """
 
 from __future__ import annotations

@@ -70,7 +70,13 @@ class Data:
     """What the loop asks of the data."""
 
     def __init__(
-        self, options: DataOptions, index: Index, fitted: Fitted, chat: Chat, plan: Plan, held_out: npt.NDArray[np.int64]
+        self,
+        options: DataOptions,
+        index: Index,
+        fitted: Fitted,
+        chat: Chat,
+        plan: Plan,
+        held_out: npt.NDArray[np.int64],
     ) -> None:
         self.options, self.index, self.fitted, self.chat, self.plan = options, index, fitted, chat, plan
         self._held_out = held_out
@@ -128,7 +134,7 @@ class Data:
             yield from step.rows
 
     def counts(self, step: Step) -> list[float]:
-        """Of this rank's part of a step: supervised tokens, samples, tokens, pictures, samples that failed to decode."""
+        """Of this rank's part of a step: supervised tokens, samples, tokens, pictures, samples that failed."""
         real = [row for row in step.rows if row.sample_ids]
         tokens = sum(row.input_ids_T.shape[1] for row in real)
         pictures = sum(len(row.image_grid_thw) for row in real)

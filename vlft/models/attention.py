@@ -15,6 +15,7 @@ import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -55,24 +56,27 @@ def _flash(q: Tensor, k: Tensor, v: Tensor, cu: Tensor, longest: int, scale: flo
     return out
 
 
+def _equal(q: Tensor, k: Tensor, v: Tensor, length: int, scale: float | None, causal: bool) -> Tensor:
+    """(T, H, D) attention within segments that all have `length` tokens."""
+    q, k, v = (x.view(-1, length, *x.shape[1:]).transpose(1, 2) for x in (q, k, v))
+    return scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale).transpose(1, 2).flatten(0, 1)
+
+
 def _segments(q: Tensor, k: Tensor, v: Tensor, borders: list[int], scale: float | None, causal: bool) -> Tensor:
     repeats = q.shape[1] // k.shape[1]
     if repeats > 1:
         k, v = k.repeat_interleave(repeats, dim=1), v.repeat_interleave(repeats, dim=1)
     starts_of: dict[int, list[int]] = {}
-    for start, end in zip(borders[:-1], borders[1:], strict=True):
+    for start, end in pairwise(borders):
         if end > start:
             starts_of.setdefault(end - start, []).append(start)
     if len(starts_of) == 1 and borders[0] == 0 and borders[-1] == q.shape[0]:
         length = next(iter(starts_of))
-        parts = (x.unflatten(0, (-1, length)).transpose(1, 2) for x in (q, k, v))
-        return scaled_dot_product_attention(*parts, is_causal=causal, scale=scale).transpose(1, 2).flatten(0, 1)
+        return _equal(q, k, v, length, scale, causal)
     out = torch.zeros_like(q)
     for length, starts in starts_of.items():
         index = (torch.tensor(starts).unsqueeze(1) + torch.arange(length)).flatten().to(q.device)
-        parts = (x[index].unflatten(0, (-1, length)).transpose(1, 2) for x in (q, k, v))
-        one = scaled_dot_product_attention(*parts, is_causal=causal, scale=scale).transpose(1, 2).flatten(0, 1)
-        out = out.index_copy(0, index, one)
+        out = out.index_copy(0, index, _equal(q[index], k[index], v[index], length, scale, causal))
     return out
 
 

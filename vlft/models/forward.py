@@ -22,7 +22,7 @@ IGNORE = -100
 
 def base_model(model: nn.Module) -> nn.Module:
     """The Hugging Face model inside a PEFT model, or the model itself."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[no-any-return,operator]
+    return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
 
 
 def _vision_extras(tower: nn.Module, grid_thw: Tensor, device: torch.device) -> dict[str, Any]:

@@ -101,7 +101,9 @@ def _picture_facts(folder: Path, vision: dict[str, Any]) -> PictureFacts:
     found = processor_settings(folder)
     size = found.get("size") or {}
     patch, merge = int(vision.get("patch_size", 14)), int(vision.get("spatial_merge_size", 2))
-    smallest = found.get("min_pixels") or size.get("shortest_edge") or size.get("min_pixels") or 4 * (patch * merge) ** 2
+    smallest = (
+        found.get("min_pixels") or size.get("shortest_edge") or size.get("min_pixels") or 4 * (patch * merge) ** 2
+    )
     return PictureFacts(
         patch_size=patch,
         merge_size=merge,
@@ -195,6 +197,7 @@ def _keep_packing(model: nn.Module) -> None:
     From then on the layer computes in bf16 and passes no gradient, also back in training: an evaluation in the middle
     of a run would cut the LLM off in silence.
     """
+    module: Any
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False

@@ -1,8 +1,8 @@
 """The conformance kit: what vlft checks of a strategy, on tiny random models of every family, on the CPU in seconds.
 
-    from vlft.testing import check_strategy
-    def test_conforms(tmp_path):
-        check_strategy(MyStrategy, tmp_path)
+from vlft.testing import check_strategy
+def test_conforms(tmp_path):
+    check_strategy(MyStrategy, tmp_path)
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -49,14 +50,13 @@ def check_strategy(
         _check_family(cls, base, folder / family / "result", options or {})
 
 
-def _check_light_import(cls: type) -> None:
-    code = f"import sys, {cls.Config.__module__}; sys.exit(any(m in sys.modules for m in ('torch', 'peft', 'transformers')))"  # type: ignore[attr-defined]
+def _check_light_import(cls: type[Strategy]) -> None:
+    module = cls.Config.__module__
+    code = f"import sys, {module}; sys.exit(any(m in sys.modules for m in ('torch', 'peft', 'transformers')))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     if done.returncode:
         why = done.stderr.strip().splitlines()[-1:] or ["it imports torch, peft or transformers"]
-        raise StrategyError(
-            f"{cls.Config.__module__} cannot be read by `--help`: {why[0]}; import heavy packages inside methods."  # type: ignore[attr-defined]
-        )
+        raise StrategyError(f"{module} cannot be read by `--help`: {why[0]}; import heavy packages inside methods.")
 
 
 def example_row(source: Source, *, picture: bool = True, seed: int = 0) -> dict[str, Any]:
@@ -65,10 +65,12 @@ def example_row(source: Source, *, picture: bool = True, seed: int = 0) -> dict[
 
     vision, generator = source.config.vision_config, torch.Generator().manual_seed(seed)
     image = int(source.config.image_token_id)
-    draw = lambda n: torch.randint(20, 400, (n,), generator=generator)  # noqa: E731
-    first, second = draw(9), torch.cat([draw(3), torch.full((6 if picture else 0,), image), draw(5)])
+    words = [torch.randint(20, 400, (n,), generator=generator) for n in (9, 3, 5)]
+    first, second = words[0], torch.cat([words[1], torch.full((6 if picture else 0,), image), words[2]])
     grids = [(1, 4, 6)] if picture else []
-    positions = [mrope(x.numpy(), image, g) for x, g in ((first, []), (second, grids))]
+    positions = [
+        mrope(x.numpy(), image, np.array(g, np.int64).reshape(-1, 3)) for x, g in ((first, []), (second, grids))
+    ]
     ids = torch.cat([first, second]).unsqueeze(0)
     labels = ids.roll(-1, 1)
     labels[:, [*range(4), len(first) - 1, *range(len(first), ids.shape[1] - 5), ids.shape[1] - 1]] = -100
@@ -94,7 +96,9 @@ def _check_family(cls: type[Strategy], base: Path, result: Path, options: dict[s
     check_groups(model, groups, cls.__name__)
     promised, grouped = set(config.rates()), {g.part for g in groups} - {"head"}
     if promised != grouped:
-        raise StrategyError(f"{cls.__name__}.Config.rates() promises {sorted(promised)}, its groups train {sorted(grouped)}.")
+        raise StrategyError(
+            f"{cls.__name__}.Config.rates() promises {sorted(promised)}, its groups train {sorted(grouped)}."
+        )
     cast(model, source.compute_dtype)
     packed = PackedVLM(model, source.parts, source.config.image_token_id)
     optimizer = build_optimizer(model, groups, dict.fromkeys(promised, 1e-2), 0.0)
@@ -134,6 +138,6 @@ def _check_result(strategy: Strategy, source: Source, packed: PackedVLM, result:
     worst = float((expected - found).abs().max())
     if not worst < 1e-4:
         raise StrategyError(
-            f"{type(strategy).__name__} on {source.checkpoint.family.title}: the saved and merged model's losses differ "
-            f"from the trained model's by {worst:.2g} (allowed: 1e-4)."
+            f"{type(strategy).__name__} on {source.checkpoint.family.title}: the saved and merged model's losses "
+            f"differ from the trained model's by {worst:.2g} (allowed: 1e-4)."
         )

@@ -51,13 +51,19 @@ def _tokenizer_json() -> str:
 
     tok = Tokenizer(models.BPE())
     tok.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(Regex(QWEN_SPLIT), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+        [
+            pre_tokenizers.Split(Regex(QWEN_SPLIT), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
     )
     tok.decoder = decoders.ByteLevel()
     rng = random.Random(0)
     corpus = [" ".join(rng.choices(WORDS, k=40)) + "\n\n" for _ in range(300)]
     trainer = trainers.BpeTrainer(
-        vocab_size=480, special_tokens=SPECIAL, initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()), show_progress=False
+        vocab_size=480,
+        special_tokens=SPECIAL,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
     )
     tok.train_from_iterator(corpus, trainer)
     return tok.to_str()
@@ -88,24 +94,25 @@ def make_config(family: str, tok: Any, *, tie: bool = False, layers: int = 3) ->
     )  # fmt: skip
     top: dict[str, Any] = dict(
         image_token_id=ids["<|image_pad|>"], video_token_id=ids["<|video_pad|>"],
-        vision_start_token_id=ids["<|vision_start|>"], vision_end_token_id=ids["<|vision_end|>"], tie_word_embeddings=tie,
+        vision_start_token_id=ids["<|vision_start|>"], vision_end_token_id=ids["<|vision_end|>"],
+        tie_word_embeddings=tie,
     )  # fmt: skip
-    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}
+    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}
     if family == "qwen2_vl":
-        vision = dict(depth=3, embed_dim=32, hidden_size=64, num_heads=2, mlp_ratio=2, patch_size=14)
+        vision = dict[str, Any](depth=3, embed_dim=32, hidden_size=64, num_heads=2, mlp_ratio=2, patch_size=14)
         return t.Qwen2VLConfig(text_config=dict(**text, rope_parameters=rope), vision_config=vision, **top)
     if family == "qwen2_5_vl":
-        vision = dict(
+        vision = dict[str, Any](
             depth=3, hidden_size=32, intermediate_size=52, num_heads=2, out_hidden_size=64, patch_size=14,
             window_size=56, fullatt_block_indexes=[1],
         )  # fmt: skip
         return t.Qwen2_5_VLConfig(text_config=dict(**text, rope_parameters=rope), vision_config=vision, **top)
-    vision = dict(
+    vision = dict[str, Any](
         depth=3, hidden_size=32, intermediate_size=64, num_heads=2, out_hidden_size=64, patch_size=16,
         num_position_embeddings=16, deepstack_visual_indexes=[0, 1],
     )  # fmt: skip
     text = {k: v for k, v in text.items() if k != "bos_token_id"}
-    rope["mrope_interleaved"] = True  # type: ignore[assignment]
+    rope["mrope_interleaved"] = True
     return t.Qwen3VLConfig(text_config=dict(**text, head_dim=16, rope_parameters=rope), vision_config=vision, **top)
 
 

@@ -1,4 +1,4 @@
-"""Pictures are augmented on the device with Kornia, one at a time, seeded by (seed, epoch, sample): never by rank or row.
+"""Pictures are augmented on the device with Kornia, one at a time, seeded by (seed, epoch, sample): not by rank or row.
 
 `photometric` changes values only: colour, blur, noise, JPEG-like artefacts. `geometric` adds horizontal flips and
 crops. A sample whose conversation holds boxes or points gets only photometric changes, because its coordinates would
@@ -22,24 +22,26 @@ Policy = Literal["photometric", "geometric"]
 
 @lru_cache(maxsize=4)
 def _photometric() -> nn.Module:
-    from kornia import augmentation as K
+    import kornia.augmentation as ka
 
     ops: list[Any] = [
-        K.ColorJitter(brightness=0.2, contrast=0.2, saturation=0.2, hue=0.02, p=0.8),
-        K.RandomGaussianBlur((3, 3), (0.1, 1.5), p=0.2),
-        K.RandomGaussianNoise(mean=0.0, std=0.02, p=0.3),
-        K.RandomJPEG(jpeg_quality=(40.0, 95.0), p=0.3),
+        ka.ColorJitter(brightness=0.2, contrast=0.2, saturation=0.2, hue=0.02, p=0.8),
+        ka.RandomGaussianBlur((3, 3), (0.1, 1.5), p=0.2),
+        ka.RandomGaussianNoise(mean=0.0, std=0.02, p=0.3),
+        ka.RandomJPEG(jpeg_quality=(40.0, 95.0), p=0.3),
     ]
-    return K.AugmentationSequential(*ops, data_keys=["input"])
+    made: nn.Module = ka.AugmentationSequential(*ops, data_keys=["input"])
+    return made
 
 
 @lru_cache(maxsize=64)
 def _geometric(height: int, width: int) -> nn.Module:
-    from kornia import augmentation as K
+    import kornia.augmentation as ka
 
     # Crops keep most of the picture: an answer must stay visible.
-    crop = K.RandomResizedCrop((height, width), scale=(0.8, 1.0), ratio=(0.9, 1.1), resample="bicubic", p=0.5)
-    return K.AugmentationSequential(K.RandomHorizontalFlip(p=0.5), crop, data_keys=["input"])
+    crop = ka.RandomResizedCrop((height, width), scale=(0.8, 1.0), ratio=(0.9, 1.1), resample="bicubic", p=0.5)
+    made: nn.Module = ka.AugmentationSequential(ka.RandomHorizontalFlip(p=0.5), crop, data_keys=["input"])
+    return made
 
 
 def _fork_devices(device: torch.device) -> list[int]:
@@ -64,7 +66,8 @@ def augment(picture: Tensor, seed: int, policy: Policy, *, values_only: bool) ->
         if policy == "geometric" and not values_only:
             x = _geometric(height, width)(x).clamp(0.0, 1.0)
         x = _photometric()(x)
-    return (x[0].clamp(0.0, 1.0) * 255.0).round().to(torch.uint8)
+    out: Tensor = (x[0].clamp(0.0, 1.0) * 255.0).round().to(torch.uint8)
+    return out
 
 
 def augment_row(
