@@ -109,8 +109,10 @@ def test_the_slowest_rank_is_close_to_the_mean(ranks: int, per_rank: int) -> Non
         check(rows, len(tokens), ranks)
         load = loads(rows, cost)
         ratios.append(load.max() / load.mean())
+        # No placement beats the mean or the dearest sample; with few samples that bound itself may be out of reach.
+        assert load.max() <= 1.08 * max(load.mean(), cost.max())
     assert np.mean(ratios) < 1.02
-    assert max(ratios) < (1.04 if per_rank > 4 else 1.1)
+    assert per_rank == 4 or max(ratios) < 1.01
 
 
 def test_budgets_hold_and_rows_grow_alike_on_every_rank() -> None:

@@ -89,6 +89,7 @@ def test_all_problems_at_once_with_the_nearest_names(registry: Any) -> None:
         ('{"datasets": {"a": 3}}', "expected an object"),
         ('{"datasets": {"a": {"json_path": 3}}}', "json_path"),
         ('{"datasets": {"a": {"json_path": "nowhere.json"}}}', "does not exist"),
+        ('{"datasets": {"a": {"json_path": "x"}, "a": {}}}', "'a' twice"),
         ('{"datasets": {"a": {}}, "dataset": 1}', "unknown key 'dataset'"),
     ],
 )

@@ -1,4 +1,5 @@
 """Answers and their end tokens are learnt and nothing else is; what would forge or hide a turn is refused."""
+# ruff: noqa: E501 (the published template as it is)
 
 from __future__ import annotations
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -50,6 +50,12 @@ class Row:
     dataset_ids: tuple[int, ...]
     """(B) numbers of the data sets; empty for an empty row"""
 
+    def __reduce__(self) -> tuple[Any, tuple[dict[str, Any]]]:
+        # To another process, small tensors go as bytes: each shared tensor would hold a file descriptor while it lives.
+        state = {f.name: getattr(self, f.name) for f in fields(self)}
+        small = {n: v.numpy() for n, v in state.items() if hasattr(v, "numpy") and n != "pixels_u8"}
+        return (_received, ({**state, **small},))
+
     @property
     def supervised(self) -> int:
         """Tokens that are learnt."""
@@ -67,6 +73,12 @@ class Row:
         """Equality of everything, for tests."""
         pairs = [(getattr(self, f.name), getattr(other, f.name)) for f in fields(self)]
         return all(a.equal(b) if hasattr(a, "equal") else a == b for a, b in pairs)
+
+
+def _received(state: dict[str, Any]) -> Row:
+    import torch
+
+    return Row(**{n: torch.from_numpy(v) if isinstance(v, np.ndarray) else v for n, v in state.items()})
 
 
 def sample_seed(identity: int, seed: int, epoch: int) -> int:

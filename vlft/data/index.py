@@ -520,6 +520,14 @@ class Index:
         ]
         return np.concatenate([np.zeros(0, np.uint64), *parts])
 
+    def warm(self) -> None:
+        """Compute what workers look into before they fork, so that they share it instead of each making its own."""
+        for name in ("dataset", "image_starts", "width", "height", "flags", "identity"):
+            getattr(self, name)
+        for shard in self.shards:
+            for name in ("token_starts", "image_starts", "ref_starts"):
+                getattr(shard, name)
+
     def locate(self, i: int) -> tuple[Shard, int]:
         """The shard of sample `i` and its place there."""
         if not 0 <= i < len(self):

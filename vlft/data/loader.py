@@ -66,6 +66,7 @@ class _Steps:
         placed = place(self.fitted.length[ids], self.fitted.patches[ids], ranks=self.world_size, **self.placement)
         failures: list[LedgerEntry] = []
         rows = [self._row(ids[positions].tolist(), step, epoch, failures) for positions in placed[self.rank]]
+        rows = _one_buffer(rows)
         return Step(
             number=step,
             epoch=epoch,
@@ -103,6 +104,18 @@ class _Steps:
         return LedgerEntry(
             shard.spec.name, name, error.reason, f"{shard.spec.json_path.name}, {name}: {error}", step + 1
         )
+
+
+def _one_buffer(rows: list[Row]) -> list[Row]:
+    """In a worker, rows whose pixels are views of one tensor: it crosses in shared memory, one descriptor for the step."""
+    import torch
+    from torch.utils.data import get_worker_info
+
+    if get_worker_info() is None or len(rows) < 2:
+        return rows
+    whole = torch.cat([row.pixels_u8 for row in rows])
+    views = whole.split([len(row.pixels_u8) for row in rows])
+    return [replace(row, pixels_u8=view) for row, view in zip(rows, views, strict=True)]
 
 
 def decode_sample(sample: Sample) -> list[npt.NDArray[np.uint8]]:
@@ -158,6 +171,7 @@ def step_loader(
         rows_per_rank, token_budget, patch_budget: see `plan.place`.
         costs: of one token and of one ViT patch, any unit.
     """
+    index.warm()
     placement = _placement(rows_per_rank, token_budget, patch_budget, costs)
     steps = _Steps(index, fitted, chat, _TrainMembers(plan), rank, world_size, seed, placement)
     return _loader(steps, range(start_step, total_steps), num_workers, pin_memory)

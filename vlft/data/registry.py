@@ -135,15 +135,31 @@ def read_registry(path: Path, names: Sequence[str] | None = None) -> list[Datase
     return specs
 
 
+class _TwiceError(Exception):
+    pass
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object; json itself keeps the last of two equal keys and loses a data set in silence."""
+    out: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in out:
+            raise _TwiceError(key)
+        out[key] = value
+    return out
+
+
 def _read_entries(path: Path) -> Mapping[str, Any]:
     try:
-        registry = json.loads(path.read_text(encoding="utf-8-sig"))
+        registry = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=_unique)
     except FileNotFoundError:
         raise ConfigError(
             f"--dataset_config_path: there is no file {path.absolute()}; write the registry there."
         ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"--dataset_config_path: {path} cannot be read: {error}.") from error
+    except _TwiceError as error:
+        raise ConfigError(f"{path} has the key '{error}' twice in one object; rename or remove one.") from None
     except json.JSONDecodeError as error:
         raise ConfigError(f"{path}, line {error.lineno}, column {error.colno}: not valid JSON: {error.msg}.") from error
     datasets = registry.get("datasets") if isinstance(registry, dict) else None
