@@ -1,4 +1,4 @@
-"""Whole steps: the same whatever the workers and ranks; failures are reported and never swapped; a resume starts right."""
+"""Whole steps: the same whatever the workers and ranks; failures are reported, never swapped; a resume starts right."""
 
 from __future__ import annotations
 

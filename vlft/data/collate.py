@@ -78,7 +78,8 @@ class Row:
 def _received(state: dict[str, Any]) -> Row:
     import torch
 
-    return Row(**{n: torch.from_numpy(v) if isinstance(v, np.ndarray) else v for n, v in state.items()})
+    values: dict[str, Any] = {n: torch.from_numpy(v) if isinstance(v, np.ndarray) else v for n, v in state.items()}
+    return Row(**values)
 
 
 def sample_seed(identity: int, seed: int, epoch: int) -> int:

@@ -107,14 +107,14 @@ class _Steps:
 
 
 def _one_buffer(rows: list[Row]) -> list[Row]:
-    """In a worker, rows whose pixels are views of one tensor: it crosses in shared memory, one descriptor for the step."""
+    """In a worker, rows whose pixels are views of one tensor: it crosses in shared memory, one descriptor a step."""
     import torch
     from torch.utils.data import get_worker_info
 
     if get_worker_info() is None or len(rows) < 2:
         return rows
     whole = torch.cat([row.pixels_u8 for row in rows])
-    views = whole.split([len(row.pixels_u8) for row in rows])
+    views = torch.split(whole, [len(row.pixels_u8) for row in rows])
     return [replace(row, pixels_u8=view) for row, view in zip(rows, views, strict=True)]
 
 
