@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 COLOURS = {"red": (220, 40, 40), "green": (40, 200, 60), "blue": (50, 70, 220), "grey": (128, 128, 128)}
 
@@ -66,6 +68,33 @@ def environment(**extra: str) -> dict[str, str]:
     """The environment of a child: one thread each (tests run side by side), no hub, no tracker on the network."""
     fixed = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline", "TOKENIZERS_PARALLELISM": "false"}
     return {**os.environ, **fixed, **extra}
+
+
+def train(words: list[str]) -> None:
+    """Run vlft inside this process, which saves the seconds of an import. Errors come as they are raised."""
+    from accelerate.state import AcceleratorState
+
+    from vlft import train as story
+    from vlft.cli import parse
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    try:
+        story.main(parse(words))
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def final_weights(output: Path) -> dict[str, torch.Tensor]:
+    """Trained weights of the newest checkpoint, in their training dtype."""
+    newest = sorted((output / "checkpoints").glob("step-*"))[-1]
+    return load_file(newest / "weights.safetensors")
+
+
+def distance(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
+    """Norm of the difference of the whole weight vectors over the norm of the first."""
+    assert a.keys() == b.keys()
+    gap = sum(float((a[n].double() - b[n].double()).square().sum()) for n in a)
+    return (gap / sum(float(a[n].double().square().sum()) for n in a)) ** 0.5
 
 
 def start(words: list[str], *, processes: int = 1, check: bool = True, **env: str) -> subprocess.CompletedProcess[str]:

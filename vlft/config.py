@@ -123,9 +123,9 @@ class RunConfig(BaseModel):
     )
     max_steps: int | None = _training(
         None,
-        "End after this many optimizer steps, if the epochs have not ended before.",
+        "Optimizer steps of the run; overrides epochs.",
         resume="yes",
-        shown="no limit",
+        shown="epochs decides",
         gt=0,
     )
     per_device_train_batch_size: int = _training(

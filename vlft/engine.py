@@ -56,6 +56,8 @@ class Engine:
         self.world_size: int = self.accelerator.num_processes
         self.device: torch.device = self.accelerator.device
         self.is_main: bool = self.accelerator.is_main_process
+        self.kind: str = self.accelerator.distributed_type.value
+        """NO, MULTI_CPU, MULTI_GPU, DEEPSPEED, FSDP: what Accelerate really set up, which is not always what was meant."""
         asked = int(os.environ.get("WORLD_SIZE", "1"))
         if asked != self.world_size:
             raise ConfigError(

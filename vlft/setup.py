@@ -69,8 +69,7 @@ def setup(run: Run, engine: Engine) -> Job:
     data = engine.main_first(lambda: prepare_data(data_options(run, engine, checkpoint, batch)))
     if unknown := sorted(set(metrics) - set(data.eval_datasets)):
         raise ConfigError(f"--eval_dataset_scripts names {', '.join(unknown)}, which has no held-out samples here.")
-    total = math.ceil(config.epochs * data.steps_per_epoch)
-    total = min(total, config.max_steps or total)
+    total = config.max_steps or math.ceil(config.epochs * data.steps_per_epoch)
 
     seed_start(config.seed)
     source = source_of(checkpoint, engine.precision, engine.device)
@@ -166,7 +165,8 @@ def open_folder(job: Job) -> None:
     config, engine = job.run.config, job.engine
     card = run_card(
         strategy=config.tuning_strategy, distribution=job.run.distribution, seed=config.seed,
-        mixed_precision=engine.precision, world_size=engine.world_size, global_batch=job.global_batch,
+        mixed_precision=engine.precision, world_size=engine.world_size, distributed_type=engine.kind,
+        global_batch=job.global_batch,
         trust_remote_code=config.trust_remote_code, dtypes=sorted({str(p.dtype) for p in job.model.parameters()}),
     )  # fmt: skip
     write_json(folder.root / "run_card.json", card)

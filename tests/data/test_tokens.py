@@ -84,7 +84,10 @@ def test_the_prompt_is_tokenised_as_generation_would(any_chat: Chat) -> None:
     made = record(("user", "what"), ("assistant", "\nred"))
     encoded = any_chat.encode(made)
     start = int(encoded.supervised.argmax())
-    assert encoded.input_ids[:start].tolist() == any_chat.prompt(made).tolist()
+    prompt = any_chat.tokenizer.apply_chat_template(
+        [{"role": "user", "content": "what"}], tokenize=False, add_generation_prompt=True
+    )
+    assert encoded.input_ids[:start].tolist() == any_chat.tokenizer(prompt)["input_ids"]
     text = any_chat._render([{"role": "user", "content": "what"}, {"role": "assistant", "content": "\nred"}])
     assert encoded.input_ids.tolist() != any_chat._ids(text)
     assert any_chat.tokenizer.decode(encoded.input_ids) == text
@@ -194,6 +197,15 @@ def test_whatever_is_said_only_the_answers_are_learnt(chats: dict[str, Chat], tu
     encoded = chat.encode(record(*flat))
     assert learnt(chat, encoded) == "".join(f"{text}<|im_end|>" for role, text in flat if role == "assistant")
     assert chat.tokenizer.decode(encoded.input_ids) == chat._render([{"role": r, "content": t} for r, t in flat])
+
+
+def test_truncation_in_tokenizer_json_is_not_applied(chat: Chat, tiny: Any, tmp_path: Path) -> None:
+    tok = tiny.make_tokenizer()
+    tok.backend_tokenizer.enable_truncation(5)
+    tok.backend_tokenizer.enable_padding(length=50)
+    tok.save_pretrained(tmp_path)
+    made = record(("user", "what colour is it"), ("assistant", "red " * 30 + "blue"))
+    assert Chat.load(tmp_path, chat.family).encode(made).input_ids.tolist() == chat.encode(made).input_ids.tolist()
 
 
 def test_fingerprint_follows_tokenizer_template_and_family(chats: dict[str, Chat], tiny: Any, tmp_path: Path) -> None:

@@ -76,6 +76,9 @@ class Chat:
             raise ModelError(f"{folder} has no tokenizer that can be loaded: {str(error).splitlines()[0]}") from error
         chat = cls(Path(folder), family, tokenizer)
         chat._check()
+        # A tokenizer.json may carry both; they would cut or fill up texts here in silence.
+        tokenizer.backend_tokenizer.no_truncation()
+        tokenizer.backend_tokenizer.no_padding()
         return chat
 
     def __reduce__(self) -> tuple[Any, tuple[Path, Family]]:
@@ -176,16 +179,6 @@ class Chat:
         ids_T = np.array(ids + rest, np.uint32)
         self._check_images(ids_T, record)
         return Encoded(ids_T, np.array(learnt + [False] * len(rest), np.bool_), len(record.images), writer.boxed)
-
-    def prompt(self, record: Record, sizes: Sequence[PictureSize] | None = None) -> npt.NDArray[np.uint32]:
-        """(T,) ids of the conversation up to its last answer, with the generation prompt: what evaluation starts
-        from.
-        """
-        last = max(n for n, turn in enumerate(record.turns) if turn.role == "assistant")
-        writer = _Writer(self.family, sizes)
-        messages = [_message(turn, [writer.write(p) for p in turn.parts]) for turn in record.turns[:last]]
-        text = str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
-        return np.array(self._ids(text), np.uint32)
 
     def _check_record(self, record: Record) -> None:
         answers = [turn for turn in record.turns if turn.role == "assistant"]

@@ -1,0 +1,173 @@
+"""A packed row against one-by-one Hugging Face forwards, and what may and may not influence a sample's loss."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from vlft.data.positions import mrope
+from vlft.models.forward import IGNORE, PackedVLM
+from vlft.models.load import load_hf, open_checkpoint, source_of
+from vlft.testing.tiny import FAMILIES
+
+Grids = list[tuple[int, int, int]]
+CUTS: dict[str, list[Grids]] = {
+    "no picture": [[], []],
+    "one picture each": [[(1, 4, 6)], [(1, 12, 12)]],
+    "none, one and three": [[(1, 4, 6)], [], [(1, 2, 4), (1, 8, 10), (1, 6, 2)], []],
+}
+
+
+class Example:
+    """One sample: tokens, labels, pictures."""
+
+    def __init__(self, family: str, source: Any, grids: Grids, seed: int) -> None:
+        rng = np.random.default_rng(seed)
+        image = source.config.image_token_id
+        ids: list[int] = rng.integers(20, 400, 5).tolist()
+        for _, h, w in grids:
+            ids += [9, *[image] * (h * w // 4), 10]
+        ids += rng.integers(20, 400, 9).tolist()
+        self.ids = torch.tensor([ids])
+        self.grids = torch.tensor(grids, dtype=torch.int64).reshape(-1, 3)
+        vision = source.config.vision_config
+        width = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+        generator = torch.Generator().manual_seed(seed)
+        patches = sum(h * w for _, h, w in grids)
+        self.pixels = torch.randn(patches, width, generator=generator) if grids else None
+        self.labels = torch.full_like(self.ids, IGNORE)
+        self.labels[:, -6:-1] = self.ids[:, -5:]
+        self.positions = torch.from_numpy(mrope(self.ids[0].numpy(), image, self.grids.numpy()))
+
+
+def packed_row(examples: list[Example]) -> dict[str, Any]:
+    lengths = [e.ids.shape[1] for e in examples]
+    pixels = [e.pixels for e in examples if e.pixels is not None]
+    return {
+        "input_ids_T": torch.cat([e.ids for e in examples], 1),
+        "position_ids_4T": torch.cat([e.positions for e in examples], 1).unsqueeze(1),
+        "labels_T": torch.cat([e.labels for e in examples], 1),
+        "cu_seqlens": torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32),
+        "max_seqlen": max(lengths),
+        "pixel_values": torch.cat(pixels) if pixels else None,
+        "image_grid_thw": torch.cat([e.grids for e in examples]),
+    }
+
+
+def one_by_one(model: Any, example: Example) -> Tensor:
+    """Summed loss by Hugging Face's own forward, positions and mask, of one sample alone."""
+    image = model.config.image_token_id
+    pictures = {}
+    if example.pixels is not None:
+        pictures = {"pixel_values": example.pixels, "image_grid_thw": example.grids}
+    out = model(input_ids=example.ids, mm_token_type_ids=(example.ids == image).int(), **pictures)
+    return F.cross_entropy(out.logits[0].float(), example.labels[0], ignore_index=IGNORE, reduction="sum")
+
+
+def gradients(model: torch.nn.Module) -> Tensor:
+    return torch.cat([p.grad.flatten() if p.grad is not None else torch.zeros(p.numel()) for p in model.parameters()])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("cut", CUTS)
+def test_a_packed_row_equals_one_by_one_forwards(tiny: Callable[..., Path], family: str, cut: str) -> None:
+    folder = tiny(family)
+    source = source_of(open_checkpoint(str(folder)), "no", torch.device("cpu"))
+    examples = [Example(family, source, grids, seed) for seed, grids in enumerate(CUTS[cut])]
+    reference = load_hf(folder, "cpu")
+    expected = torch.stack([one_by_one(reference, e) for e in examples]).sum()
+    expected.backward()
+    packed = PackedVLM(source.load(), source.parts, source.config.image_token_id)
+    found = packed(**packed_row(examples)).sum()
+    found.backward()
+    assert float(found) == pytest.approx(float(expected), rel=1e-6)
+    a, b = gradients(packed.model), gradients(reference)
+    assert float((a - b).norm() / b.norm()) < 1e-5
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_row_without_pictures_or_labels_still_reaches_every_weight(tiny: Callable[..., Path], family: str) -> None:
+    """AdamW skips a missing gradient but decays on a zero one, and DDP waits for every weight."""
+    source = source_of(open_checkpoint(str(tiny(family))), "no", torch.device("cpu"))
+    packed = PackedVLM(source.load(), source.parts, source.config.image_token_id)
+    row = {
+        "input_ids_T": torch.tensor([[3]]),
+        "position_ids_4T": torch.zeros(4, 1, 1, dtype=torch.int64),
+        "labels_T": torch.tensor([[IGNORE]]),
+        "cu_seqlens": torch.tensor([0, 1], dtype=torch.int32),
+        "max_seqlen": 1,
+        "pixel_values": None,
+        "image_grid_thw": torch.zeros(0, 3, dtype=torch.int64),
+    }
+    losses = packed(**row)
+    assert losses.shape == (0,)
+    losses.sum().backward()
+    assert [n for n, p in packed.named_parameters() if p.grad is None] == []
+    assert all(not p.grad.any() for p in packed.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_samples_loss_changes_only_with_the_sample(tiny: Callable[..., Path], family: str) -> None:
+    """Perturb other samples' tokens and pixels: nothing moves. Perturb its own prompt, pixels, answer: it moves."""
+    source = source_of(open_checkpoint(str(tiny(family))), "no", torch.device("cpu"))
+    packed = PackedVLM(source.load(), source.parts, source.config.image_token_id).eval()
+    base = [Example(family, source, grids, seed) for seed, grids in enumerate(CUTS["none, one and three"])]
+
+    def loss_of(examples: list[Example], which: int) -> Tensor:
+        with torch.no_grad():
+            found = packed(**packed_row(examples))
+        return found[5 * which : 5 * which + 5]
+
+    before = loss_of(base, 2)
+    others = [Example(family, source, grids, seed) for seed, grids in enumerate(CUTS["none, one and three"])]
+    for i, example in enumerate(others):
+        if i != 2:
+            example.ids[example.ids > 19] += 3
+            if example.pixels is not None:
+                example.pixels += 1.0
+    assert torch.allclose(loss_of(others, 2), before, atol=2e-6)
+    for change in ("prompt", "pixels", "answer"):
+        own = [Example(family, source, grids, seed) for seed, grids in enumerate(CUTS["none, one and three"])]
+        if change == "prompt":
+            own[2].ids[0, 1] += 3
+        elif change == "pixels":
+            assert own[2].pixels is not None
+            own[2].pixels[:4] += 1.0
+        else:
+            own[2].ids[0, -3] += 3
+            own[2].labels[0, -4] = own[2].ids[0, -3]
+        assert (loss_of(own, 2) - before).abs().max() > 1e-4
+
+
+def test_only_supervised_tokens_are_in_the_loss(tiny: Callable[..., Path]) -> None:
+    source = source_of(open_checkpoint(str(tiny())), "no", torch.device("cpu"))
+    packed = PackedVLM(source.load(), source.parts, source.config.image_token_id)
+    example = Example("qwen2_5_vl", source, [(1, 4, 6)], 0)
+    row = packed_row([example])
+    with torch.no_grad():
+        few = packed(**row)
+        row["labels_T"] = torch.where(torch.arange(row["labels_T"].shape[1]) >= 3, row["labels_T"], IGNORE)
+        assert torch.equal(packed(**row), few)
+        row["labels_T"] = row["labels_T"].clone()
+        row["labels_T"][0, -3] = IGNORE
+        assert len(packed(**row)) == len(few) - 1
+
+
+def test_gradient_checkpointing_changes_nothing(tiny: Callable[..., Path]) -> None:
+    source = source_of(open_checkpoint(str(tiny())), "no", torch.device("cpu"))
+    found = []
+    for checkpointing in (False, True):
+        model: Any = source.load()
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        packed = PackedVLM(model, source.parts, source.config.image_token_id).train()
+        packed(**packed_row([Example("qwen2_5_vl", source, [(1, 4, 6)], 0)])).sum().backward()
+        found.append(gradients(packed.model))
+    assert torch.equal(found[0], found[1])

@@ -1,0 +1,186 @@
+"""A resume is exact: stop anywhere, go on, and nothing but "perf" differs from the run that was not stopped."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from runs import command, final_weights, ledger, metrics, train, write_data
+from safetensors.torch import load_file
+
+from vlft import train as story
+from vlft.errors import CheckpointError, ConfigError
+
+
+class Stop(Exception):
+    """Raised in the middle of a run, as a kill would end it."""
+
+
+@pytest.fixture
+def stop_before(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """stop_before(n): the run dies before its step n (0-based), after everything earlier was written."""
+    real = story.train_step
+
+    def arm(n: int) -> None:
+        def dying(job: Any, step: Any) -> Any:
+            if step.number == n:
+                raise Stop
+            return real(job, step)
+
+        monkeypatch.setattr(story, "train_step", dying)
+
+    yield arm
+    monkeypatch.setattr(story, "train_step", real)
+
+
+CASES = [
+    ("lora_llm_full_vit", {"use_data_augmentation": True, "num_workers": 0}),
+    ("lora_llm_full_vit", {"augmentation": "geometric", "num_workers": 2}),
+    ("full", {"num_workers": 2, "gradient_accumulation_steps": 2, "per_device_train_batch_size": 2}),
+    ("qlora", {"train_vit": True, "num_workers": 0}),
+]
+
+
+@pytest.mark.parametrize(("strategy", "more"), CASES)
+def test_a_resume_across_an_epoch_border_is_bit_equal(
+    tiny: Callable[..., Path], tmp_path: Path, stop_before: Any, strategy: str, more: dict[str, Any]
+) -> None:
+    """5 steps an epoch; saved at 3 and 6, stopped before step 7 and again before step 11."""
+    registry = write_data(tmp_path, 20)
+    options = {"epochs": 3, "max_steps": None, "save_steps": 3, "learning_rate_llm": 1e-3, **more}
+    words = lambda out, **x: command(tiny(), registry, tmp_path / out, strategy, **options, **x)  # noqa: E731
+    train(words("whole"))
+    for stop, resume in ((7, {}), (11, {"resume_from_checkpoint": "latest"})):
+        stop_before(stop)
+        with pytest.raises(Stop):
+            train(words("cut", **resume))
+        assert len(metrics(tmp_path / "cut")) == stop
+    stop_before(10**9)
+    train(words("cut", resume_from_checkpoint="latest"))
+    assert metrics(tmp_path / "whole") == metrics(tmp_path / "cut")
+    assert len(metrics(tmp_path / "cut")) == 15
+    whole, cut = final_weights(tmp_path / "whole"), final_weights(tmp_path / "cut")
+    assert whole.keys() == cut.keys()
+    assert all(torch.equal(whole[n], cut[n]) for n in whole)
+    for name in ("adapter_model.safetensors", "model.safetensors"):
+        if (tmp_path / "whole/model" / name).exists():
+            a, b = (load_file(tmp_path / run / "model" / name) for run in ("whole", "cut"))
+            assert all(torch.equal(a[n], b[n]) for n in a)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_the_number_of_workers_changes_nothing(tiny: Callable[..., Path], tmp_path: Path, workers: int) -> None:
+    registry = write_data(tmp_path, 20)
+    for out, n in (("a", 1), ("b", workers)):
+        options = {"num_workers": n, "use_data_augmentation": True, "learning_rate_llm": 1e-3}
+        train(command(tiny(), registry, tmp_path / out, "lora_llm_full_vit", **options))
+    assert metrics(tmp_path / "a") == metrics(tmp_path / "b")
+
+
+def test_latest_with_none_starts_fresh(tiny: Callable[..., Path], tmp_path: Path) -> None:
+    words = command(tiny(), write_data(tmp_path), tmp_path / "out", "lora", resume_from_checkpoint="latest", max_steps=2)
+    train(words)
+    assert len(metrics(tmp_path / "out")) == 2
+
+
+def test_a_used_output_folder_is_refused(tiny: Callable[..., Path], tmp_path: Path) -> None:
+    words = command(tiny(), write_data(tmp_path), tmp_path / "out", "lora", max_steps=1)
+    train(words)
+    with pytest.raises(ConfigError, match="not empty"):
+        train(words)
+
+
+def test_options_that_would_change_the_run_are_refused_on_a_resume(tiny: Callable[..., Path], tmp_path: Path) -> None:
+    registry = write_data(tmp_path)
+    train(command(tiny(), registry, tmp_path / "out", "lora", max_steps=2))
+    again = {"resume_from_checkpoint": "latest", "max_steps": 4}
+    with pytest.raises(CheckpointError) as caught:
+        changed = {"learning_rate_llm": 3e-4, "lora_rank": 8, "seed": 7, "per_device_train_batch_size": 3}
+        train(command(tiny(), registry, tmp_path / "out", "lora", **again, **changed))
+    said = str(caught.value)
+    assert [name for name in ("learning_rate_llm", "lora_rank", "seed", "global batch") if name not in said] == [], said
+
+
+def test_an_altered_checkpoint_is_found_and_the_one_before_is_offered(tiny: Callable[..., Path], tmp_path: Path) -> None:
+    registry = write_data(tmp_path)
+    train(command(tiny(), registry, tmp_path / "out", "lora", max_steps=4, save_steps=2))
+    newest = tmp_path / "out/checkpoints/step-000004/weights.safetensors"
+    whole = bytearray(newest.read_bytes())
+    whole[-3] ^= 1
+    newest.write_bytes(bytes(whole))
+    again = {"resume_from_checkpoint": "latest", "max_steps": 5}
+    with pytest.raises(CheckpointError, match=r"altered.*step-000002"):
+        train(command(tiny(), registry, tmp_path / "out", "lora", **again))
+    before = {"resume_from_checkpoint": str(tmp_path / "out/checkpoints/step-000002"), "max_steps": 4}
+    train(command(tiny(), registry, tmp_path / "out", "lora", **before))
+    assert [m["step"] for m in metrics(tmp_path / "out")] == [1, 2, 3, 4]
+
+
+def test_a_kill_during_a_save_leaves_the_checkpoint_before_it(
+    tiny: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vlft import checkpoint
+
+    registry = write_data(tmp_path)
+    words = command(tiny(), registry, tmp_path / "out", "lora", max_steps=6, save_steps=2)
+    real, saves = checkpoint.save_file, []
+
+    def dying(*args: Any, **more: Any) -> None:
+        saves.append(args)
+        if len(saves) == 4:  # the optimizer's file of the second save
+            raise Stop
+        real(*args, **more)
+
+    monkeypatch.setattr(checkpoint, "save_file", dying)
+    with pytest.raises(Stop):
+        train(words)
+    monkeypatch.setattr(checkpoint, "save_file", real)
+    root = tmp_path / "out/checkpoints"
+    assert [p.name for p in checkpoint.complete(root)] == ["step-000002"]
+    train([*words, "--resume_from_checkpoint", "latest"])
+    assert [m["step"] for m in metrics(tmp_path / "out")] == [1, 2, 3, 4, 5, 6]
+    assert not list(root.glob(".writing*"))
+
+
+def test_retention_keeps_the_newest(tiny: Callable[..., Path], tmp_path: Path) -> None:
+    options = {"max_steps": 5, "save_steps": 1, "save_total_limit": 2}
+    train(command(tiny(), write_data(tmp_path), tmp_path / "out", "lora", **options))
+    assert sorted(p.name for p in (tmp_path / "out/checkpoints").iterdir()) == ["step-000004", "step-000005"]
+
+
+def test_a_picture_that_breaks_during_the_run_goes_to_the_ledger_and_stays_there(
+    tiny: Callable[..., Path], tmp_path: Path, stop_before: Any
+) -> None:
+    """Its header is read at the start, its pixels later: the truncated file is met in the middle of the run."""
+    registry = write_data(tmp_path, 20)
+    broken = tmp_path / "images" / "toy-4-0.png"
+    broken.write_bytes(broken.read_bytes()[:-400])
+    options = {"epochs": 2, "max_steps": None, "save_steps": 2, "max_bad_fraction": 0.2}
+    words = lambda out, **x: command(tiny(), registry, tmp_path / out, "lora", **options | x)  # noqa: E731
+    train(words("whole"))
+    stop_before(7)
+    with pytest.raises(Stop):
+        train(words("cut"))
+    stop_before(10**9)
+    train(words("cut", resume_from_checkpoint="latest"))
+    assert metrics(tmp_path / "whole") == metrics(tmp_path / "cut")
+    assert ledger(tmp_path / "whole") == ledger(tmp_path / "cut")
+    (entry,) = ledger(tmp_path / "whole")
+    assert entry["id"] == "r4"
+    assert sum(m["samples"] for m in metrics(tmp_path / "whole")) == 2 * 19
+    shutil.rmtree(tmp_path / "cut")
+    with pytest.raises(Exception, match="toy-4-0.png"):
+        train(words("strict", max_bad_fraction=0.01))
+
+
+def test_run_yaml_repeats_the_run(tiny: Callable[..., Path], tmp_path: Path) -> None:
+    train(command(tiny(), write_data(tmp_path), tmp_path / "first", "lora_llm_full_vit", lora_rank=8))
+    train(["--config", str(tmp_path / "first/run.yaml"), "--output_dir", str(tmp_path / "second")])
+    assert metrics(tmp_path / "first") == metrics(tmp_path / "second")
+    a, b = (json.loads((tmp_path / r / "run_card.json").read_text())["strategy"] for r in ("first", "second"))
+    assert a == b == "lora_llm_full_vit"
