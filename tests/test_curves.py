@@ -41,7 +41,9 @@ CURVES: dict[str, list[float]] = {
 def curve(model: Path, folder: Path, case: str) -> list[float]:
     strategy, options = STRATEGIES[case]
     registry = write_data(folder, 24)
-    words = command(model, registry, folder / case.replace(" ", "_"), strategy, max_steps=6, mixed_precision="no", **options)
+    words = command(
+        model, registry, folder / case.replace(" ", "_"), strategy, max_steps=6, mixed_precision="no", **options
+    )
     train(words)
     return [line["loss"] for line in metrics(folder / case.replace(" ", "_"))]
 

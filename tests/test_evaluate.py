@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -111,7 +112,10 @@ def test_scripts_that_cannot_work_end_the_run_before_its_first_step(
     tiny: Callable[..., Path], tmp_path: Path, two_sets: Path
 ) -> None:
     (tmp_path / "broken.py").write_text("import nothing_of_that_name")
-    for scripts, said in ((f"held:{tmp_path / 'broken.py'}", "nothing_of_that_name"), ("train:exact_match", "held-out")):
+    for scripts, said in (
+        (f"held:{tmp_path / 'broken.py'}", "nothing_of_that_name"),
+        ("train:exact_match", "held-out"),
+    ):
         words = command(tiny(), two_sets, tmp_path / "out", "lora", eval_dataset_scripts=scripts)
         with pytest.raises(ConfigError, match=said):
             train(words)
@@ -141,6 +145,19 @@ def wandb_records(raw: bytes) -> Iterator[bytes]:
             parts = b""
 
 
+def finished_records(file: Path, kind: Any) -> list[Any]:
+    """All records, once the last is there: wandb's service may still write when the run's process goes on."""
+    for _ in range(60):
+        records = []
+        for raw in wandb_records(file.read_bytes()):
+            records.append(kind())
+            records[-1].ParseFromString(raw)
+        if records and records[-1].WhichOneof("record_type") == "exit":
+            return records
+        time.sleep(0.5)
+    raise AssertionError(f"{file} has no exit record after 30 s")
+
+
 def test_wandb_gets_what_metrics_jsonl_gets(
     tiny: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -154,9 +171,7 @@ def test_wandb_gets_what_metrics_jsonl_gets(
     train(command(tiny(), write_data(tmp_path), tmp_path / "out", "lora", **options))
     (file,) = tmp_path.rglob("*.wandb")
     losses, names = [], set()
-    for raw in wandb_records(file.read_bytes()):
-        record = wandb_internal_pb2.Record()
-        record.ParseFromString(raw)
+    for record in finished_records(file, wandb_internal_pb2.Record):
         if record.WhichOneof("record_type") == "run":
             names |= {record.run.project, record.run.display_name}
         items = {"/".join(i.nested_key) or i.key: i.value_json for i in record.history.item}

@@ -83,7 +83,9 @@ def test_the_number_of_workers_changes_nothing(tiny: Callable[..., Path], tmp_pa
 
 
 def test_latest_with_none_starts_fresh(tiny: Callable[..., Path], tmp_path: Path) -> None:
-    words = command(tiny(), write_data(tmp_path), tmp_path / "out", "lora", resume_from_checkpoint="latest", max_steps=2)
+    words = command(
+        tiny(), write_data(tmp_path), tmp_path / "out", "lora", resume_from_checkpoint="latest", max_steps=2
+    )
     train(words)
     assert len(metrics(tmp_path / "out")) == 2
 
@@ -106,7 +108,7 @@ def test_options_that_would_change_the_run_are_refused_on_a_resume(tiny: Callabl
     assert [name for name in ("learning_rate_llm", "lora_rank", "seed", "global batch") if name not in said] == [], said
 
 
-def test_an_altered_checkpoint_is_found_and_the_one_before_is_offered(tiny: Callable[..., Path], tmp_path: Path) -> None:
+def test_an_altered_checkpoint_is_found_and_the_one_before_offered(tiny: Callable[..., Path], tmp_path: Path) -> None:
     registry = write_data(tmp_path)
     train(command(tiny(), registry, tmp_path / "out", "lora", max_steps=4, save_steps=2))
     newest = tmp_path / "out/checkpoints/step-000004/weights.safetensors"
@@ -174,7 +176,7 @@ def test_a_picture_that_breaks_during_the_run_goes_to_the_ledger_and_stays_there
     assert entry["id"] == "r4"
     assert sum(m["samples"] for m in metrics(tmp_path / "whole")) == 2 * 19
     shutil.rmtree(tmp_path / "cut")
-    with pytest.raises(Exception, match="toy-4-0.png"):
+    with pytest.raises(Exception, match=r"toy-4-0\.png"):
         train(words("strict", max_bad_fraction=0.01))
 
 
