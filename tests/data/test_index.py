@@ -16,6 +16,8 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest_data import image_record, picture, spec, text_record, write_jsonl
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from vlft.data import index as index_module
 from vlft.data.index import BOXED, HAS_BOXES, Index, open_index, summary
@@ -322,6 +324,37 @@ def test_used_and_ledger_are_the_total(tmp_path: Path, chat: Chat) -> None:
     }
 
 
+KEYS = (
+    "id image images messages conversations role content from value type text image_url url prompt completion prefix "
+    "suffix texts user assistant query response history instruction input output objects ref bbox bbox_type image_id "
+    "system loss index bytes"
+).split()
+json_values = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=8)
+    | st.sampled_from(["a.png", "<image>"]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(KEYS), inner, max_size=5),
+    max_leaves=14,
+)
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(raw=st.dictionaries(st.sampled_from(KEYS), json_values, min_size=1, max_size=6))
+def test_whatever_a_record_holds_it_is_used_or_in_the_ledger(tmp_path: Path, chat: Chat, raw: dict[str, Any]) -> None:
+    from vlft.data.sources import JsonLinesSource, RawRow
+
+    path = tmp_path / "set.jsonl"
+    path.touch()
+    collector = index_module._Collector(index_module._Job(spec(path), JsonLinesSource(path), chat, tmp_path, False))
+    collector.add(RawRow(0, 0, 0, raw))
+    part = collector.part(1)
+    assert part.records == 1
+    assert all(len(item.message) < 600 for item in part.rejected)
+
+
 # ------------------------------------------------------------------ the cache
 
 
@@ -363,6 +396,19 @@ def test_a_picture_that_came_later_is_noticed(tmp_path: Path, chat: Chat, counte
     picture(0, 40, 30).save(tmp_path / "b.png")
     assert used() == used() == 3
     assert len(counted) == 3
+
+
+def test_failed_downloads_are_tried_again_later_but_not_by_the_other_ranks(
+    tmp_path: Path, chat: Chat, counted: list[str], monkeypatch: Any
+) -> None:
+    path = write_jsonl(tmp_path / "set.jsonl", [image_record(0, "http://127.0.0.1:9/x.png"), text_record(1)])
+    for _ in range(2):
+        index = open_index([spec(path)], chat, cache_dir=tmp_path / "c", allow_remote=True)
+    assert [e.reason for e in index.ledger] == ["remote_failed"]
+    assert len(counted) == 1
+    monkeypatch.setattr(index_module, "_RETRY_SECONDS", 0)
+    open_index([spec(path)], chat, cache_dir=tmp_path / "c", allow_remote=True)
+    assert len(counted) == 2
 
 
 def test_a_build_that_was_killed_leaves_nothing_that_is_found(tmp_path: Path, chat: Chat, monkeypatch: Any) -> None:

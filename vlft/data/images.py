@@ -12,6 +12,7 @@ import urllib.error
 import urllib.request
 import warnings
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import IO, Any, TypeAlias
 
@@ -60,15 +61,21 @@ def resolve(
             raise RecordError("remote_refused", f"{ref.value} is remote; download it, or pass --allow_remote_images.")
         return fetch(ref.value, cache_dir)
     path = os.path.realpath(os.path.join(root, os.path.expanduser(ref.value)))
-    roots = [os.path.realpath(r) for r in (root, *allowed_roots)]
-    if not any(path.startswith(r if r.endswith(os.sep) else r + os.sep) for r in roots):
+    if not path.startswith(_real_roots(root, *allowed_roots)):
         raise RecordError(
-            "path_outside_root", f"{ref.value} leads to {path}, outside {roots[0]}; add its folder to 'allowed_roots'."
+            "path_outside_root", f"{ref.value} leads to {path}, outside {root}; add its folder to 'allowed_roots'."
         )
     if not os.path.isfile(path):
         found = "is no file" if os.path.exists(path) else "does not exist"
         raise RecordError("image_missing", f"{path} {found}; check 'image_root' in the registry.")
     return path
+
+
+@lru_cache(maxsize=64)
+def _real_roots(*roots: Path) -> tuple[str, ...]:
+    """With a separator at the end: /data must not admit /data2."""
+    real = [os.path.realpath(root) for root in roots]
+    return tuple(root if root.endswith(os.sep) else root + os.sep for root in real)
 
 
 def fetch(url: str, cache_dir: Path, *, timeout: float = 20.0, max_bytes: int = MAX_DOWNLOAD) -> str:

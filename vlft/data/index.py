@@ -16,7 +16,9 @@ import json
 import multiprocessing
 import os
 import shutil
+import sys
 import tempfile
+import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -46,6 +48,9 @@ BOXED, HAS_BOXES = 1, 2
 _LEARNT = np.uint32(1 << 31)
 """Bit of a stored token id: it is supervised."""
 _INLINE, _PATH = "inline:", "path:"
+_LONGEST_MESSAGE = 500
+_RETRY_SECONDS = 60
+"""Age of an index from which failed downloads are tried again; the other ranks of a run open it sooner than that."""
 
 _ARRAYS: dict[str, type[np.generic]] = {
     "offset": np.int64,  # (N,) place of the record in its file
@@ -124,13 +129,14 @@ class _Collector:
             record = parse_record(row.raw, self.job.spec, str(row.row))
             self._index(row, record, seen)
         except RecordError as error:
-            self.rejected.append(
-                _Rejected(row.row, _own_id(row.raw), error.reason, str(error), _watch(error, seen, self.job, row))
-            )
-        except (ValueError, TypeError, KeyError, AttributeError, IndexError, RecursionError, OSError) as error:
+            self._reject(row, error.reason, str(error), _watch(error, seen, self.job, row))
+        except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError, OSError) as error:
             # A shape that no reader foresaw: one record must not end a run, and must not vanish either.
-            message = f"the record cannot be read ({type(error).__name__}: {error})."
-            self.rejected.append(_Rejected(row.row, _own_id(row.raw), "bad_record", message, None))
+            self._reject(row, "bad_record", f"the record cannot be read ({type(error).__name__}: {error}).", None)
+
+    def _reject(self, row: RawRow, reason: str, message: str, watch: tuple[str, int, int] | None) -> None:
+        short = message if len(message) <= _LONGEST_MESSAGE else message[:_LONGEST_MESSAGE] + " ..."
+        self.rejected.append(_Rejected(row.row, _own_id(row.raw), reason, short, watch))
 
     def _index(self, row: RawRow, record: Record, seen: list[images.Source]) -> None:
         sizes, hashes, refs = [], [], []
@@ -242,8 +248,7 @@ def _parts(job: _Job, workers: int) -> Iterator[tuple[Chunk, _Part]]:
         for chunk in itertools.chain(head, chunks):
             yield chunk, _index_chunk(job, chunk)
         return
-    method = "fork" if "fork" in multiprocessing.get_all_start_methods() else "spawn"
-    context = multiprocessing.get_context(method)
+    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
     flying: deque[tuple[Chunk, Future[_Part]]] = deque()
     with ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(job,)) as pool:
         try:
@@ -298,7 +303,8 @@ def _build(job: _Job, folder: Path, workers: int, progress: bool) -> None:
             for name, count in part.formats.items():
                 formats[name] = formats.get(name, 0) + count
             bar.update(chunk.weight)
-    meta = {"total": records, "usable": usable, "formats": formats, "watch": watch, "retry": "remote_failed" in reasons}
+    meta: dict[str, Any] = {"total": records, "usable": usable, "formats": formats, "watch": watch}
+    meta |= {"retry": "remote_failed" in reasons, "built": time.time()}
     (folder / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
 
 
@@ -324,7 +330,9 @@ def _is_current(folder: Path) -> bool:
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
-    return not meta["retry"] and all(list(_stamp(path)) == [path, time, size] for path, time, size in meta["watch"])
+    if meta["retry"] and time.time() - meta["built"] > _RETRY_SECONDS:
+        return False
+    return all(list(_stamp(path)) == [path, time, size] for path, time, size in meta["watch"])
 
 
 def _open_one(
