@@ -6,6 +6,7 @@ import json
 import struct
 import time
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +90,7 @@ def test_greedy_answers_equal_hugging_faces_generate_one_by_one(
     plain: Any = load_hf(tiny(), "cpu")
     borders, pixels = row.cu_seqlens.tolist(), job.inputs(row, False)["pixel_values"]
     patches = [int(g.prod()) for g in row.image_grid_thw]
-    for i, (start, end) in enumerate(zip(borders[:-1], borders[1:], strict=True)):
+    for i, (start, end) in enumerate(pairwise(borders)):
         ids, labels = row.input_ids_T[:, start:end], row.labels_T[0, start:end]
         first, _ = evaluate._last_answer(labels)
         mine = [k for k, s in enumerate(row.image_sample.tolist()) if s == i]

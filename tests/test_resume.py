@@ -101,8 +101,8 @@ def test_options_that_would_change_the_run_are_refused_on_a_resume(tiny: Callabl
     registry = write_data(tmp_path)
     train(command(tiny(), registry, tmp_path / "out", "lora", max_steps=2))
     again = {"resume_from_checkpoint": "latest", "max_steps": 4}
+    changed = {"learning_rate_llm": 3e-4, "lora_rank": 8, "seed": 7, "per_device_train_batch_size": 3}
     with pytest.raises(CheckpointError) as caught:
-        changed = {"learning_rate_llm": 3e-4, "lora_rank": 8, "seed": 7, "per_device_train_batch_size": 3}
         train(command(tiny(), registry, tmp_path / "out", "lora", **again, **changed))
     said = str(caught.value)
     assert [name for name in ("learning_rate_llm", "lora_rank", "seed", "global batch") if name not in said] == [], said

@@ -57,7 +57,7 @@ class Engine:
         self.device: torch.device = self.accelerator.device
         self.is_main: bool = self.accelerator.is_main_process
         self.kind: str = self.accelerator.distributed_type.value
-        """What Accelerate really set up, which is not always what was meant: NO, MULTI_CPU, MULTI_GPU, DEEPSPEED, FSDP."""
+        """What Accelerate really set up, not always what was meant: NO, MULTI_CPU, MULTI_GPU, DEEPSPEED, FSDP."""
         asked = int(os.environ.get("WORLD_SIZE", "1"))
         if asked != self.world_size:
             raise ConfigError(

@@ -89,9 +89,9 @@ def fit(index: Index, limits: Limits) -> Fitted:
     if len(long_ids) and limits.on_too_long == "error":
         raise DataError(_too_long(index, int(long_ids[0]), length_N, limits) + " (--on_too_long error).")
     if len(long_ids):
-        fits = _shrink(index, limits, long_ids, text_N, high_N, height_I, width_I)
-        if limits.on_too_long == "drop":
-            fits = np.zeros(len(long_ids), np.bool_)
+        fits = np.zeros(len(long_ids), np.bool_)
+        if limits.on_too_long == "shrink":
+            fits = _shrink(index, limits, long_ids, text_N, high_N, height_I, width_I)
         length_N = text_N + _image_tokens(index, height_I, width_I, limits.factor)
         usable_N[long_ids[~fits]] = False
         shrunk = int(fits.sum())
@@ -136,8 +136,8 @@ def _shrink(
     where, owner = _images_of(index, ids)
     h, w = index.height[where], index.width[where]
     room = limits.max_seq_length - text_N[ids]
-    low = np.full(len(ids), min(limits.min_pixels, int(high_N[ids].min())), np.int64)
-    high = high_N[ids].copy()
+    high = high_N[ids]
+    low = np.minimum(limits.min_pixels, high)
 
     def sized(cap: Ints) -> tuple[Ints, Ints, Ints]:
         new_h, new_w = smart_resize_batch(h, w, limits.factor, limits.min_pixels, cap[owner])
@@ -152,9 +152,8 @@ def _shrink(
     floor = np.minimum(limits.min_pixels, height_I[where] * width_I[where])
     too_small = np.bincount(owner, new_h * new_w < floor, minlength=len(ids)) > 0
     fits = (tokens <= room) & ~too_small & (index.n_images[ids] > 0)
-    if limits.on_too_long == "shrink":
-        kept = fits[owner]
-        height_I[where[kept]], width_I[where[kept]] = new_h[kept], new_w[kept]
+    kept = fits[owner]
+    height_I[where[kept]], width_I[where[kept]] = new_h[kept], new_w[kept]
     return fits
 
 
@@ -168,7 +167,8 @@ def _too_long(index: Index, i: int, length_N: Ints, limits: Limits) -> str:
 
 
 def _entry(index: Index, i: int, length_N: Ints, limits: Limits) -> LedgerEntry:
-    even = ", even with its pictures at --min_pixels" if limits.on_too_long == "shrink" and index.n_images[i] else ""
+    tried = limits.on_too_long == "shrink" and index.n_images[i]
+    even = "; pictures of --min_pixels would still be too many tokens" if tried else ""
     shard, _ = index.locate(i)
     return LedgerEntry(
         shard.spec.name, index.sample_id(i), "too_long", f"{_too_long(index, i, length_N, limits)}{even}."

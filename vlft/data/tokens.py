@@ -156,7 +156,7 @@ class Chat:
             sizes: one for each picture. Without final sizes, coordinates that depend on them are written with the most
                 digits they can have, so that the length is an upper bound.
         Raises:
-            RecordError: `special_token`, `empty_answer`, `no_answer`, `nothing_learnt`, `image_in_answer`,
+            RecordError: `special_token`, `empty_answer`, `no_answer`, `nothing_learnt`, `image_in_answer`, `template_drops`,
             `image_count`,
                 `template_rewrites`, `bad_box`.
         """
@@ -164,6 +164,7 @@ class Chat:
         writer = _Writer(self.family, sizes)
         turns = [(turn, [writer.write(part) for part in turn.parts]) for turn in record.turns]
         real = self._render([_message(turn, texts) for turn, texts in turns])
+        _check_all_said(real, turns)
         spans = self._spans(real, turns)
         ids: list[int] = []
         learnt: list[bool] = []
@@ -253,6 +254,20 @@ class Chat:
                 "image_count",
                 f"the chat template shows {found} pictures of {len(record.images)}; move them to a user turn.",
             )
+
+
+def _check_all_said(real: str, turns: list[tuple[Turn, list[str | None]]]) -> None:
+    """No turn is lost: some templates pass over a system turn in the middle, or roles that they do not know."""
+    at = 0
+    for turn, texts in turns:
+        for text in texts:
+            wanted = text.strip() if text else ""
+            found = real.find(wanted, at)
+            if found < 0:
+                raise RecordError(
+                    "template_drops", f"the chat template leaves out what a {turn.role} turn says; reorder the turns."
+                )
+            at = found + len(wanted)
 
 
 def _message(turn: Turn, texts: Sequence[str | None]) -> dict[str, Any]:

@@ -6,6 +6,8 @@ Only this file calls `from_pretrained`. Everything is read from a local folder; 
 from __future__ import annotations
 
 import json
+import logging
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -178,6 +180,7 @@ def load_hf(folder: Path, device: torch.device | str, trust_remote_code: bool = 
     Raises:
         ModelError: the weights cannot be loaded; the cause is kept.
     """
+    _quieten()
     from transformers import AutoModelForImageTextToText
 
     options: dict[str, Any] = {"dtype": "auto", "attn_implementation": "sdpa", "device_map": {"": str(device)}}
@@ -189,6 +192,15 @@ def load_hf(folder: Path, device: torch.device | str, trust_remote_code: bool = 
     assert isinstance(model, nn.Module)
     _keep_packing(model)
     return model
+
+
+def _quieten() -> None:
+    """Libraries' notes that a user can do nothing about: a progress bar a second long, an optional CPU kernel."""
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
 
 
 def _keep_packing(model: nn.Module) -> None:
