@@ -188,6 +188,20 @@ def test_sixteen_bits_are_scaled_not_clipped() -> None:
     assert np.array_equal(decode(encoded(Image.fromarray(low), "TIFF"), (56, 56))[0], low)
 
 
+def test_sixteen_bits_a_channel() -> None:
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+    for kind, channels in ((2, 3), (6, 4)):
+        deep = np.random.default_rng(0).integers(0, 65536, (56, 56, channels), np.uint16)
+        deep[..., 3:] = 65535
+        rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in deep)
+        header = struct.pack(">IIBBBBB", 56, 56, 16, kind, 0, 0, 0)
+        data = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+        out = decode(data, (56, 56)).transpose(1, 2, 0).astype(int)
+        assert np.abs(out - deep[..., :3] / 257).max() <= 1
+
+
 @pytest.mark.parametrize("format", ["GIF", "PNG", "WEBP"])
 def test_animated_files_give_their_first_frame(format: str) -> None:
     frames = [Image.new("RGB", (60, 60), c) for c in ((200, 0, 0), (0, 200, 0))]

@@ -121,6 +121,18 @@ def test_a_template_that_rewrites_answers_is_refused(
     assert caught.value.reason == "template_rewrites"
 
 
+def test_a_template_that_drops_a_turn_is_refused(chat: Chat, tiny: Any, tmp_path: Path) -> None:
+    template = QWEN25_TEMPLATE.replace(
+        "{{ message['content'] }}", "{% if message.role != 'system' or loop.first %}{{ message['content'] }}{% endif %}"
+    )
+    dropping = with_template(chat, tiny, tmp_path, template)
+    turns = [("user", "q"), ("system", "be brief"), ("assistant", "red")]
+    with pytest.raises(RecordError) as caught:
+        dropping.encode(record(*turns))
+    assert caught.value.reason == "template_drops"
+    assert learnt(chat, chat.encode(record(*turns))) == "red<|im_end|>"
+
+
 def test_a_template_that_trims_what_needs_no_trimming_is_fine(chat: Chat, tiny: Any, tmp_path: Path) -> None:
     template = QWEN25_TEMPLATE.replace("{{ message['content'] }}", "{{ message['content'] | trim }}")
     trimming = with_template(chat, tiny, tmp_path, template)

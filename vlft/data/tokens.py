@@ -156,16 +156,15 @@ class Chat:
             sizes: one for each picture. Without final sizes, coordinates that depend on them are written with the most
                 digits they can have, so that the length is an upper bound.
         Raises:
-            RecordError: `special_token`, `empty_answer`, `no_answer`, `nothing_learnt`, `image_in_answer`, `template_drops`,
-            `image_count`,
-                `template_rewrites`, `bad_box`.
+            RecordError: `special_token`, `empty_answer`, `no_answer`, `nothing_learnt`, `image_in_answer`, `image_count`,
+                `template_refuses`, `template_rewrites`, `template_drops`, `bad_box`.
         """
         self._check_record(record)
         writer = _Writer(self.family, sizes)
         turns = [(turn, [writer.write(part) for part in turn.parts]) for turn in record.turns]
         real = self._render([_message(turn, texts) for turn, texts in turns])
-        _check_all_said(real, turns)
         spans = self._spans(real, turns)
+        _check_all_said(real, turns)
         ids: list[int] = []
         learnt: list[bool] = []
         at = 0
