@@ -156,8 +156,8 @@ class Chat:
             sizes: one for each picture. Without final sizes, coordinates that depend on them are written with the most
                 digits they can have, so that the length is an upper bound.
         Raises:
-            RecordError: `special_token`, `empty_answer`, `no_answer`, `nothing_learnt`, `image_in_answer`, `image_count`,
-                `template_refuses`, `template_rewrites`, `template_drops`, `bad_box`.
+            RecordError: `special_token`, `empty_answer`, `no_answer`, `nothing_learnt`, `image_in_answer`,
+                `image_count`, `template_refuses`, `template_rewrites`, `template_drops`, `bad_box`.
         """
         self._check_record(record)
         writer = _Writer(self.family, sizes)
