@@ -1,0 +1,219 @@
+"""The README does what it says: its plugin conforms and trains, its lines parse; the run folder is as documented."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from runs import command, environment, start, write_data
+
+from vlft import cli
+from vlft.testing import make_checkpoint
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+RUN_FOLDER = (ROOT / "docs" / "run-folder.md").read_text(encoding="utf-8")
+
+
+def _blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", README, flags=re.DOTALL | re.MULTILINE)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command lines
+
+
+def _command_lines() -> list[list[str]]:
+    """The words of every line of the README that starts vlft, what stands before and including `vlft` left out."""
+    found = []
+    for block in _blocks(""):
+        for line in block.replace("\\\n", " ").splitlines():
+            words = shlex.split(line, comments=True)
+            if words[:4] == ["accelerate", "launch", "-m", "vlft"]:
+                found.append(words[4:])
+            elif words[:1] == ["vlft"]:
+                found.append(words[1:])
+    return found
+
+
+def test_there_are_command_lines() -> None:
+    strategies = {
+        words[words.index("--tuning_strategy") + 1] for words in _command_lines() if "--tuning_strategy" in words
+    }
+    assert strategies == {"qlora", "lora", "lora_llm_full_vit", "partial_llm_full_vit", "vit_only", "full"}
+
+
+@pytest.mark.parametrize("words", _command_lines(), ids=lambda words: " ".join(words)[:60])
+def test_command_line_parses(words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "output" / "qlora" / "model").mkdir(parents=True)
+    (tmp_path / "output" / "qlora" / "run.yaml").write_text(
+        yaml.safe_dump({"model_name_or_path": "a/b", "output_dir": "output/qlora", "tuning_strategy": "qlora"})
+    )
+    if words[0] == "merge":
+        assert cli.parse_merge(words[1:]).model == Path("output/qlora/model")
+    elif words == ["plugins"]:
+        assert "exact_match" in cli.plugins_table()
+    elif "--help" in words:
+        assert "--lora_rank" in cli.help_text(words)
+    else:
+        run = cli.parse(words, start=False)
+        flags = {word.removeprefix("--").removeprefix("no-") for word in words if word.startswith("--")} - {"config"}
+        known = run.config.model_fields_set | run.options.model_fields_set
+        assert flags <= known, "every flag of the line reached an option"
+
+
+def test_what_the_text_promises(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The recipe of the Qwen authors trains the LLM and the projector, and not the vision tower."""
+    (line,) = [words for words in _command_lines() if "--no-train_vit" in words]
+    assert set(cli.parse(line, start=False).rates) == {"llm", "projector"}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The plugin in 30 lines, and the folder that its run leaves
+
+
+def _environment(site: Path) -> dict[str, str]:
+    return environment(PYTHONPATH=os.pathsep.join([str(site), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep))
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder as pip leaves it when it installs the README's plugin."""
+    folder = tmp_path_factory.mktemp("site")
+    source, test = _blocks("python")
+    (folder / "norms.py").write_text(source)
+    # The README's test stands alone there; a file of its own would import the class.
+    (folder / "test_norms.py").write_text(f"from norms import Norms\n{test}")
+    project = tomllib.loads(_blocks("toml")[0])["project"]
+    info = folder / f"{project['name']}-{project['version']}.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {project['name']}\nVersion: {project['version']}\n")
+    lines = [
+        f"[{group}]\n" + "\n".join(f"{k} = {v}" for k, v in names.items())
+        for group, names in project["entry-points"].items()
+    ]
+    (info / "entry_points.txt").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+def test_the_plugin_is_thirty_lines() -> None:
+    source = _blocks("python")[0]
+    assert len([line for line in source.splitlines() if line.strip()]) <= 30
+
+
+def test_the_plugin_conforms(site: Path) -> None:
+    words = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--rootdir", str(site), str(site)]
+    done = subprocess.run(words, cwd=site, capture_output=True, text=True, check=False, env=_environment(site))
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert "1 passed" in done.stdout
+
+
+@pytest.fixture(scope="module")
+def finished(site: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of the README's plugin with an evaluation, a bad record and checkpoints."""
+    folder = tmp_path_factory.mktemp("run")
+    base = make_checkpoint("qwen2_5_vl", folder / "base")
+    registry = write_data(folder / "data", 16)
+    bad = {"id": "bad", "messages": [{"role": "user", "content": "<image>?"}, {"role": "assistant", "content": "no"}]}
+    with (registry.parent / "toy.jsonl").open("a") as out:
+        out.write(json.dumps({**bad, "images": ["absent.png"]}) + "\n")
+    words = command(
+        base, registry, folder / "out", "norms", max_steps=3, save_steps=2, eval_steps=2, train_split_ratio=0.8,
+        max_bad_fraction=0.2, eval_dataset_scripts="toy:exact_match", train_projector=True,
+    )  # fmt: skip
+    said = start(words, PYTHONPATH=_environment(site)["PYTHONPATH"]).stdout
+    assert "norms from norms 0.1.0" in said
+    assert "proved: a finite gradient moved" in said
+    return folder / "out"
+
+
+def _documented(heading: str, column: int = 0) -> list[str]:
+    """What stands in backticks in a column of the tables below a heading, up to the next heading."""
+    _, _, rest = RUN_FOLDER.partition(f"## {heading}\n")
+    section = rest.split("\n## ")[0]
+    rows = [line.split("|")[1:] for line in section.splitlines() if line.startswith("| `")]
+    return [name for row in rows for name in re.findall(r"`([^`]+)`", row[column])]
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def test_run_folder_files(finished: Path) -> None:
+    tree = re.search(r"```\n(output_dir/.*?)```", RUN_FOLDER, flags=re.DOTALL)
+    assert tree
+    documented = {line.strip().split("/")[0] for line in tree[1].splitlines()[1:]}
+    assert {path.name for path in finished.iterdir()} == documented - {"base"}
+    assert sorted(p.name for p in (finished / "checkpoints").iterdir()) == ["step-000002", "step-000003"]
+    assert [p.name for p in (finished / "eval" / "step-000002").iterdir()] == ["toy.jsonl"]
+
+
+def test_run_card(finished: Path) -> None:
+    assert list(json.loads((finished / "run_card.json").read_text())) == _documented("run_card.json")
+
+
+def test_metrics(finished: Path) -> None:
+    _, _, rest = RUN_FOLDER.partition("## metrics.jsonl\n")
+    kinds = dict(re.findall(r"^\| `([^`]+)` \| (\w+) \|", rest.split("\n## ")[0], flags=re.MULTILINE))
+    perf = set(
+        re.findall(r"`(\w+_\w+)`", rest.split("In `perf` of a train line:")[1].split("In `perf` of an eval line:")[0])
+    )
+    lines = _lines(finished / "metrics.jsonl")
+    assert {line["kind"] for line in lines} == {"train", "eval"}
+    for line in lines:
+        own = {re.sub(r"^eval/toy/exact_match/\w+$", "eval/<dataset>/<script>/<metric>", key) for key in line}
+        own = {key.replace("eval/toy/loss", "eval/<dataset>/loss") for key in own}
+        assert own == {key for key, kind in kinds.items() if kind in ("both", line["kind"])}
+        assert set(line["perf"]) == (perf if line["kind"] == "train" else {"eval_seconds"})
+    assert [line["step"] for line in lines] == [1, 2, 2, 3, 3]
+    assert set(lines[0]["learning_rate"]) == {"llm", "projector"}
+
+
+def test_ledger(finished: Path) -> None:
+    (line,) = _lines(finished / "ledger.jsonl")
+    assert list(line) == _documented("ledger.jsonl")
+    assert line["reason"] == "image_missing"
+
+
+def test_checkpoint(finished: Path) -> None:
+    folder = finished / "checkpoints" / "step-000003"
+    state = json.loads((folder / "state.json").read_text())
+    names = _documented("checkpoints/")
+    assert {path.name for path in folder.iterdir()} == {n for n in names if "." in n}
+    assert set(state) == {n for n in names if "." not in n}
+    assert state["options"] == yaml.safe_load((finished / "run.yaml").read_text())
+    assert set(state["files"]["weights.safetensors"]) == {"bytes", "xxh3_128"}
+
+
+def test_predictions(finished: Path) -> None:
+    lines = _lines(finished / "eval" / "step-000003" / "toy.jsonl")
+    assert lines
+    assert all(list(line) == _documented("eval/") for line in lines)
+
+
+def test_model(finished: Path) -> None:
+    patterns = [n for n in _documented("model/") if "." in n or "*" in n]
+    unknown = [p.name for p in (finished / "model").iterdir() if not any(p.match(pattern) for pattern in patterns)]
+    # "the checkpoint's own": what the base has of these.
+    assert set(unknown) <= {"generation_config.json", "video_preprocessor_config.json"}
+    meta = json.loads((finished / "model" / "vlft.json").read_text())
+    keys = [n for n in _documented("model/") if n in (*meta, "merged_onto")]
+    assert keys == [*meta, "merged_onto"]
+
+
+def test_run_yaml(finished: Path) -> None:
+    run = yaml.safe_load((finished / "run.yaml").read_text())
+    assert run["schema"] == 1
+    assert run["train_projector"] is True
+    assert run["resume_from_checkpoint"] is None
+    assert run["learning_rate_llm"] == 1e-3
