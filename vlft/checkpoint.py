@@ -18,17 +18,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 import xxhash
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from vlft.errors import CheckpointError
 
 SCHEMA = 1
-_MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 
 
 def step_folder(root: Path, step: int) -> Path:
@@ -49,22 +46,6 @@ def _sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def trained_weights(model: nn.Module) -> dict[str, Tensor]:
-    """Every parameter that trains, by name, on the CPU."""
-    return {n: p.detach().cpu().contiguous() for n, p in model.named_parameters() if p.requires_grad}
-
-
-def optimizer_state(optimizer: Optimizer) -> dict[str, Tensor]:
-    """Adam's moments by "moment/parameter name", on the CPU."""
-    found: dict[str, Tensor] = {}
-    for group in optimizer.param_groups:
-        for name, p in zip(group["names"], group["params"], strict=True):
-            for moment in _MOMENTS:
-                if p in optimizer.state:
-                    found[f"{moment}/{name}"] = optimizer.state[p][moment].detach().cpu().contiguous()
-    return found
 
 
 def save(root: Path, step: int, tensors: Mapping[str, dict[str, Tensor]], state: Mapping[str, Any]) -> Path:
@@ -167,28 +148,15 @@ def load_tensors(path: Path, stem: str) -> dict[str, Tensor]:
     return load_file(path / f"{stem}.safetensors")
 
 
-def restore_weights(model: nn.Module, saved: Mapping[str, Tensor], path: Path) -> None:
-    """Copy saved weights into the trained parameters.
+def load_weights(path: Path, model: nn.Module) -> dict[str, Tensor]:
+    """The saved weights of exactly the parameters that train in `model`.
 
     Raises:
         CheckpointError: names or shapes differ: another strategy, other options or another model.
     """
+    saved = load_tensors(path, "weights")
     now = {n: p for n, p in model.named_parameters() if p.requires_grad}
     odd = sorted(set(now) ^ set(saved)) or sorted(n for n in now if now[n].shape != saved[n].shape)
     if odd:
         raise CheckpointError(f"{path} holds other trained parameters than this run: {', '.join(odd[:4])} ... differ.")
-    with torch.no_grad():
-        for name, p in now.items():
-            p.copy_(saved[name])
-
-
-def restore_optimizer(optimizer: Optimizer, saved: Mapping[str, Tensor]) -> None:
-    """Put Adam's moments back, each beside its parameter."""
-    for group in optimizer.param_groups:
-        for name, p in zip(group["names"], group["params"], strict=True):
-            if f"step/{name}" not in saved:
-                continue
-            moments = {m: saved[f"{m}/{name}"].to(p.device) for m in _MOMENTS}
-            if not group.get("fused"):
-                moments["step"] = moments["step"].cpu()
-            optimizer.state[p] = moments
+    return saved

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -71,7 +71,7 @@ def _owner(name: str) -> str:
     return name.rpartition(".")[0]
 
 
-def modules_to_save(model: nn.Module, trained: Mapping[str, Tensor], whole_parts: tuple[str, ...]) -> list[str]:
+def modules_to_save(model: nn.Module, trained: Collection[str], whole_parts: tuple[str, ...]) -> list[str]:
     """Paths, inside the base model, of the fewest modules that hold all trained weights outside adapters.
 
     A part all of whose weights train is one module; otherwise each trained weight's own module.
@@ -97,16 +97,29 @@ def modules_to_save(model: nn.Module, trained: Mapping[str, Tensor], whole_parts
     return chosen + sorted({_owner(n) for n in loose})
 
 
-def _save_adapter(model: Any, source: Source, trained: Mapping[str, Tensor], folder: Path) -> None:
+def needed(strategy: Strategy, model: nn.Module, source: Source) -> set[str]:
+    """Names of the parameters that `save_result` reads: where weights are sharded, these must be gathered."""
+    trained = {n for n, p in model.named_parameters() if p.requires_grad}
+    if isinstance(strategy, Exporter):
+        return trained
+    if not hasattr(model, "peft_config"):
+        return {n for n, _ in model.named_parameters()}
+    modules = modules_to_save(model, trained, (source.parts.vit, *source.parts.projector))
+    held = {f"{PEFT_PREFIX}{m}.{n}" for m in modules for n, _ in base_model(model).get_submodule(m).named_parameters()}
+    return trained | held
+
+
+def _save_adapter(model: Any, source: Source, whole: Mapping[str, Tensor], folder: Path) -> None:
     from peft.utils import get_peft_model_state_dict
 
     parts = source.parts
-    modules = modules_to_save(model, trained, (parts.vit, *parts.projector))
+    trained = {n: whole[n] for n, p in model.named_parameters() if p.requires_grad}
+    modules = modules_to_save(model, trained.keys(), (parts.vit, *parts.projector))
     tensors = dict(get_peft_model_state_dict(model, state_dict=dict(trained), save_embedding_layers=False))
     dtype, base = weights_dtype(source.config), base_model(model)
     for path in modules:
-        for name, p in base.get_submodule(path).named_parameters():
-            tensors[f"{PEFT_PREFIX}{path}.{name}"] = trained.get(f"{PEFT_PREFIX}{path}.{name}", p).detach().to(dtype)
+        for name, _ in base.get_submodule(path).named_parameters():
+            tensors[f"{PEFT_PREFIX}{path}.{name}"] = whole[f"{PEFT_PREFIX}{path}.{name}"].to(dtype)
     config = model.peft_config[model.active_adapter]
     written = config.to_dict() | {
         "base_model_name_or_path": _base_name(source),
@@ -125,19 +138,20 @@ def _base_name(source: Source) -> str:
     return str(Path(name).resolve()) if Path(name).is_dir() else name
 
 
-def _save_plain(model: Any, source: Source, trained: Mapping[str, Tensor], folder: Path) -> None:
+def _save_plain(model: Any, source: Source, whole: Mapping[str, Tensor], folder: Path) -> None:
     dtype = weights_dtype(source.config)
-    whole = {n: trained.get(n, p).detach().to(dtype) for n, p in model.named_parameters(remove_duplicate=False)}
-    whole |= {n: b for n, b in model.state_dict().items() if n not in whole}
+    first = {id(p): n for n, p in model.named_parameters()}
+    state = {n: whole[first[id(p)]].to(dtype) for n, p in model.named_parameters(remove_duplicate=False)}
+    state |= {n: b for n, b in model.state_dict().items() if n not in state}
     model.config.dtype = dtype
-    model.save_pretrained(folder, state_dict=whole)
+    model.save_pretrained(folder, state_dict=state)
 
 
 def save_result(
     strategy: Strategy,
     model: nn.Module,
     source: Source,
-    trained: Mapping[str, Tensor],
+    whole: Mapping[str, Tensor],
     folder: Path,
     *,
     min_pixels: int,
@@ -148,18 +162,18 @@ def save_result(
 
     Args:
         model: what the strategy prepared.
-        trained: every trained parameter by its name in `model`, whole.
+        whole: the parameters that `needed` names, by their names in `model`, whole.
         facts: written to vlft.json beside what merging needs.
     """
     beside = folder.with_name(f".writing-{folder.name}")
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir(parents=True)
     if isinstance(strategy, Exporter):
-        strategy.export(model, dict(trained), beside)
+        strategy.export(model, dict(whole), beside)
     elif hasattr(model, "peft_config"):
-        _save_adapter(model, source, trained, beside)
+        _save_adapter(model, source, whole, beside)
     else:
-        _save_plain(model, source, trained, beside)
+        _save_plain(model, source, whole, beside)
     carry_processor(source.checkpoint.folder, beside, min_pixels, max_pixels)
     quantised = getattr(base_model(model), "hf_quantizer", None)
     config = quantised.quantization_config.to_dict() if quantised is not None else None

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from vlft.engine import Engine
 from vlft.errors import StrategyError, TrainingError
 from vlft.family import PARTS, Part, Parts
 from vlft.models.load import is_quantised
@@ -124,16 +125,27 @@ def render(rows: Sequence[PartRow]) -> str:
 class Proof:
     """Watches the first steps of a run; `done` once every promise was seen kept."""
 
-    def __init__(self, model: nn.Module, groups: Sequence[ParamGroup]) -> None:
+    def __init__(self, model: nn.Module, groups: Sequence[ParamGroup], engine: Engine | None = None) -> None:
+        """With sharded weights every check is collective: all ranks watch alike."""
+        self._engine = engine
         self._named = dict(model.named_parameters())
         self._members: dict[str, list[str]] = {}
         for group in groups:
             self._members.setdefault(group.part, []).extend(group.parameters)
-        self._frozen = {n: checksum(p) for n, p in self._named.items() if not p.requires_grad}
+        self._frozen = {n: self._sum(n) for n, p in self._named.items() if not p.requires_grad}
         self._before: dict[str, list[int]] = {}
         self._frozen_checked = False
         self.proved: dict[str, int] = {}
         """Part -> the step on which its gradient was seen."""
+
+    def _sum(self, name: str) -> int:
+        p = self._named[name]
+        return checksum(self._engine.whole(p) if self._engine else p)
+
+    def _has_gradient(self, name: str) -> bool:
+        p = self._named[name]
+        gradient = self._engine.gradient(p) if self._engine else p.grad
+        return gradient is not None and bool(gradient.ne(0).any())
 
     @property
     def done(self) -> bool:
@@ -154,13 +166,12 @@ class Proof:
         for part, names in self._members.items():
             if part in self.proved or (part in ("vit", "projector") and not reached_pictures):
                 continue
-            norms = [self._named[n].grad for n in names]
-            if not any(g is not None and bool(g.ne(0).any()) for g in norms):
+            if not any(self._has_gradient(n) for n in names):
                 raise TrainingError(
                     f"'{part}' should train, but no gradient reached any of its {len(names)} parameters "
                     f"(first: {names[0]}); the strategy or the forward cuts it off."
                 )
-            self._before[part] = [checksum(self._named[n]) for n in names]
+            self._before[part] = [self._sum(n) for n in names]
 
     def after_update(self, step: int) -> str | None:
         """Call after a step that was not skipped; returns the proof in a sentence once it is complete.
@@ -169,12 +180,12 @@ class Proof:
             TrainingError: a frozen weight moved, or a part that had a gradient did not.
         """
         if not self._frozen_checked:
-            moved = [n for n, before in self._frozen.items() if checksum(self._named[n]) != before]
+            moved = [n for n, before in self._frozen.items() if self._sum(n) != before]
             if moved:
                 raise TrainingError(f"frozen weights moved in step {step}: {_some(moved)}.")
             self._frozen_checked = True
         for part, before in self._before.items():
-            if before == [checksum(self._named[n]) for n in self._members[part]]:
+            if before == [self._sum(n) for n in self._members[part]]:
                 raise TrainingError(f"'{part}' had a gradient in step {step} but none of its weights moved.")
             self.proved[part] = step
         return self.sentence if self.done else None

@@ -77,16 +77,17 @@ def setup(run: Run, engine: Engine) -> Job:
     model = strategy.prepare_model(source)
     groups = strategy.param_groups(model)
     check_groups(model, groups, config.tuning_strategy)
-    cast(model, source.compute_dtype)
+    cast(model, source.compute_dtype, masters=not engine.keeps_masters)
     if config.gradient_checkpointing or (config.gradient_checkpointing is None and engine.device.type == "cuda"):
         # Non-reentrant: frozen embeddings give inputs without a gradient, which the reentrant kind would cut off.
         base_model(model).gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
     optimizer = build_optimizer(model, groups, run.rates, config.weight_decay)
+    table = part_table(model, groups, source.parts, run.rates, source.tied_head)
     if resume:
-        checkpoints.restore_weights(model, checkpoints.load_tensors(resume, "weights"), resume)
+        engine.restore_weights(model, checkpoints.load_weights(resume, model))
     packed = engine.prepare(PackedVLM(model, source.parts, source.config.image_token_id), optimizer)
     if resume and state:
-        checkpoints.restore_optimizer(optimizer, checkpoints.load_tensors(resume, "optimizer"))
+        engine.restore_moments(optimizer, checkpoints.load_tensors(resume, "optimizer"))
         engine.restore_scaler(state["scaler"])
         data.restore(state["bad"])
 
@@ -94,10 +95,9 @@ def setup(run: Run, engine: Engine) -> Job:
     done = int(state["step"]) if state else 0
     trackers = Trackers(engine.accelerator, enabled=config.use_wandb, project=config.wandb_project,
                         run_name=config.wandb_run_name, options=resolved(run))  # fmt: skip
-    table = part_table(model, groups, source.parts, run.rates, source.tied_head)
     job = Job(
         run, engine, folder, source, strategy, model, packed, optimizer,
-        schedule(config.lr_scheduler_type, warmup, total), Proof(model, groups), data,
+        schedule(config.lr_scheduler_type, warmup, total), Proof(model, groups, engine), data,
         ToInputs(checkpoint.pictures, config.augmentation, engine.device), metrics,
         Journal(folder, trackers, is_main=engine.is_main, total_steps=total), part_costs(table), batch, total, done,
     )  # fmt: skip

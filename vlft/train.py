@@ -8,9 +8,9 @@ from typing import Any
 
 from vlft import checkpoint as checkpoints
 from vlft import evaluate, export
-from vlft.config import Run, resolved
+from vlft.config import Run, deepspeed_path, resolved
 from vlft.data.loader import Step
-from vlft.engine import Engine, seed_row
+from vlft.engine import seed_row, start_engine
 from vlft.optim import set_rates
 from vlft.setup import Job, setup
 from vlft.tracking import peak_memory_gib
@@ -18,7 +18,9 @@ from vlft.tracking import peak_memory_gib
 
 def main(run: Run) -> None:
     """Train, and leave a Hugging Face folder in output_dir/model."""
-    engine = Engine(run.config.mixed_precision)
+    config = run.config
+    deepspeed = deepspeed_path(config.deepspeed) if config.deepspeed else None
+    engine = start_engine(config.mixed_precision, deepspeed, config.max_grad_norm)
     job = setup(run, engine)
     fit(job)
     hand_over(job)
@@ -60,15 +62,14 @@ def train_step(job: Job, step: Step) -> dict[str, Any]:
     if supervised:
         for i, row in enumerate(step.rows):
             seed_row(job.run.config.seed, step.number, engine.rank * len(step.rows) + i)
-            last = i == len(step.rows) - 1
-            with engine.row(last=last):
-                losses_S = job.packed(**job.inputs(row, True))
-                engine.backward(losses_S, supervised)
+            losses_S = job.packed(**job.inputs(row, True))
+            engine.backward(losses_S, supervised, last=i == len(step.rows) - 1)
             loss_sum += float(losses_S.detach().double().sum())
         if not job.proof.done:
             job.proof.before_update(reached_pictures=images > 0)
-        norm = engine.clip(job.run.config.max_grad_norm)
-        if engine.update() and not job.proof.done and (proved := job.proof.after_update(step.number + 1)):
+        update = engine.update()
+        norm = update.norm
+        if update.applied and not job.proof.done and (proved := job.proof.after_update(step.number + 1)):
             job.journal.say(f"proved: {proved}")
     loss_sum = engine.sums([loss_sum])[0]
     return {
@@ -109,11 +110,9 @@ def run_evaluation(job: Job) -> None:
 
 
 def save_checkpoint(job: Job) -> None:
+    # Gathering is collective: all ranks call, the main process gets the tensors and writes.
+    tensors = {"weights": job.engine.weights(job.model), "optimizer": job.engine.moments(job.optimizer)}
     if job.engine.is_main:
-        tensors = {
-            "weights": checkpoints.trained_weights(job.model),
-            "optimizer": checkpoints.optimizer_state(job.optimizer),
-        }
         state = {"global_batch": job.global_batch, "options": resolved(job.run), "bad": job.data.bad,
                  "scaler": job.engine.scaler_state()}  # fmt: skip
         checkpoints.save(job.folder.checkpoints, job.done_steps, tensors, state)
@@ -127,11 +126,11 @@ def save_checkpoint(job: Job) -> None:
 
 
 def hand_over(job: Job) -> None:
+    whole = job.engine.weights(job.model, export.needed(job.strategy, job.model, job.source))
     if job.engine.is_main:
-        trained = checkpoints.trained_weights(job.model)
         limits = {"min_pixels": job.data.options.min_pixels, "max_pixels": job.data.options.max_pixels}
         facts = {"strategy": job.run.config.tuning_strategy, "distribution": job.run.distribution}
-        export.save_result(job.strategy, job.model, job.source, trained, job.folder.model, facts=facts, **limits)
+        export.save_result(job.strategy, job.model, job.source, whole, job.folder.model, facts=facts, **limits)
         job.journal.say(f"model: {job.folder.model}")
         if (job.folder.model / "adapter_config.json").exists():
             job.journal.say(f"merge: vlft merge {job.folder.model} --output_dir {job.folder.root / 'merged'}")

@@ -27,11 +27,11 @@ _ON_DEVICE = ("input_ids_T", "position_ids_4T", "labels_T", "pixels_u8")
 class Row:
     """One row for one forward. Tensors that no kernel reads stay on the CPU."""
 
-    input_ids_T: torch.Tensor  # noqa: N815
+    input_ids_T: torch.Tensor
     """(1, T) int64: samples laid end to end"""
-    position_ids_4T: torch.Tensor  # noqa: N815
+    position_ids_4T: torch.Tensor
     """(4, 1, T) int64: row 0 restarts at 0 in each sample; rows 1 to 3 are M-RoPE (t, h, w)"""
-    labels_T: torch.Tensor  # noqa: N815
+    labels_T: torch.Tensor
     """(1, T) int64: shifted within each sample; -100 where nothing is learnt"""
     cu_seqlens: torch.Tensor
     """(B + 1,) int32: sample borders, on the CPU"""

@@ -220,14 +220,17 @@ def source_of(checkpoint: Checkpoint, mixed_precision: str, device: torch.device
     return Source(checkpoint, config, compute_dtype(mixed_precision, config), device)
 
 
-def cast(model: nn.Module, dtype: torch.dtype) -> None:
+def cast(model: nn.Module, dtype: torch.dtype, *, masters: bool = True) -> None:
     """Trainable weights become fp32 masters (fp64 stays), frozen ones take the compute dtype; packed 4-bit stays.
+
+    Args:
+        masters: False where the engine keeps fp32 masters of its own, so that all weights take the compute dtype.
 
     An Adam step at rate 2e-5 leaves 70% of bf16 weights of scale 0.02 unchanged: hence the masters.
     """
     for p in model.parameters():
         if p.is_floating_point():
-            target = torch.promote_types(p.dtype, torch.float32) if p.requires_grad else dtype
+            target = torch.promote_types(p.dtype, torch.float32) if p.requires_grad and masters else dtype
             if p.dtype != target:
                 p.data = p.data.to(target)
 

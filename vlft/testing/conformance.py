@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from vlft.errors import StrategyError
-from vlft.export import merged, save_result
+from vlft.export import merged, needed, save_result
 from vlft.models.forward import PackedVLM, base_model
 from vlft.models.load import Source, cast, load_hf, open_checkpoint, source_of
 from vlft.optim import build_optimizer
@@ -122,11 +122,10 @@ def _losses(packed: PackedVLM, source: Source) -> Tensor:
 
 
 def _check_result(strategy: Strategy, source: Source, packed: PackedVLM, result: Path) -> None:
-    from vlft.checkpoint import trained_weights
-
     model = packed.model
-    trained = trained_weights(model)
-    save_result(strategy, model, source, trained, result, min_pixels=3136, max_pixels=1003520, facts={})
+    names = needed(strategy, model, source)
+    whole_weights = {n: p.detach().clone() for n, p in model.named_parameters() if n in names}
+    save_result(strategy, model, source, whole_weights, result, min_pixels=3136, max_pixels=1003520, facts={})
     if isinstance(strategy, Exporter):
         whole = strategy.merge(result, str(source.checkpoint.folder))
     elif (result / "adapter_config.json").exists():

@@ -1,0 +1,244 @@
+"""The plain engine: one process, or a whole copy of the model on every process with gradients summed once a step.
+
+Gradients are exchanged by one explicit reduction after the last row, not by DistributedDataParallel's hooks: a step
+that runs out of memory can then be tried again (hooks would be half way through their buckets), a row without pictures
+cannot leave a rank waiting, and no second copy of the gradients lies in buckets.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list, gather_object
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from vlft.errors import ConfigError
+
+T = TypeVar("T")
+MOMENTS = ("exp_avg", "exp_avg_sq", "step")
+_BUCKET = 64 << 20
+"""Elements of one reduction."""
+
+
+@dataclass(frozen=True)
+class Update:
+    """What became of an optimizer step."""
+
+    applied: bool
+    """False: fp16 scaling skipped it."""
+    norm: float
+    """Global gradient norm before clipping."""
+
+
+def choose_precision(wanted: str | None) -> str:
+    """`--mixed_precision`, or what the device has: bf16 on a GPU that computes in it, else none.
+
+    Raises:
+        ConfigError: fp16 without a GPU, or bf16 on a GPU that lacks it.
+    """
+    gpu = torch.cuda.is_available()
+    if wanted is None:
+        return "bf16" if gpu and torch.cuda.is_bf16_supported() else "no"
+    if wanted == "fp16" and not gpu:
+        raise ConfigError("--mixed_precision fp16 needs a GPU; on the CPU use bf16 or no.")
+    if wanted == "bf16" and gpu and not torch.cuda.is_bf16_supported():
+        raise ConfigError("--mixed_precision bf16 is not supported by this GPU; use fp16 or no.")
+    return wanted
+
+
+class Engine:
+    """Devices, ranks, backward and update. Whole tensors on every rank, so "gathering" costs nothing here."""
+
+    keeps_masters = False
+    """The engine holds fp32 masters of trained weights itself."""
+    shards_weights = False
+    """Parameters are empty outside their own forward; look at them through `whole`."""
+
+    def __init__(self, mixed_precision: str | None, max_grad_norm: float) -> None:
+        if not torch.accelerator.is_available():
+            # Without it Accelerate starts one process each and believes it is alone, in silence.
+            os.environ.setdefault("ACCELERATE_USE_CPU", "true")
+        self.precision = choose_precision(mixed_precision)
+        self.max_grad_norm = max_grad_norm
+        self.accelerator: Accelerator = self._accelerator()
+        self.rank: int = self.accelerator.process_index
+        self.world_size: int = self.accelerator.num_processes
+        self.device: torch.device = self.accelerator.device
+        self.is_main: bool = self.accelerator.is_main_process
+        self.kind: str = self.accelerator.distributed_type.value
+        """What Accelerate really set up, not always what was meant: NO, MULTI_CPU, MULTI_GPU, DEEPSPEED, FSDP."""
+        asked = int(os.environ.get("WORLD_SIZE", "1"))
+        if asked != self.world_size:
+            raise ConfigError(
+                f"the launcher started {asked} processes, but Accelerate counts {self.world_size}; "
+                "launch with torchrun, or an accelerate config of type MULTI_GPU or MULTI_CPU."
+            )
+
+    def _accelerator(self) -> Accelerator:
+        return Accelerator(mixed_precision=self.precision)
+
+    # -- processes ---------------------------------------------------------------------------------------------------
+
+    def main_first(self, work: Callable[[], T]) -> T:
+        """Run `work` on the main process, then on the others (who find its result in the cache)."""
+        with self.accelerator.main_process_first():
+            return work()
+
+    def wait(self) -> None:
+        self.accelerator.wait_for_everyone()
+
+    def from_main(self, value: T) -> T:
+        """The main process's `value`, everywhere."""
+        box = [value]
+        broadcast_object_list(box)
+        return box[0]
+
+    def sums(self, values: Sequence[float]) -> list[float]:
+        """Each value summed over the ranks, in fp64."""
+        kind = torch.float32 if self.device.type == "mps" else torch.float64
+        total: Tensor = self.accelerator.reduce(torch.tensor(values, dtype=kind, device=self.device), "sum")
+        return [float(v) for v in total.tolist()]
+
+    def gather(self, items: Sequence[T]) -> list[T]:
+        """The items of all ranks, on all ranks, in rank order."""
+        return list(gather_object(list(items)))
+
+    # -- one step ----------------------------------------------------------------------------------------------------
+
+    def prepare(self, model: nn.Module, optimizer: Optimizer) -> nn.Module:
+        """Move the model to the device, with mixed precision around its forward."""
+        self.optimizer: Any
+        # evaluation_mode: no DistributedDataParallel around it (see the module's docstring).
+        self.model: Any = self.accelerator.prepare_model(model, evaluation_mode=True)
+        self.optimizer = self.accelerator.prepare_optimizer(optimizer)
+        self._parameters: list[nn.Parameter] = [p for g in optimizer.param_groups for p in g["params"]]
+        assert isinstance(self.model, nn.Module)
+        return self.model
+
+    def autocast(self) -> Any:
+        """Mixed precision outside the wrapped forward."""
+        return self.accelerator.autocast()
+
+    def backward(self, losses_S: Tensor, divisor: float, *, last: bool) -> None:
+        """Add one row's share of the step's gradient; after the last row the ranks' gradients are summed."""
+        self.accelerator.backward(losses_S.sum() / divisor)
+        if last and self.world_size > 1:
+            self._sum_gradients()
+
+    def _sum_gradients(self) -> None:
+        has = torch.tensor([p.grad is not None for p in self._parameters], dtype=torch.int32, device=self.device)
+        torch.distributed.all_reduce(has)
+        for p, anywhere in zip(self._parameters, has.tolist(), strict=True):
+            if anywhere and p.grad is None:
+                p.grad = torch.zeros_like(p)
+        for bucket in _buckets([p.grad for p in self._parameters if p.grad is not None]):
+            flat = torch.cat([g.flatten() for g in bucket])
+            torch.distributed.all_reduce(flat)
+            for gradient, part in zip(bucket, torch.split(flat, [g.numel() for g in bucket]), strict=True):
+                gradient.copy_(part.view_as(gradient))
+
+    def update(self) -> Update:
+        """Clip and step; gradients are cleared."""
+        norm = self.accelerator.clip_grad_norm_(self._parameters, self.max_grad_norm or float("inf"))
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return Update(not self.accelerator.optimizer_step_was_skipped, float(norm))
+
+    # -- whole tensors, wherever their shards lie: collective, so call on all ranks -----------------------------------
+
+    def gradient(self, p: nn.Parameter) -> Tensor | None:
+        """The whole gradient of one parameter, between backward and update."""
+        return p.grad
+
+    def whole(self, p: nn.Parameter) -> Tensor:
+        """The whole value of one parameter."""
+        return p.detach()
+
+    @contextmanager
+    def gathered(self, _: Iterable[nn.Parameter]) -> Iterator[None]:
+        """Parameters are whole inside the block, for reading."""
+        yield
+
+    def weights(self, model: nn.Module, names: Collection[str] | None = None) -> dict[str, Tensor]:
+        """Parameters by name (default: all that train), whole, on the CPU; only the main process gets them."""
+        found = {}
+        for name, p in model.named_parameters():
+            if p.requires_grad if names is None else name in names:
+                value = self.whole(p)
+                if self.is_main:
+                    found[name] = value.detach().cpu().contiguous()
+        return found
+
+    def moments(self, optimizer: Optimizer) -> dict[str, Tensor]:
+        """Adam's state as "moment/name", whole, on the CPU; only the main process gets it."""
+        found: dict[str, Tensor] = {}
+        for group in optimizer.param_groups:
+            for name, p in zip(group["names"], group["params"], strict=True):
+                for moment in MOMENTS:
+                    if p in optimizer.state and self.is_main:
+                        found[f"{moment}/{name}"] = optimizer.state[p][moment].detach().cpu().contiguous()
+        return found
+
+    def restore_weights(self, model: nn.Module, saved: Mapping[str, Tensor]) -> None:
+        """Copy saved weights into the trained parameters, before `prepare`."""
+        with torch.no_grad():
+            for name, p in model.named_parameters():
+                if p.requires_grad:
+                    p.copy_(saved[name])
+
+    def restore_moments(self, optimizer: Optimizer, saved: Mapping[str, Tensor]) -> None:
+        """Put Adam's state back, each beside its parameter, after `prepare`."""
+        for group in optimizer.param_groups:
+            for name, p in zip(group["names"], group["params"], strict=True):
+                if f"step/{name}" in saved:
+                    state = {m: saved[f"{m}/{name}"].to(p.device) for m in MOMENTS}
+                    if not group.get("fused"):
+                        state["step"] = state["step"].cpu()
+                    optimizer.state[p] = state
+
+    def scaler_state(self) -> dict[str, Any]:
+        scaler = self.accelerator.scaler
+        return dict(scaler.state_dict()) if scaler is not None else {}
+
+    def restore_scaler(self, state: dict[str, Any]) -> None:
+        if state and self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(state)
+
+    def close(self) -> None:
+        self.accelerator.end_training()
+
+
+def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """Runs of tensors of one dtype, of about `_BUCKET` elements."""
+    bucket: list[Tensor] = []
+    size = 0
+    for tensor in tensors:
+        if bucket and (size + tensor.numel() > _BUCKET or tensor.dtype != bucket[0].dtype):
+            yield bucket
+            bucket, size = [], 0
+        bucket.append(tensor)
+        size += tensor.numel()
+    if bucket:
+        yield bucket
+
+
+def seed_row(seed: int, step: int, row: int) -> None:
+    """Seed dropout from (seed, step, row), so that a resume needs no generator state."""
+    mixed = int(np.random.SeedSequence((seed, step, row)).generate_state(1, np.uint64)[0]) % 2**63
+    torch.manual_seed(mixed)
+
+
+def seed_start(seed: int) -> None:
+    """Seed what a strategy draws while it builds adapters."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002  (third-party strategies may draw from the legacy generator)
+    torch.manual_seed(seed)

@@ -1,0 +1,188 @@
+"""ZeRO-2 and ZeRO-3 through DeepSpeed (Rajbhandari et al. 2020), driven by hand.
+
+Who owns which number: the DeepSpeed file owns what is sharded and offloaded and its buffers; vlft's options own the
+batch, the precision and the clipping, and fill them in here. `engine.backward` and `engine.step` are called directly,
+since a step has as many rows as its samples need, not a fixed accumulation count.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator, DeepSpeedPlugin, InitProcessGroupKwargs
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from vlft.engine.base import MOMENTS, Engine, Update
+from vlft.errors import ConfigError
+
+OWNED = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping",
+         "bf16", "fp16", "optimizer", "scheduler")  # fmt: skip
+"""Keys that vlft's options own; a file may leave them out or say "auto"."""
+
+
+def config_of_launcher() -> Path:
+    """The DeepSpeed file of an accelerate configuration that was launched with `distributed_type: DEEPSPEED`."""
+    name = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
+    if name == "none":
+        raise ConfigError(
+            "accelerate launched DeepSpeed without a configuration file; add --deepspeed zero2, zero3 or a path."
+        )
+    return Path(name)
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """A DeepSpeed file without what vlft owns.
+
+    Raises:
+        ConfigError: not JSON, no ZeRO stage 1 to 3, or a number that vlft's options own; all at once.
+    """
+    try:
+        config = json.loads(path.read_text())
+        stage = int(config["zero_optimization"]["stage"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(
+            f"--deepspeed {path} is no DeepSpeed configuration with a zero_optimization.stage: {error}."
+        ) from error
+    problems = [] if stage in (1, 2, 3) else [f"--deepspeed {path}: ZeRO stage {stage} is not 1, 2 or 3."]
+    for key in OWNED:
+        value = config.pop(key, "auto")
+        if value != "auto" and not (isinstance(value, dict) and value.get("enabled") in ("auto", None)):
+            problems.append(f"--deepspeed {path}: '{key}' belongs to vlft's options; leave it out or write \"auto\".")
+    if problems:
+        raise ConfigError(problems)
+    return dict(config)
+
+
+class ZeroEngine(Engine):
+    keeps_masters = True
+
+    def __init__(self, mixed_precision: str | None, path: Path, max_grad_norm: float) -> None:
+        self.config = read_config(path)
+        self.stage = int(self.config["zero_optimization"]["stage"])
+        self.shards_weights = self.stage == 3
+        super().__init__(mixed_precision, max_grad_norm)
+
+    def _accelerator(self) -> Accelerator:
+        try:
+            import deepspeed  # noqa: F401
+        except ImportError as error:
+            raise ConfigError("--deepspeed needs DeepSpeed: pip install 'vlft[deepspeed]'.") from error
+        handlers = []
+        if not torch.accelerator.is_available():
+            # `cpu=True` would ignore the plugin; without gloo Accelerate counts 1 process and DeepSpeed 2.
+            os.environ.pop("ACCELERATE_USE_CPU", None)
+            os.environ.setdefault("DS_ACCELERATOR", "cpu")
+            handlers = [InitProcessGroupKwargs(backend="gloo")]
+        for name, port in (("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", "29500"), ("RANK", "0"), ("LOCAL_RANK", "0")):
+            os.environ.setdefault(name, port)
+        os.environ.setdefault("WORLD_SIZE", "1")
+        os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
+        self.config |= {
+            "train_micro_batch_size_per_gpu": 1,
+            "gradient_accumulation_steps": 1,
+            "gradient_clipping": self.max_grad_norm,
+            "zero_allow_untested_optimizer": True,
+            "steps_per_print": 10**9,
+        }
+        if self.precision != "no":
+            self.config[self.precision] = {"enabled": True}
+        plugin = DeepSpeedPlugin(hf_ds_config=self.config, zero3_init_flag=False)
+        return Accelerator(mixed_precision=self.precision, deepspeed_plugin=plugin, kwargs_handlers=handlers)
+
+    def prepare(self, model: nn.Module, optimizer: Optimizer) -> nn.Module:
+        self._names = [list(g["names"]) for g in optimizer.param_groups]
+        self._by_name = {n: p for g in optimizer.param_groups for n, p in zip(g["names"], g["params"], strict=True)}
+        self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
+        assert isinstance(self.model, nn.Module)
+        self.zero: Any = self.model.optimizer  # DeepSpeed's ZeRO optimizer
+        return self.model
+
+    def backward(self, losses_S: Tensor, divisor: float, *, last: bool) -> None:
+        engine: Any = self.model
+        engine.set_gradient_accumulation_boundary(last)
+        # DeepSpeed averages over ranks, and the divisor already counts all of them.
+        engine.backward(losses_S.sum() * (self.world_size / divisor), scale_wrt_gas=False)
+
+    def update(self) -> Update:
+        engine: Any = self.model
+        engine.step()
+        norm = engine.get_global_grad_norm()
+        return Update(not bool(getattr(self.zero, "overflow", False)), float(norm) if norm is not None else 0.0)
+
+    # -- whole tensors -----------------------------------------------------------------------------------------------
+
+    def gradient(self, p: nn.Parameter) -> Tensor | None:
+        from deepspeed.utils import safe_get_full_grad
+
+        found: Tensor | None = safe_get_full_grad(p)
+        return found
+
+    def whole(self, p: nn.Parameter) -> Tensor:
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        master: Tensor | None = safe_get_full_fp32_param(p) if p.requires_grad else None
+        if master is not None:
+            return master.detach()
+        with self.gathered([p]):
+            return p.detach().clone()
+
+    @contextmanager
+    def gathered(self, parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters(list(parameters), enabled=self.shards_weights):
+            yield
+
+    def moments(self, optimizer: Optimizer) -> dict[str, Tensor]:
+        from deepspeed.utils import safe_get_full_optimizer_state
+
+        found: dict[str, Tensor] = {}
+        step = self._step_count(optimizer)
+        if step is None:
+            return found
+        for name, p in self._by_name.items():
+            for moment in MOMENTS[:2]:
+                value = safe_get_full_optimizer_state(p, moment)
+                if self.is_main:
+                    found[f"{moment}/{name}"] = value.detach().cpu().contiguous()
+            if self.is_main:
+                found[f"step/{name}"] = torch.tensor(float(step))
+        return found
+
+    def _step_count(self, optimizer: Optimizer) -> float | None:
+        steps = [float(state["step"]) for state in optimizer.state.values() if "step" in state]
+        return steps[0] if steps else None
+
+    def restore_moments(self, optimizer: Optimizer, saved: Mapping[str, Tensor]) -> None:
+        from deepspeed.utils import safe_set_full_optimizer_state
+
+        self._make_states(optimizer, float(next(v for k, v in saved.items() if k.startswith("step/"))))
+        for name, p in self._by_name.items():
+            for moment in MOMENTS[:2]:
+                safe_set_full_optimizer_state(p, saved[f"{moment}/{name}"].to(self.device), moment)
+
+    def _make_states(self, optimizer: Optimizer, step: float) -> None:
+        """DeepSpeed's setters write into states that exist; Adam makes them with its first step only."""
+        flats = (
+            self.zero.fp32_partitioned_groups_flat if self.shards_weights else self.zero.single_partition_of_fp32_groups
+        )
+        for flat in flats:
+            moments = {m: torch.zeros_like(flat.data) for m in MOMENTS[:2]}
+            optimizer.state[flat] = {"step": torch.tensor(step, device=flat.device), **moments}
+        if not self.shards_weights:
+            self.zero._lazy_init_hp_params_optimizer_state()
+
+    def scaler_state(self) -> dict[str, Any]:
+        scale = getattr(self.zero, "loss_scaler", None)
+        return {"cur_scale": float(scale.cur_scale)} if self.precision == "fp16" and scale is not None else {}
+
+    def restore_scaler(self, state: dict[str, Any]) -> None:
+        if state and "cur_scale" in state and getattr(self.zero, "loss_scaler", None) is not None:
+            self.zero.loss_scaler.cur_scale = state["cur_scale"]
