@@ -35,7 +35,7 @@ def test_contracts_hold() -> None:
         ("vlft/models/load.py", "import vlft.data.tokens", "Arrows go down only"),
         ("vlft/errors.py", "import vlft.family", "Arrows go down only"),
         ("vlft/data/plan.py", "import vlft.data.collate", "Inside data"),
-        ("vlft/engine.py", "import vlft.config", "Below the commands"),
+        ("vlft/optim.py", "import vlft.config", "Below the commands"),
         ("vlft/setup.py", "import vlft_strategies.lora", "The core imports no strategy"),
         ("plugins/vlft_strategies/full.py", "from vlft.errors import VlftError", "A strategy imports the package"),
     ],

@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText, AutoTokenizer, BitsAndBytesConfig
 
 from vlft import VlftError, discovery, export
-from vlft.checkpoint import trained_weights
 from vlft.models.attention import plain_attention
 from vlft.models.forward import PackedVLM, base_model
 from vlft.models.load import Source, cast, is_quantised, open_checkpoint, source_of
@@ -109,9 +108,9 @@ class Trained:
 
     def save(self, folder: Path) -> Path:
         limits = {"min_pixels": 3136, "max_pixels": 50176}
-        export.save_result(
-            self.strategy, self.model, self.source, trained_weights(self.model), folder, facts={}, **limits
-        )
+        wanted = export.needed(self.strategy, self.model, self.source)
+        whole = {n: p.detach() for n, p in self.model.named_parameters() if n in wanted}
+        export.save_result(self.strategy, self.model, self.source, whole, folder, facts={}, **limits)
         return folder
 
 
