@@ -1,8 +1,8 @@
 from pathlib import Path
 
-from vlft.testing import check_strategy
-
 from vlft_dora import Dora
+
+from vlft.testing import check_strategy
 
 
 def test_conforms(tmp_path: Path) -> None:
