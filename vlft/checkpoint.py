@@ -26,6 +26,8 @@ from torch import Tensor, nn
 from vlft.errors import CheckpointError
 
 SCHEMA = 1
+_STATE = ("step", "global_batch", "options", "bad", "scaler")
+"""What a resume reads from state.json."""
 
 
 def step_folder(root: Path, step: int) -> Path:
@@ -114,7 +116,8 @@ def find(wanted: str | None, root: Path) -> Path | None:
     if not (path / "state.json").exists():
         others = ", ".join(str(p) for p in complete(root)) or "none"
         raise CheckpointError(
-            f"{path} is not a complete checkpoint (no state.json); complete ones in this run: {others}."
+            f"{path} is not a complete checkpoint (no state.json); complete ones in this run: {others}; "
+            "give one of them."
         )
     return path
 
@@ -127,12 +130,14 @@ def read_state(path: Path) -> dict[str, Any]:
     """
     try:
         state = json.loads((path / "state.json").read_text())
-        files = dict(state["files"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        files = {name: (facts["bytes"], facts["xxh3_128"]) for name, facts in state["files"].items()}
+        if missing := [key for key in _STATE if key not in state]:
+            raise ValueError(f"there is no {', '.join(missing)} in it")
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path / 'state.json'} cannot be read ({error}).{_offer(path)}") from error
-    for name, facts in files.items():
+    for name, (size, checksum) in files.items():
         file = path / name
-        if not file.exists() or file.stat().st_size != facts["bytes"] or _checksum(file) != facts["xxh3_128"]:
+        if not file.exists() or file.stat().st_size != size or _checksum(file) != checksum:
             raise CheckpointError(f"{file} is missing, truncated or altered.{_offer(path)}")
     return dict(state)
 
@@ -140,7 +145,9 @@ def read_state(path: Path) -> dict[str, Any]:
 def _offer(path: Path) -> str:
     before = [p for p in complete(path.parent) if p.name < path.name]
     return (
-        f" The checkpoint before it: --resume_from_checkpoint {before[-1]}." if before else " There is none before it."
+        f" Give the checkpoint before it: --resume_from_checkpoint {before[-1]}."
+        if before
+        else " There is none before it: start again in a new --output_dir."
     )
 
 

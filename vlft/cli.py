@@ -8,6 +8,7 @@ found. Nothing here imports torch before the configuration is valid.
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 import math
 import os
@@ -35,6 +36,7 @@ from vlft.config import (
     RunConfig,
     deepspeed_path,
     is_main_process,
+    no_folder,
     options_of,
     output_dir_problem,
 )
@@ -447,6 +449,10 @@ def _check_disk(
         problems.append(f"{where}: there is no such folder{hint}; give a checkpoint's folder or 'latest'.")
     if "dataset_config_path" not in failed:
         problems += _registry_problems(config, place)
+    if "cache_dir" not in failed and (found := no_folder(config.cache_dir)):
+        problems.append(f"{place('cache_dir')} {config.cache_dir} cannot be made: {found}; choose another.")
+    if config.use_wandb and importlib.util.find_spec("wandb") is None:
+        problems.append(f"{place('use_wandb')} needs wandb: pip install 'vlft[wandb]', or leave it out.")
     for dataset, scripts in config.eval_dataset_scripts.items():
         where = f"{place('eval_dataset_scripts')} {dataset}"
         problems += [problem for script in scripts if (problem := _script_problem(script, where))]
@@ -780,7 +786,8 @@ def _without_local_rank(words: Iterable[str]) -> list[str]:
 
 
 def _report(error: VlftError) -> str:
-    problems = error.problems if isinstance(error, ConfigError) else str(error).split("\n")
+    # Indented lines are examples that belong to the problem before them.
+    problems = error.problems if isinstance(error, ConfigError) else re.split(r"\n(?! )", str(error))
     rank = os.environ.get("RANK", "0")
     head = "vlft: " if rank == "0" else f"vlft (rank {rank}): "
     if len(problems) == 1:

@@ -526,11 +526,21 @@ def output_dir_problem(folder: Path, resume: str | None) -> str:
     """The sentence for `check_output_dir`, empty when all is well. Hidden files do not count."""
     if folder.exists() and not folder.is_dir():
         return f"--output_dir {folder} is a file; choose another name."
+    if found := no_folder(folder, writable=True):
+        return f"--output_dir {folder} cannot be made: {found}; choose another."
     if resume or not folder.is_dir() or all(entry.name.startswith(".") for entry in folder.iterdir()):
         return ""
     return (
         f"--output_dir {folder} is not empty; give --resume_from_checkpoint latest to go on with it, or a new folder."
     )
+
+
+def no_folder(folder: Path, *, writable: bool = False) -> str:
+    """Why nothing can be put into `folder`, which need not exist yet; empty when all is well."""
+    there = next((path for path in (folder.absolute(), *folder.absolute().parents) if path.exists()), Path("/"))
+    if not there.is_dir():
+        return f"{there} is no folder"
+    return f"{there} may not be written to" if writable and not os.access(there, os.W_OK | os.X_OK) else ""
 
 
 def bundled(kind: Literal["ds_configs", "accelerate_configs"], suffix: str) -> dict[str, Path]:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from vlft.data.collate import Row
 from vlft.data.prepare import Described
 from vlft.engine import Engine
+from vlft.errors import ConfigError
 from vlft.metrics import Metric, Prediction
 from vlft.models.attention import plain_attention
 from vlft.models.forward import IGNORE, base_model
@@ -142,9 +143,18 @@ def predictions(
 
 
 def score(dataset: str, made: Sequence[Prediction], metrics: Mapping[str, Metric]) -> dict[str, float]:
-    """ "eval/<dataset>/<script>/<metric>" of every script."""
-    return {
-        f"eval/{dataset}/{stem}/{name}": float(value)
-        for stem, metric in metrics.items()
-        for name, value in metric(made).items()
-    }
+    """ "eval/<dataset>/<script>/<metric>" of every script.
+
+    Raises:
+        ConfigError: a script fails, or answers something else than numbers by name.
+    """
+    scores: dict[str, float] = {}
+    for stem, metric in metrics.items():
+        try:
+            scores |= {f"eval/{dataset}/{stem}/{name}": float(value) for name, value in metric(made).items()}
+        except Exception as error:  # whatever a user's file raises is told the same way
+            raise ConfigError(
+                f"--eval_dataset_scripts: {stem} failed on {len(made)} answers of {dataset}: {type(error).__name__}: "
+                f"{str(error)[:200]}; correct it and go on with --resume_from_checkpoint latest."
+            ) from error
+    return scores

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from vlft.errors import ModelError
 from vlft.models.forward import base_model
-from vlft.models.load import Source, load_hf, open_checkpoint, resolve_folder, weights_dtype
+from vlft.models.load import Source, load_hf, open_checkpoint, read_json, resolve_folder, weights_dtype
 from vlft.strategy import Exporter, Strategy
 
 META = "vlft.json"
@@ -194,6 +194,11 @@ def _quantised_base(folder: Path, settings: dict[str, Any], device: str) -> nn.M
     return whole.to(dtype)
 
 
+def _meta(folder: Path) -> dict[str, Any]:
+    """vlft.json of a result; empty for an adapter that vlft did not write."""
+    return read_json(folder / META) if (folder / META).exists() else {}
+
+
 def merged(folder: Path, base: Literal["trained", "original"] = "trained", device: str = "cpu") -> nn.Module:
     """A whole plain model from an adapter folder.
 
@@ -207,15 +212,19 @@ def merged(folder: Path, base: Literal["trained", "original"] = "trained", devic
 
     checkpoint = open_checkpoint(str(folder))
     if checkpoint.adapter is None:
-        raise ModelError(f"{folder} is already a whole model: there is nothing to merge.")
-    meta = json.loads((folder / META).read_text()) if (folder / META).exists() else {}
+        raise ModelError(f"{folder} is already a whole model: there is nothing to merge, use it as it is.")
+    meta = _meta(folder)
     where = resolve_folder(str(checkpoint.adapter["base_model_name_or_path"]))
     quantisation = meta.get("quantization")
     if quantisation and base == "trained":
         model = _quantised_base(where, quantisation, device)
     else:
         model = load_hf(where, device)
-    model = peft.PeftModel.from_pretrained(model, str(folder), torch_device=device)
+    try:
+        model = peft.PeftModel.from_pretrained(model, str(folder), torch_device=device)
+    except Exception as error:  # broken files raise SafetensorError, KeyError, TypeError and more
+        text = " ".join(str(error).split())[:200].rstrip(".")
+        raise ModelError(f"the adapter in {folder} cannot be loaded: {text}; copy its files again.") from error
     whole = model.merge_and_unload(safe_merge=True)
     assert isinstance(whole, nn.Module)
     return whole
@@ -235,7 +244,7 @@ def merge(model: Path, output: Path, base: Literal["trained", "original"] = "tra
     for pattern in _CARRIED:
         for file in model.glob(pattern):
             shutil.copyfile(file, output / file.name)
-    meta = json.loads((model / META).read_text()) if (model / META).exists() else {}
+    meta = _meta(model)
     quantised = bool(meta.get("quantization"))
     (output / META).write_text(json.dumps(meta | {"quantization": None, "merged_onto": base}, indent=2))
     if quantised and base == "original":

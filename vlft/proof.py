@@ -81,7 +81,9 @@ class PartRow:
 
 def _logical_size(p: Tensor) -> int:
     state = getattr(p, "quant_state", None)
-    return int(state.shape.numel()) if state is not None else p.numel()
+    if state is not None:
+        return int(state.shape.numel())
+    return int(getattr(p, "ds_numel", p.numel()))  # ZeRO-3 leaves an empty tensor in place of a weight
 
 
 def part_table(

@@ -62,17 +62,20 @@ def setup(run: Run, engine: Engine) -> Job:
     state = checkpoints.read_state(resume) if resume else None
     metrics = {d: dict(load_script(s) for s in scripts) for d, scripts in config.eval_dataset_scripts.items()}
     checkpoint = base_checkpoint(run, engine, folder)
+    source = source_of(checkpoint, engine.precision, engine.device)
 
     batch = int(state["global_batch"]) if state else global_batch(config, engine.world_size)
     if state:
         check_resume(state["options"], run, stored_global_batch=batch, world_size=engine.world_size)
     data = engine.main_first(lambda: prepare_data(data_options(run, engine, checkpoint, batch)))
     if unknown := sorted(set(metrics) - set(data.eval_datasets)):
-        raise ConfigError(f"--eval_dataset_scripts names {', '.join(unknown)}, which has no held-out samples here.")
+        raise ConfigError(
+            f"--eval_dataset_scripts names {', '.join(unknown)}, which has no held-out samples; "
+            "lower --train_split_ratio or leave it out."
+        )
     total = config.max_steps or math.ceil(config.epochs * data.steps_per_epoch)
 
     seed_start(config.seed)
-    source = source_of(checkpoint, engine.precision, engine.device)
     strategy = run.strategy(run.options)  # type: ignore[call-arg]  # a protocol says nothing of constructors
     model = strategy.prepare_model(source)
     groups = strategy.param_groups(model)
@@ -138,6 +141,11 @@ def base_checkpoint(run: Run, engine: Engine, folder: RunFolder) -> Checkpoint:
 
 def data_options(run: Run, engine: Engine, checkpoint: Checkpoint, batch: int) -> DataOptions:
     c, pictures = run.config, checkpoint.pictures
+    if not c.min_pixels and c.max_pixels < pictures.min_pixels:
+        raise ConfigError(
+            f"--max_pixels is {c.max_pixels}, below the {pictures.min_pixels} pixels of the checkpoint's smallest "
+            "picture; raise it or give --min_pixels."
+        )
     return DataOptions(
         registry=c.dataset_config_path, names=c.dataset_names, folder=checkpoint.folder, family=checkpoint.family,
         patch_size=pictures.patch_size, merge_size=pictures.merge_size,

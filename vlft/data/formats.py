@@ -431,7 +431,7 @@ def image_ref(value: Any) -> ImageRef:
 
 def _image_from_text(text: str) -> ImageRef:
     if not text.strip():
-        raise RecordError("bad_image", "a picture's path is empty.")
+        raise RecordError("bad_image", "a picture's path is empty; fill it or remove the picture.")
     start = text[:16].lower()
     if start.startswith(("http://", "https://")):
         return ImageRef("url", text)
@@ -473,7 +473,7 @@ def _decode_base64(text: str) -> bytes:
     try:
         return base64.b64decode("".join(text.split()), validate=True)
     except (binascii.Error, ValueError) as error:
-        raise RecordError("bad_image", f"a picture's base64 cannot be decoded: {error}.") from None
+        raise RecordError("bad_image", f"a picture's base64 cannot be decoded: {error}; repair it.") from None
 
 
 def _encode_pil(picture: Any) -> bytes:
@@ -526,13 +526,18 @@ class _Objects:
     def next_ref(self) -> str:
         self.refs_used += 1
         if self.refs_used > len(self.refs):
-            raise RecordError("box_count", f"more <ref-object> in the text than the {len(self.refs)} in 'objects.ref'.")
+            raise RecordError(
+                "box_count",
+                f"more <ref-object> in the text than the {len(self.refs)} in 'objects.ref'; make them agree.",
+            )
         return self.refs[self.refs_used - 1]
 
     def next_box(self) -> tuple[tuple[float, ...], int]:
         self.boxes_used += 1
         if self.boxes_used > len(self.boxes):
-            raise RecordError("box_count", f"more <bbox> in the text than the {len(self.boxes)} in 'objects.bbox'.")
+            raise RecordError(
+                "box_count", f"more <bbox> in the text than the {len(self.boxes)} in 'objects.bbox'; make them agree."
+            )
         return self.boxes[self.boxes_used - 1], self.images[self.boxes_used - 1]
 
     def check_used(self) -> None:
@@ -636,7 +641,8 @@ def _assemble(
     if unused:
         raise RecordError(
             "image_count",
-            f"the record has {len(draft.images)} pictures, the text shows {len(set(state.origin) - {-1})}.",
+            f"the record has {len(draft.images)} pictures, the text shows {len(set(state.origin) - {-1})}; make "
+            "them agree.",
         )
     if objects is not None:
         objects.check_used()

@@ -96,7 +96,7 @@ def fetch(url: str, cache_dir: Path, *, timeout: float = 20.0, max_bytes: int = 
         with urllib.request.urlopen(request, timeout=timeout) as answer:
             data = answer.read(max_bytes + 1)
     except (urllib.error.URLError, OSError, ValueError) as error:
-        raise RecordError("remote_failed", f"{url} cannot be downloaded: {error}.") from None
+        raise RecordError("remote_failed", f"{url} cannot be downloaded: {error}; check the address.") from None
     if len(data) > max_bytes:
         raise RecordError("remote_failed", f"{url} has more than {max_bytes} bytes; download a smaller copy.")
     folder.mkdir(parents=True, exist_ok=True)
@@ -132,11 +132,16 @@ def _opened(source: Source) -> Iterator[Any]:
     except RecordError:
         raise
     except FileNotFoundError:
-        raise RecordError("image_missing", f"{name} does not exist; it was there when the path was checked.") from None
+        raise RecordError(
+            "image_missing", f"{name} does not exist; it was there when the data was indexed: put it back."
+        ) from None
     except Image.DecompressionBombError as error:
-        raise RecordError("image_bomb", f"{name}: {error}") from None
+        what = str(error).partition(", could be")[0]
+        raise RecordError("image_bomb", f"{name}: {what}; scale it down.") from None
     except UnidentifiedImageError:
-        raise RecordError("image_unreadable", f"{name} is no picture in a format that Pillow knows.") from None
+        raise RecordError(
+            "image_unreadable", f"{name} is no picture in a format that Pillow knows; replace it."
+        ) from None
     except (
         OSError,
         ValueError,
@@ -148,10 +153,14 @@ def _opened(source: Source) -> Iterator[Any]:
         ZeroDivisionError,
         MemoryError,
     ) as error:
-        raise RecordError("image_unreadable", f"{name} cannot be read: {type(error).__name__}: {error}.") from None
+        raise RecordError(
+            "image_unreadable", f"{name} cannot be read: {type(error).__name__}: {error}; replace it."
+        ) from None
     except Exception as error:
         # Pillow's plugins raise struct.error, zlib.error and more on damaged files: one file must not end a run.
-        raise RecordError("image_unreadable", f"{name} cannot be read: {type(error).__name__}: {error}.") from None
+        raise RecordError(
+            "image_unreadable", f"{name} cannot be read: {type(error).__name__}: {error}; replace it."
+        ) from None
 
 
 def probe(source: Source, *, max_image_pixels: int = MAX_IMAGE_PIXELS) -> tuple[int, int]:
@@ -204,7 +213,7 @@ def _png_exif_follows(source: Source) -> bool:
 
 def _check_size(width: int, height: int, name: str, max_image_pixels: int) -> None:
     if width < 1 or height < 1:
-        raise RecordError("image_empty", f"{name} is {width} x {height} pixels.")
+        raise RecordError("image_empty", f"{name} is {width} x {height} pixels; replace it.")
     if width * height > max_image_pixels:
         raise RecordError(
             "image_bomb", f"{name} has {width * height} pixels, more than {max_image_pixels}; scale it down."
@@ -272,7 +281,7 @@ def _loaded(picture: Any, source: Source) -> Any:
     try:
         picture.load()
     except OSError as error:
-        raise RecordError("image_truncated", f"{_name(source)} cannot be decoded: {error}.") from None
+        raise RecordError("image_truncated", f"{_name(source)} cannot be decoded: {error}; replace it.") from None
     return picture
 
 

@@ -553,6 +553,11 @@ class Index:
         shard, k = self.locate(i)
         return parse_record(self.record(i), shard.spec, f"{shard.source.word} {int(shard.row[k]) + 1}")
 
+    def place(self, i: int) -> str:
+        """Where sample `i` is, unique in its data set: `toy.jsonl, line 4`."""
+        shard, k = self.locate(i)
+        return f"{shard.source.path.name}, {shard.source.word} {int(shard.row[k]) + 1}"
+
     def sample_id(self, i: int) -> str:
         """The record's own `id`, or its line."""
         shard, k = self.locate(i)

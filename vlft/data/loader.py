@@ -100,10 +100,8 @@ class _Steps:
 
     def _failure(self, i: int, step: int, error: RecordError) -> LedgerEntry:
         shard, _ = self.index.locate(i)
-        name = self.index.sample_id(i)
-        return LedgerEntry(
-            shard.spec.name, name, error.reason, f"{shard.spec.json_path.name}, {name}: {error}", step + 1
-        )
+        message = f"{self.index.place(i)}: {error}"
+        return LedgerEntry(shard.spec.name, self.index.sample_id(i), error.reason, message, step + 1)
 
 
 def _one_buffer(rows: list[Row]) -> list[Row]:

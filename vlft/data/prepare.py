@@ -20,6 +20,7 @@ from vlft.data.plan import Plan
 from vlft.data.registry import read_registry
 from vlft.data.sample import Fitted, Limits, fit, split
 from vlft.data.tokens import Chat
+from vlft.errors import ConfigError, DataError
 from vlft.family import Family
 
 
@@ -146,8 +147,9 @@ class Data:
         Raises:
             DataError: with those before the run, more than `max_bad_fraction` of the data.
         """
-        new = [e for e in failures if (e.dataset, e.id) not in self._bad]
-        self._bad |= {(e.dataset, e.id): e for e in new}
+        # Not by id: several records may share one. The message names the place, which no two share.
+        new = [e for e in failures if (e.dataset, e.message) not in self._bad]
+        self._bad |= {(e.dataset, e.message): e for e in new}
         check_bad_fraction([*self.ledger, *self._bad.values()], self.index.total, self.options.max_bad_fraction)
         return new
 
@@ -157,7 +159,7 @@ class Data:
         return [entry.json() for entry in self._bad.values()]
 
     def restore(self, bad: Sequence[dict[str, Any]]) -> None:
-        self._bad = {(e["dataset"], e["id"]): LedgerEntry(**e) for e in bad}
+        self._bad = {(e["dataset"], e["message"]): LedgerEntry(**e) for e in bad}
 
     def dataset_of(self, sample: int) -> str:
         return self._names[int(self.index.dataset[sample])]
@@ -183,6 +185,14 @@ def prepare_data(options: DataOptions) -> Data:
     """
     o = options
     specs = read_registry(o.registry, o.names)
+    if small := [s for s in specs if s.max_pixels is not None and s.max_pixels < o.min_pixels]:
+        raise ConfigError(
+            [
+                f"{o.registry}: data set '{s.name}', key 'max_pixels': {s.max_pixels} is below the {o.min_pixels} "
+                "pixels of the smallest picture; raise it or give --min_pixels."
+                for s in small
+            ]
+        )
     chat = Chat.load(o.folder, o.family)
     index = open_index(
         specs, chat, cache_dir=o.cache_dir, workers=max(1, o.num_workers), allow_remote=o.allow_remote_images,
@@ -193,5 +203,11 @@ def prepare_data(options: DataOptions) -> Data:
     limits = Limits(o.min_pixels, o.max_pixels, o.max_seq_length, o.on_too_long, factor, o.merge_size)
     fitted = fit(index, limits)
     train, held_out = split(index, specs, o.train_split_ratio, usable=fitted.usable)
+    if not len(train):
+        raise DataError(
+            f"no sample is left to train on: of {index.total} records {len(index.ledger)} cannot be used, "
+            f"{len(fitted.ledger)} are longer than --max_seq_length {o.max_seq_length}, {len(held_out)} are held out; "
+            "add records, or raise --max_seq_length or --train_split_ratio."
+        )
     plan = Plan(train, index.dataset[train], [s.weight for s in specs], seed=o.seed, global_batch=o.global_batch)
     return Data(o, index, fitted, chat, plan, held_out)

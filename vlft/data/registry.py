@@ -184,7 +184,7 @@ def _read_spec(name: str, entry: Any, path: Path) -> tuple[DatasetSpec | None, l
             problems.append(f"{where}: unknown key '{key}'{hint or ';'} Known keys: {', '.join(KEYS)}.")
     known = {key: value for key, value in entry.items() if key in KEYS}
     known = _absolute(known, path.absolute().parent)
-    problems += [f"{where}, key '{key}': {target} does not exist." for key, target in _missing(known)]
+    problems += [f"{where}, key '{key}': {target} does not exist; check the path." for key, target in _missing(known)]
     notes = []
     if "dataset_class" in known:
         notes.append(f"{name}: 'dataset_class' is accepted but not used; the record format is found from the records.")

@@ -87,7 +87,10 @@ def fit(index: Index, limits: Limits) -> Fitted:
     ledger: list[LedgerEntry] = []
     shrunk = 0
     if len(long_ids) and limits.on_too_long == "error":
-        raise DataError(_too_long(index, int(long_ids[0]), length_N, limits) + " (--on_too_long error).")
+        raise DataError(
+            _too_long(index, int(long_ids[0]), length_N, limits)
+            + " (--on_too_long error); raise it or shorten the record."
+        )
     if len(long_ids):
         fits = np.zeros(len(long_ids), np.bool_)
         if limits.on_too_long == "shrink":
@@ -158,20 +161,22 @@ def _shrink(
 
 
 def _too_long(index: Index, i: int, length_N: Ints, limits: Limits) -> str:
-    shard, _ = index.locate(i)
     pictures = int(index.n_images[i])
     return (
-        f"{shard.spec.json_path.name}, {index.sample_id(i)}: {int(length_N[i])} tokens with {pictures} pictures, "
+        f"{index.place(i)}: {int(length_N[i])} tokens with {pictures} pictures, "
         f"more than --max_seq_length {limits.max_seq_length}"
     )
 
 
 def _entry(index: Index, i: int, length_N: Ints, limits: Limits) -> LedgerEntry:
     tried = limits.on_too_long == "shrink" and index.n_images[i]
-    even = "; pictures of --min_pixels would still be too many tokens" if tried else ""
+    even = ", and pictures of --min_pixels would still be too many tokens" if tried else ""
     shard, _ = index.locate(i)
     return LedgerEntry(
-        shard.spec.name, index.sample_id(i), "too_long", f"{_too_long(index, i, length_N, limits)}{even}."
+        shard.spec.name,
+        index.sample_id(i),
+        "too_long",
+        f"{_too_long(index, i, length_N, limits)}{even}; raise it or shorten the record.",
     )
 
 

@@ -100,7 +100,9 @@ def _open_folder(path: Path, tables: Path) -> Source:
     files = tuple(sorted(path.glob("*.parquet")))
     if files:
         return ParquetSource(path, files, tables)
-    raise DataError(f"{path} is neither a saved Hugging Face data set nor a folder of Parquet files.")
+    raise DataError(
+        f"{path} is neither a saved Hugging Face data set nor a folder of Parquet files; give one of these or a file."
+    )
 
 
 def file_digest(path: Path) -> str:
@@ -123,7 +125,7 @@ def _parse(data: bytes) -> Any:
     try:
         return json.loads(data)
     except (ValueError, RecursionError) as error:
-        return RecordError("bad_json", f"not valid JSON: {error}.")
+        return RecordError("bad_json", f"not valid JSON: {error}; repair it.")
 
 
 class _TextSource:
@@ -325,7 +327,9 @@ class ParquetSource:
             try:
                 meta = pq.read_metadata(file)
             except (OSError, pa.ArrowException) as error:
-                raise DataError(f"{file} cannot be read as Parquet: {error}.") from None
+                raise DataError(
+                    f"{file} cannot be read as Parquet: {str(error).rstrip('.')}; repair the file."
+                ) from None
             self.groups += [(n, g, meta.row_group(g).num_rows) for g in range(meta.num_row_groups)]
         self.weight = sum(rows for _, _, rows in self.groups)
         self._open: dict[int, Any] = {}

@@ -72,8 +72,12 @@ class Chat:
 
         try:
             tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
-        except (OSError, ValueError, KeyError) as error:
-            raise ModelError(f"{folder} has no tokenizer that can be loaded: {str(error).splitlines()[0]}") from error
+        except Exception as error:  # the tokenizers library raises bare exceptions
+            what = (str(error).splitlines() or [type(error).__name__])[0][:200].rstrip(".")
+            raise ModelError(
+                f"{folder} has no tokenizer that can be loaded: {what}; "
+                "copy the checkpoint's tokenizer files beside it."
+            ) from error
         chat = cls(Path(folder), family, tokenizer)
         chat._check()
         # A tokenizer.json may carry both; they would cut or fill up texts here in silence.
@@ -92,7 +96,10 @@ class Chat:
         if not hasattr(self.tokenizer, "backend_tokenizer"):
             raise ModelError(f"{self.folder} has no fast tokenizer (tokenizer.json); convert it.")
         if self.tokenizer.convert_tokens_to_ids(self.family.image_token) in (None, self.tokenizer.unk_token_id):
-            raise ModelError(f"the tokenizer of {self.folder} has no token {self.family.image_token}.")
+            raise ModelError(
+                f"the tokenizer of {self.folder} has no token {self.family.image_token}; copy the "
+                "checkpoint's tokenizer files beside it."
+            )
         _ = self.end_token
 
     # -------------------------------------------------------------- ids
@@ -113,13 +120,15 @@ class Chat:
         try:
             _, _, rest = self._render(probe).partition("\ue001")
         except RecordError as error:
-            raise ModelError(f"{self.folder}: {error}") from None
+            what = str(error).rstrip(".")
+            raise ModelError(f"{self.folder}: {what}; copy the checkpoint's chat_template.jinja again.") from None
         special = sorted(self.tokenizer.get_added_vocab(), key=len, reverse=True)
         for token in special:
             if rest.startswith(token):
                 return str(token)
         raise ModelError(
-            f"the chat template of {self.folder} writes no special token after an answer; found {rest[:20]!r}."
+            f"the chat template of {self.folder} writes no special token after an answer; found {rest[:20]!r}, "
+            "use another one."
         )
 
     @cached_property
@@ -183,9 +192,13 @@ class Chat:
     def _check_record(self, record: Record) -> None:
         answers = [turn for turn in record.turns if turn.role == "assistant"]
         if not answers:
-            raise RecordError("no_answer", "the conversation has no assistant turn, so there is nothing to learn.")
+            raise RecordError(
+                "no_answer", "the conversation has no assistant turn, so there is nothing to learn; add one."
+            )
         if not any(turn.loss for turn in answers):
-            raise RecordError("nothing_learnt", 'every answer has "loss": false, so there is nothing to learn.')
+            raise RecordError(
+                "nothing_learnt", 'every answer has "loss": false, so there is nothing to learn; remove one.'
+            )
         for turn in record.turns:
             for part in turn.parts:
                 # Literal structural tokens would forge turns or pictures.

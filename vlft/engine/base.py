@@ -195,8 +195,13 @@ class Engine:
                 if p.requires_grad:
                     p.copy_(saved[name])
 
-    def restore_moments(self, optimizer: Optimizer, saved: Mapping[str, Tensor]) -> None:
-        """Put Adam's state back, each beside its parameter, after `prepare`."""
+    def restore_state(self, optimizer: Optimizer, _: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> None:
+        """Put Adam's state back (and fp32 masters, where the engine has its own), after `prepare`.
+
+        Args:
+            _: the saved weights, by name.
+            saved: what `moments` gave.
+        """
         for group in optimizer.param_groups:
             for name, p in zip(group["names"], group["params"], strict=True):
                 if f"step/{name}" in saved:

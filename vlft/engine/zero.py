@@ -147,6 +147,7 @@ class ZeroEngine(Engine):
         step = self._step_count(optimizer)
         if step is None:
             return found
+        self._link_states()
         for name, p in self._by_name.items():
             for moment in MOMENTS[:2]:
                 value = safe_get_full_optimizer_state(p, moment)
@@ -160,9 +161,23 @@ class ZeroEngine(Engine):
         steps = [float(state["step"]) for state in optimizer.state.values() if "step" in state]
         return steps[0] if steps else None
 
-    def restore_moments(self, optimizer: Optimizer, saved: Mapping[str, Tensor]) -> None:
-        from deepspeed.utils import safe_set_full_optimizer_state
+    def restore_weights(self, model: nn.Module, saved: Mapping[str, Tensor]) -> None:
+        import deepspeed
 
+        with torch.no_grad():
+            for name, p in model.named_parameters():
+                if p.requires_grad:
+                    cut = hasattr(p, "ds_id")
+                    with deepspeed.zero.GatheredParameters([p], modifier_rank=0, enabled=cut):
+                        if not cut or self.is_main:
+                            p.copy_(saved[name])
+
+    def restore_state(self, optimizer: Optimizer, weights: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> None:
+        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+
+        for name, p in self._by_name.items():
+            # The masters were made from weights in the compute dtype: put the saved digits back.
+            safe_set_full_fp32_param(p, weights[name].to(self.device))
         self._make_states(optimizer, float(next(v for k, v in saved.items() if k.startswith("step/"))))
         for name, p in self._by_name.items():
             for moment in MOMENTS[:2]:
@@ -176,7 +191,12 @@ class ZeroEngine(Engine):
         for flat in flats:
             moments = {m: torch.zeros_like(flat.data) for m in MOMENTS[:2]}
             optimizer.state[flat] = {"step": torch.tensor(step, device=flat.device), **moments}
+        self._link_states()
+
+    def _link_states(self) -> None:
+        """ZeRO-2 links parameters to Adam's state after the first GROUP's first step, so other groups' are missed."""
         if not self.shards_weights:
+            self.zero._hp_optimizer_states_linked = False
             self.zero._lazy_init_hp_params_optimizer_state()
 
     def scaler_state(self) -> dict[str, Any]:

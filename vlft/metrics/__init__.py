@@ -54,7 +54,11 @@ def load_script(script: str) -> tuple[str, Metric]:
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-        function = module.evaluate
     except Exception as error:  # whatever a user's file raises while it is imported is told the same way
-        raise ConfigError(f"--eval_dataset_scripts: {path} cannot be used: {type(error).__name__}: {error}.") from error
+        raise ConfigError(
+            f"--eval_dataset_scripts: {path} cannot be used: {type(error).__name__}: {str(error)[:200]}; correct it."
+        ) from error
+    function: Metric | None = getattr(module, "evaluate", None)
+    if not callable(function):
+        raise ConfigError(f"--eval_dataset_scripts: {path} has no function evaluate(predictions); add it.")
     return path.stem, function

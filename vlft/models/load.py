@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -36,18 +37,29 @@ def resolve_folder(name: str) -> Path:
         return Path(snapshot_download(name, allow_patterns=list(WANTED_FILES)))
     except (HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError, OSError, ValueError) as error:
         raise ModelError(
-            f"--model_name_or_path '{name}' is neither a folder nor a model that the hub gave ({error}); "
+            f"--model_name_or_path '{name}' is neither a folder nor a model that the hub gave ({_short(error)}); "
             "check the name, the network, or give a local folder."
         ) from error
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _short(error: Exception) -> str:
+    """A library's error on one line; some are a page."""
+    text = " ".join(str(error).split()).rstrip(".") or type(error).__name__
+    return text if len(text) <= 200 else text[:200] + " ..."
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """One object from a file of a model folder.
+
+    Raises:
+        ModelError: the file is absent, broken, or holds something else.
+    """
     try:
-        found = json.loads(path.read_text())
-    except (OSError, json.JSONDecodeError) as error:
-        raise ModelError(f"{path} cannot be read as JSON: {error}.") from error
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path} cannot be read as JSON: {_short(error)}; copy it again.") from error
     if not isinstance(found, dict):
-        raise ModelError(f"{path} holds a {type(found).__name__} where an object was expected.")
+        raise ModelError(f"{path} holds a {type(found).__name__} where an object was expected; copy it again.")
     return found
 
 
@@ -91,9 +103,9 @@ class Checkpoint:
 def processor_settings(folder: Path) -> dict[str, Any]:
     """The image processor's settings: preprocessor_config.json, or its section in transformers 5's processor file."""
     if (folder / "preprocessor_config.json").exists():
-        return _read_json(folder / "preprocessor_config.json")
+        return read_json(folder / "preprocessor_config.json")
     if (folder / "processor_config.json").exists():
-        nested = _read_json(folder / "processor_config.json").get("image_processor")
+        nested = read_json(folder / "processor_config.json").get("image_processor")
         if isinstance(nested, dict):
             return nested
     raise ModelError(f"{folder} has no preprocessor_config.json: copy the checkpoint's processor files beside it.")
@@ -117,6 +129,20 @@ def _picture_facts(folder: Path, vision: dict[str, Any]) -> PictureFacts:
     )
 
 
+def _base_folder(path: Path, adapter: dict[str, Any]) -> Path:
+    """The folder of the model that an adapter was trained on."""
+    base = adapter.get("base_model_name_or_path")
+    if not base or not isinstance(base, str):
+        raise ModelError(f"{path} has no base_model_name_or_path; give the model that the adapter was trained on.")
+    try:
+        return resolve_folder(base)
+    except ModelError as error:
+        raise ModelError(
+            f"{path} names the base '{base}', which is neither a folder nor a model that the hub gave; "
+            "correct base_model_name_or_path there."
+        ) from error
+
+
 def open_checkpoint(name: str, *, trust_remote_code: bool = False) -> Checkpoint:
     """Find and read a checkpoint's description; no weights are loaded.
 
@@ -124,20 +150,31 @@ def open_checkpoint(name: str, *, trust_remote_code: bool = False) -> Checkpoint
         ModelError: absent, unreadable, or of a type that vlft does not support.
     """
     folder = resolve_folder(name)
-    adapter = _read_json(folder / "adapter_config.json") if (folder / "adapter_config.json").exists() else None
-    where = resolve_folder(str(adapter["base_model_name_or_path"])) if adapter else folder
+    adapter = read_json(folder / "adapter_config.json") if (folder / "adapter_config.json").exists() else None
+    where = _base_folder(folder / "adapter_config.json", adapter) if adapter else folder
     if not (where / "config.json").exists():
-        raise ModelError(f"{where} has no config.json, so it is not a model folder.")
-    config = _read_json(where / "config.json")
+        raise ModelError(f"{where} has no config.json, so it is not a model folder; give output_dir/model of a run.")
+    config = read_json(where / "config.json")
     family = family_of(str(config.get("model_type")), str(where))
-    facts = _picture_facts(where, config.get("vision_config") or {})
+    try:
+        facts = _picture_facts(where, config.get("vision_config") or {})
+    except (TypeError, ValueError, AttributeError) as error:
+        raise ModelError(
+            f"the picture settings of {where} (vision_config in config.json, preprocessor_config.json) cannot be used: "
+            f"{_short(error)}; copy these files again."
+        ) from error
     return Checkpoint(name, folder, family, facts, trust_remote_code, adapter)
 
 
 def load_config(checkpoint: Checkpoint) -> Any:
     from transformers import AutoConfig
 
-    return AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=checkpoint.trust_remote_code)
+    try:
+        return AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=checkpoint.trust_remote_code)
+    except Exception as error:  # a config.json of nonsense fails anywhere inside
+        raise ModelError(
+            f"{checkpoint.folder / 'config.json'} cannot be used: {_short(error)}; copy it again."
+        ) from error
 
 
 def weights_dtype(config: Any) -> torch.dtype:
@@ -178,20 +215,33 @@ def load_hf(folder: Path, device: torch.device | str, trust_remote_code: bool = 
     """A plain Hugging Face model from a local folder.
 
     Raises:
-        ModelError: the weights cannot be loaded; the cause is kept.
+        ModelError: the weights cannot be loaded, or not all of them are there; the cause is kept.
     """
     _quieten()
     from transformers import AutoModelForImageTextToText
 
     options: dict[str, Any] = {"dtype": "auto", "attn_implementation": "sdpa", "device_map": {"": str(device)}}
     options |= {"trust_remote_code": trust_remote_code, "local_files_only": True} | overrides
+    options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
     try:
-        model = AutoModelForImageTextToText.from_pretrained(folder, **options)
-    except (OSError, ValueError, ImportError, RuntimeError) as error:
-        raise ModelError(f"the model in {folder} cannot be loaded: {error}") from error
+        model, info = AutoModelForImageTextToText.from_pretrained(folder, **options)
+    except Exception as error:  # broken files raise SafetensorError, KeyError, UnpicklingError and more
+        raise ModelError(f"the model in {folder} cannot be loaded: {_short(error)}; copy its files again.") from error
+    _check_complete(folder, info)
     assert isinstance(model, nn.Module)
     _keep_packing(model)
     return model
+
+
+def _check_complete(folder: Path, info: Mapping[str, Any]) -> None:
+    """transformers gives a weight that is absent, or of another shape, random numbers and only warns."""
+    absent = sorted({*info["missing_keys"], *(key[0] for key in info["mismatched_keys"])})
+    if absent:
+        more = f" and {len(absent) - 3} more" if len(absent) > 3 else ""
+        raise ModelError(
+            f"the model in {folder} has no weights for {', '.join(absent[:3])}{more} (absent, or of another shape than "
+            "config.json says); copy its files again."
+        )
 
 
 def _quieten() -> None:
