@@ -64,6 +64,10 @@ class ModelSource(Protocol):
         """The dtype in which products run (bf16 under mixed precision bf16)."""
 
     @property
+    def quant_storage(self) -> torch.dtype:
+        """The dtype that packed 4-bit weights must be stored in: uint8, or the compute dtype under ZeRO-3 and FSDP."""
+
+    @property
     def tied_head(self) -> bool:
         """The output head shares its weight with the token embeddings."""
 

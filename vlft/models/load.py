@@ -8,7 +8,8 @@ from __future__ import annotations
 import json
 import logging
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -197,6 +198,8 @@ class Source:
     config: Any
     compute_dtype: torch.dtype
     device: torch.device
+    sharded: bool = False
+    """Each process keeps a part of every weight (ZeRO-3): weights are cut up while they are loaded."""
 
     @property
     def parts(self) -> Parts:
@@ -206,9 +209,19 @@ class Source:
     def tied_head(self) -> bool:
         return bool(self.config.tie_word_embeddings)
 
+    @property
+    def quant_storage(self) -> torch.dtype:
+        return self.compute_dtype if self.sharded else torch.uint8
+
     def load(self, **overrides: Any) -> nn.Module:
         """The Hugging Face model in the checkpoint's dtype; `cast` (below) gives each weight its own afterwards."""
-        return load_hf(self.checkpoint.folder, self.device, self.checkpoint.trust_remote_code, **overrides)
+        folder, trust = self.checkpoint.folder, self.checkpoint.trust_remote_code
+        if self.sharded and "quantization_config" in overrides:
+            # Packed weights cannot be cut up while they are made: whole first, cut up by the engine afterwards.
+            with _without_zero3():
+                return load_hf(folder, self.device, trust, **overrides)
+        where = {"dtype": self.compute_dtype, "device_map": None} if self.sharded else {}
+        return load_hf(folder, self.device, trust, **where | overrides)
 
 
 def load_hf(folder: Path, device: torch.device | str, trust_remote_code: bool = False, **overrides: Any) -> nn.Module:
@@ -265,9 +278,24 @@ def _keep_packing(model: nn.Module) -> None:
             module.support_avx512bf16_for_cpu = False
 
 
-def source_of(checkpoint: Checkpoint, mixed_precision: str, device: torch.device) -> Source:
+@contextmanager
+def _without_zero3() -> Iterator[None]:
+    """transformers loads as if ZeRO-3 were off."""
+    from transformers.integrations import deepspeed as hf
+
+    before = hf._hf_deepspeed_config_weak_ref
+    hf.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        hf._hf_deepspeed_config_weak_ref = before
+
+
+def source_of(
+    checkpoint: Checkpoint, mixed_precision: str, device: torch.device, *, sharded: bool = False
+) -> Source:
     config = load_config(checkpoint)
-    return Source(checkpoint, config, compute_dtype(mixed_precision, config), device)
+    return Source(checkpoint, config, compute_dtype(mixed_precision, config), device, sharded)
 
 
 def cast(model: nn.Module, dtype: torch.dtype, *, masters: bool = True) -> None:
@@ -279,7 +307,8 @@ def cast(model: nn.Module, dtype: torch.dtype, *, masters: bool = True) -> None:
     An Adam step at rate 2e-5 leaves 70% of bf16 weights of scale 0.02 unchanged: hence the masters.
     """
     for p in model.parameters():
-        if p.is_floating_point():
+        # What ZeRO-3 has cut up was cut in its final dtype; packed 4-bit may be stored as floats, but holds no numbers.
+        if p.is_floating_point() and not hasattr(p, "ds_id") and not hasattr(p, "quant_state"):
             target = torch.promote_types(p.dtype, torch.float32) if p.requires_grad and masters else dtype
             if p.dtype != target:
                 p.data = p.data.to(target)
