@@ -163,7 +163,12 @@ def load_weights(path: Path, model: nn.Module) -> dict[str, Tensor]:
     """
     saved = load_tensors(path, "weights")
     now = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    odd = sorted(set(now) ^ set(saved)) or sorted(n for n in now if now[n].shape != saved[n].shape)
+    odd = sorted(set(now) ^ set(saved)) or sorted(n for n, p in now.items() if _shape(p) != saved[n].shape)
     if odd:
         raise CheckpointError(f"{path} holds other trained parameters than this run: {', '.join(odd[:4])} ... differ.")
     return saved
+
+
+def _shape(p: nn.Parameter) -> tuple[int, ...]:
+    """ZeRO-3 keeps a cut-up weight's real shape beside it."""
+    return tuple(getattr(p, "ds_shape", p.shape))

@@ -62,7 +62,7 @@ def setup(run: Run, engine: Engine) -> Job:
     state = checkpoints.read_state(resume) if resume else None
     metrics = {d: dict(load_script(s) for s in scripts) for d, scripts in config.eval_dataset_scripts.items()}
     checkpoint = base_checkpoint(run, engine, folder)
-    source = source_of(checkpoint, engine.precision, engine.device)
+    source = source_of(checkpoint, engine.precision, engine.device, sharded=engine.shards_weights)
 
     batch = int(state["global_batch"]) if state else global_batch(config, engine.world_size)
     if state:
@@ -86,11 +86,12 @@ def setup(run: Run, engine: Engine) -> Job:
         base_model(model).gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
     optimizer = build_optimizer(model, groups, run.rates, config.weight_decay)
     table = part_table(model, groups, source.parts, run.rates, source.tied_head)
+    saved = checkpoints.load_weights(resume, model) if resume else {}
     if resume:
-        engine.restore_weights(model, checkpoints.load_weights(resume, model))
+        engine.restore_weights(model, saved)
     packed = engine.prepare(PackedVLM(model, source.parts, source.config.image_token_id), optimizer)
     if resume and state:
-        engine.restore_moments(optimizer, checkpoints.load_tensors(resume, "optimizer"))
+        engine.restore_state(optimizer, saved, checkpoints.load_tensors(resume, "optimizer"))
         engine.restore_scaler(state["scaler"])
         data.restore(state["bad"])
 
