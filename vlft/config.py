@@ -427,8 +427,8 @@ def resolved(run: Run) -> dict[str, Any]:
     values["resume_from_checkpoint"] = None
     # The default folder belongs to the machine, not to the run.
     values["cache_dir"] = None if run.config.cache_dir == default_cache_dir() else values["cache_dir"]
-    for name in ("output_dir", "dataset_config_path"):
-        values[name] = str(Path(values[name]).absolute())
+    for name in ("output_dir", "dataset_config_path", "cache_dir"):
+        values[name] = str(Path(values[name]).absolute()) if values[name] is not None else None
     for name in ("model_name_or_path", "deepspeed"):
         values[name] = _absolute(values[name])
     values["eval_dataset_scripts"] = {

@@ -65,7 +65,7 @@ def load_strategy(name: str) -> tuple[type[Strategy], Found]:
     """
     found = _named(STRATEGIES, name, "tuning strategy")
     cls = _import(found, "strategy")
-    if problem := _broken_promise(cls):
+    if problem := broken_promise(cls):
         raise StrategyError(f"Strategy '{name}' of {found.source} ({found.value}) {problem}; ask its author for a fix.")
     return cast("type[Strategy]", cls), found
 
@@ -150,7 +150,7 @@ def _import(found: Found, what: str) -> Any:
         ) from error
 
 
-def _broken_promise(cls: Any) -> str:
+def broken_promise(cls: Any) -> str:
     """What `cls` lacks of the `Strategy` protocol, as the end of a sentence; empty when it is fine."""
     if not isinstance(cls, type):
         return f"is no class but {type(cls).__name__}"

@@ -8,7 +8,7 @@ moved. Judged per part, since LoRA's A has no gradient while B is zero.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -28,11 +28,21 @@ def _some(names: Sequence[str], limit: int = 5) -> str:
     return ", ".join(names[:limit]) + more
 
 
-def check_groups(model: nn.Module, groups: Sequence[ParamGroup], strategy: str) -> None:
+def check_groups(
+    model: nn.Module,
+    groups: Sequence[ParamGroup],
+    strategy: str,
+    parts: Parts,
+    promised: Collection[Part],
+    tied_head: bool,
+) -> None:
     """Hold a strategy to its contract.
 
+    Args:
+        promised: the parts that the strategy's options say they train (its rates).
     Raises:
-        StrategyError: names what is in no group, in two, frozen but grouped, unknown, or not floating point.
+        StrategyError: names what is in no group, in two, frozen but grouped, unknown, under a wrong part, or promised
+            and not grouped; all at once.
     """
     trainable = {n for n, p in model.named_parameters() if p.requires_grad}
     everything = {n for n, _ in model.named_parameters()}
@@ -49,8 +59,28 @@ def check_groups(model: nn.Module, groups: Sequence[ParamGroup], strategy: str) 
     unknown = sorted({str(g.part) for g in groups} - set(PARTS))
     if unknown:
         problems.append(f"unknown parts {_some(unknown)} (known: {', '.join(PARTS)})")
+    problems += _part_problems(groups, everything, parts, promised, tied_head)
     if problems:
         raise StrategyError(f"strategy '{strategy}' broke its contract: {'; '.join(problems)}.")
+
+
+def _part_problems(
+    groups: Sequence[ParamGroup], known: set[str], parts: Parts, promised: Collection[Part], tied_head: bool
+) -> list[str]:
+    """Parameters under another part than they lie in (they would get its rate), and promises that do not fit."""
+    wrong = [
+        f"{name} (grouped under {group.part}, lies in {part})"
+        for group in groups
+        for name in group.parameters
+        if name in known and (part := parts.part_of(name, tied_head=tied_head)) != group.part
+    ]
+    problems = [f"{_some(wrong)}: the part does not fit"] if wrong else []
+    grouped = {g.part for g in groups} - {"head"}
+    for part in sorted(set(promised) - grouped):
+        problems.append(f"its options promise to train '{part}', but no group holds any of it")
+    for part in sorted(grouped - set(promised)):
+        problems.append(f"it trains '{part}', which Config.rates() does not name")
+    return problems
 
 
 def checksum(p: Tensor) -> int:

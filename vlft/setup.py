@@ -17,13 +17,13 @@ from vlft.batch import ToInputs
 from vlft.config import Run, accumulation_for, check_output_dir, check_resume, global_batch, resolved, resolved_yaml
 from vlft.data.prepare import Data, DataOptions, prepare_data
 from vlft.engine import Engine, seed_start
-from vlft.errors import ConfigError
+from vlft.errors import ConfigError, StrategyError, VlftError
 from vlft.metrics import Metric, load_script
 from vlft.models.forward import PackedVLM, base_model
 from vlft.models.load import Checkpoint, Source, cast, open_checkpoint, source_of
 from vlft.optim import Multiplier, build_optimizer, schedule
 from vlft.proof import PartRow, Proof, check_groups, part_table, render
-from vlft.strategy import Strategy
+from vlft.strategy import ParamGroup, Strategy
 from vlft.tracking import Journal, RunFolder, Trackers, cut_back, run_card, write_json
 
 
@@ -76,10 +76,8 @@ def setup(run: Run, engine: Engine) -> Job:
     total = config.max_steps or math.ceil(config.epochs * data.steps_per_epoch)
 
     seed_start(config.seed)
-    strategy = run.strategy(run.options)  # type: ignore[call-arg]  # a protocol says nothing of constructors
-    model = strategy.prepare_model(source)
-    groups = strategy.param_groups(model)
-    check_groups(model, groups, config.tuning_strategy)
+    strategy, model, groups = prepare_strategy(run, source)
+    check_groups(model, groups, config.tuning_strategy, source.parts, run.rates, source.tied_head)
     cast(model, source.compute_dtype, masters=not engine.keeps_masters)
     if config.gradient_checkpointing or (config.gradient_checkpointing is None and engine.device.type == "cuda"):
         # Non-reentrant: frozen embeddings give inputs without a gradient, which the reentrant kind would cut off.
@@ -110,6 +108,25 @@ def setup(run: Run, engine: Engine) -> Job:
         job.journal.say(note)
     job.journal.say(render(table))
     return job
+
+
+def prepare_strategy(run: Run, source: Source) -> tuple[Strategy, nn.Module, list[ParamGroup]]:
+    """Build the strategy and let it load its model.
+
+    Raises:
+        StrategyError: the plugin fails; it is named with its distribution, and the cause is kept.
+    """
+    try:
+        strategy = run.strategy(run.options)  # type: ignore[call-arg]  # a protocol says nothing of constructors
+        model = strategy.prepare_model(source)
+        return strategy, model, list(strategy.param_groups(model))
+    except (VlftError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # a plugin may raise anything
+        raise StrategyError(
+            f"strategy '{run.config.tuning_strategy}' of {run.distribution} failed while it prepared the model: "
+            f"{type(error).__name__}: {error}; ask its authors."
+        ) from error
 
 
 def part_costs(rows: list[PartRow]) -> tuple[float, float]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from vlft import ModelSource, ParamGroup, VlftError
 from vlft_strategies.parts import ADAPTER_RATE, PartsConfig, groups, unfreeze
@@ -28,6 +28,12 @@ class LoraConfig(PartsConfig):
     use_rslora: bool = Field(False, description="Scale by alpha/sqrt(rank) instead of alpha/rank.")
     train_vit: bool = Field(False, description="Train the vision tower's weights in full precision.")
     train_llm: bool = Field(True, description="Put adapters on the LLM.")
+
+    @model_validator(mode="after")
+    def _has_adapters(self) -> LoraConfig:
+        if not self.train_llm:
+            raise ValueError("without train_llm there are no adapters to train; choose the strategy vit_only")
+        return self
 
 
 class LoraFullVitConfig(LoraConfig):

@@ -34,7 +34,7 @@ class PartialLlmFullVit(Full):
         total = source.config.get_text_config().num_hidden_layers
         wanted = self.config.llm_frozen_layers
         if wanted is not None and wanted > total:
-            raise VlftError(f"--llm_frozen_layers is {wanted}, but this model's LLM has {total} layers.")
+            raise VlftError(f"--llm_frozen_layers is {wanted}, but this model's LLM has {total} layers; give fewer.")
         self.first_trained = total // 2 if wanted is None else wanted
         return super().prepare_model(source)
 

@@ -28,6 +28,7 @@ class QLora(Lora):
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=source.compute_dtype,
+            bnb_4bit_quant_storage=source.quant_storage,
             # Real module paths. transformers 5 matches from the start of the name, so "visual" alone would skip
             # nothing, quantise the whole tower and freeze it in silence; and a list given replaces the default
             # that protects the head.

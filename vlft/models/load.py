@@ -291,9 +291,7 @@ def _without_zero3() -> Iterator[None]:
         hf._hf_deepspeed_config_weak_ref = before
 
 
-def source_of(
-    checkpoint: Checkpoint, mixed_precision: str, device: torch.device, *, sharded: bool = False
-) -> Source:
+def source_of(checkpoint: Checkpoint, mixed_precision: str, device: torch.device, *, sharded: bool = False) -> Source:
     config = load_config(checkpoint)
     return Source(checkpoint, config, compute_dtype(mixed_precision, config), device, sharded)
 

@@ -17,13 +17,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vlft.errors import StrategyError
+from vlft.discovery import broken_promise
+from vlft.errors import StrategyError, VlftError
 from vlft.export import merged, needed, save_result
 from vlft.models.forward import PackedVLM, base_model
 from vlft.models.load import Source, cast, load_hf, open_checkpoint, source_of
 from vlft.optim import build_optimizer
 from vlft.proof import Proof, check_groups
-from vlft.strategy import Exporter, Strategy, StrategyConfig
+from vlft.strategy import Exporter, Strategy
 from vlft.testing.tiny import FAMILIES, make_checkpoint
 
 
@@ -42,17 +43,22 @@ def check_strategy(
     Raises:
         StrategyError: says what was promised and not kept.
     """
-    if not (isinstance(getattr(cls, "Config", None), type) and issubclass(cls.Config, StrategyConfig)):
-        raise StrategyError(f"{cls.__name__}.Config must be a subclass of vlft.StrategyConfig.")
+    if problem := broken_promise(cls):
+        raise StrategyError(f"{cls.__name__} {problem}.")
     _check_light_import(cls)
     for family in families:
         base = make_checkpoint(family, folder / family / "base")
-        _check_family(cls, base, folder / family / "result", options or {})
+        try:
+            _check_family(cls, base, folder / family / "result", options or {})
+        except VlftError:
+            raise
+        except Exception as error:  # a plugin may raise anything
+            raise StrategyError(f"{cls.__name__} on {family}: {type(error).__name__}: {error}") from error
 
 
 def _check_light_import(cls: type[Strategy]) -> None:
-    module = cls.Config.__module__
-    code = f"import sys, {module}; sys.exit(any(m in sys.modules for m in ('torch', 'peft', 'transformers')))"
+    module = cls.__module__
+    code = f"import sys, {module}, {cls.Config.__module__}; sys.exit(any(m in sys.modules for m in ('torch', 'peft', 'transformers')))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     if done.returncode:
         why = done.stderr.strip().splitlines()[-1:] or ["it imports torch, peft or transformers"]
@@ -93,12 +99,8 @@ def _check_family(cls: type[Strategy], base: Path, result: Path, options: dict[s
     torch.manual_seed(0)
     model = strategy.prepare_model(source)
     groups = strategy.param_groups(model)
-    check_groups(model, groups, cls.__name__)
-    promised, grouped = set(config.rates()), {g.part for g in groups} - {"head"}
-    if promised != grouped:
-        raise StrategyError(
-            f"{cls.__name__}.Config.rates() promises {sorted(promised)}, its groups train {sorted(grouped)}."
-        )
+    promised = config.rates()
+    check_groups(model, groups, cls.__name__, source.parts, promised, source.tied_head)
     cast(model, source.compute_dtype)
     packed = PackedVLM(model, source.parts, source.config.image_token_id)
     optimizer = build_optimizer(model, groups, dict.fromkeys(promised, 1e-2), 0.0)
