@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 STAMP = $(VENV)/.installed
 
-.PHONY: install demo test test-slow lint types check bench base clean
+.PHONY: install demo test lint types check bench base clean
 
 install: $(STAMP)  ## the project and all that tests need, into .venv
 

@@ -180,6 +180,27 @@ def test_a_picture_that_breaks_during_the_run_goes_to_the_ledger_and_stays_there
         train(words("strict", max_bad_fraction=0.01))
 
 
+def test_an_evaluation_that_a_kill_prevented_is_made_up_for(
+    tiny: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The checkpoint comes first, so that a failing script costs no step; a kill may fall between the two."""
+    registry = write_data(tmp_path)
+    options = {"max_steps": 4, "save_steps": 2, "eval_steps": 2, "train_split_ratio": 0.7}
+    words = lambda out, **x: command(tiny(), registry, tmp_path / out, "lora", **options, **x)  # noqa: E731
+    train(words("whole"))
+    real = story.run_evaluation
+
+    def dying(job: Any) -> None:
+        raise Stop
+
+    monkeypatch.setattr(story, "run_evaluation", dying)
+    with pytest.raises(Stop):
+        train(words("cut"))
+    monkeypatch.setattr(story, "run_evaluation", real)
+    train(words("cut", resume_from_checkpoint="latest"))
+    assert metrics(tmp_path / "whole", "eval") == metrics(tmp_path / "cut", "eval")
+
+
 def test_run_yaml_repeats_the_run(tiny: Callable[..., Path], tmp_path: Path) -> None:
     train(command(tiny(), write_data(tmp_path), tmp_path / "first", "lora_llm_full_vit", lora_rank=8))
     train(["--config", str(tmp_path / "first/run.yaml"), "--output_dir", str(tmp_path / "second")])

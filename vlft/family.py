@@ -1,6 +1,6 @@
 """What differs between the supported model families, as one table. No torch here: start-up and `--help` read it.
 
-To support another family, add a row to `FAMILIES`, a tiny model of it to `tests/tiny.py`, and the equality tests
+To support another family, add a row to `FAMILIES`, a tiny model of it to `vlft/testing/tiny.py`, and the equality tests
 (`tests/models/test_forward.py`) run for it.
 """
 

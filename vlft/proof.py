@@ -76,10 +76,9 @@ def _part_problems(
     ]
     problems = [f"{_some(wrong)}: the part does not fit"] if wrong else []
     grouped = {g.part for g in groups} - {"head"}
-    for part in sorted(set(promised) - grouped):
-        problems.append(f"its options promise to train '{part}', but no group holds any of it")
-    for part in sorted(grouped - set(promised)):
-        problems.append(f"it trains '{part}', which Config.rates() does not name")
+    broken = sorted(set(promised) - grouped)
+    problems += [f"its options promise to train '{part}', but no group holds any of it" for part in broken]
+    problems += [f"it trains '{p}', which Config.rates() does not name" for p in sorted(grouped - set(promised))]
     return problems
 
 

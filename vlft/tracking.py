@@ -151,6 +151,11 @@ class Journal:
         if self.is_main:
             print(text, flush=True)
 
+    def evaluated(self, step: int) -> bool:
+        """Whether the evaluation of `step` is in metrics.jsonl."""
+        lines = self.folder.metrics.read_text().splitlines() if self.folder.metrics.exists() else []
+        return any(line["kind"] == "eval" and line["step"] == step for line in map(json.loads, lines))
+
     def ledger(self, lines: Iterable[Mapping[str, Any]]) -> None:
         if self.is_main:
             append(self.folder.ledger, lines)

@@ -36,6 +36,8 @@ def main(run: Run) -> None:
 def fit(job: Job) -> None:
     config = job.run.config
     job.packed.train()
+    if evaluation_due(job) and not job.engine.from_main(job.journal.evaluated(job.done_steps)):
+        run_evaluation(job)  # the run that goes on here ended between its save and its evaluation
     asked = time.monotonic()
     for step in job.data.steps(job.done_steps, job.total_steps, job.costs):
         began = time.monotonic()
@@ -43,11 +45,11 @@ def fit(job: Job) -> None:
         line["perf"] = performance(job, line, began, waited=began - asked)
         job.done_steps = step.number + 1
         job.journal.metrics(line)
-        last = job.done_steps == job.total_steps
-        if job.data.eval_datasets and (job.done_steps % config.eval_steps == 0 or last):
-            run_evaluation(job)
-        if job.done_steps % config.save_steps == 0 or last:
+        if job.done_steps % config.save_steps == 0 or job.done_steps == job.total_steps:
             save_checkpoint(job)
+        # After the save: a user's script that fails must not cost the steps since the checkpoint before.
+        if evaluation_due(job):
+            run_evaluation(job)
         asked = time.monotonic()
 
 
@@ -88,6 +90,11 @@ def performance(job: Job, line: dict[str, Any], began: float, waited: float) -> 
         "samples_per_second": line["samples"] / (seconds + waited),
         "peak_memory_gib": peak_memory_gib(job.engine.device),
     }  # fmt: skip
+
+
+def evaluation_due(job: Job) -> bool:
+    last = job.done_steps == job.total_steps
+    return bool(job.done_steps and job.data.eval_datasets and (last or job.done_steps % job.run.config.eval_steps == 0))
 
 
 def run_evaluation(job: Job) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -20,21 +19,11 @@ sys.path.insert(0, str(Path(__file__).parent))
 from conftest_data import image_record, picture, spec, text_record, write_jsonl
 
 
-def _load_tiny() -> Any:
-    # tests/ is no package (pytest --import-mode=importlib), so tiny.py is loaded by its path.
-    if "vlft_tests_tiny" not in sys.modules:
-        spec = importlib.util.spec_from_file_location("vlft_tests_tiny", Path(__file__).parents[1] / "tiny.py")
-        assert spec is not None
-        assert spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        sys.modules["vlft_tests_tiny"] = module
-        spec.loader.exec_module(module)
-    return sys.modules["vlft_tests_tiny"]
-
-
 @pytest.fixture(scope="session")
 def tiny() -> Any:
-    return _load_tiny()
+    from vlft.testing import tiny as module
+
+    return module
 
 
 @pytest.fixture(scope="session")

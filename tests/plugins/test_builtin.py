@@ -48,14 +48,20 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("lora", {"train_vit": True}),
     ("lora", {"train_projector": True}),
     ("lora", {"lora_target_modules": ("q_proj", "gate_proj"), "lora_rank": 4, "use_rslora": True}),
-    ("lora", {"train_llm": False, "train_vit": True}),
     ("lora_llm_full_vit", {}),
     ("lora_llm_full_vit", {"train_projector": False, "lora_dropout": 0.0}),
     ("qlora", {}),
     ("qlora", {"train_vit": True}),
     ("qlora", {"train_projector": True, "lora_target_modules": ("down_proj",), "lora_rank": 8}),
-    ("qlora", {"train_llm": False, "train_vit": True}),
 ]
+
+
+@pytest.mark.parametrize("name", ["lora", "lora_llm_full_vit", "qlora"])
+def test_an_adapter_strategy_without_adapters_is_refused(name: str) -> None:
+    """What it would leave is a quantised or plain model that no adapter describes."""
+    cls, _ = discovery.load_strategy(name)
+    with pytest.raises(ValueError, match="choose the strategy vit_only"):
+        cls.Config(train_llm=False, train_vit=True)
 
 
 def _title(case: tuple[str, dict[str, Any]]) -> str:
@@ -90,7 +96,7 @@ class Trained:
         torch.manual_seed(0)
         self.model: nn.Module = self.strategy.prepare_model(self.source)
         groups = self.strategy.param_groups(self.model)
-        check_groups(self.model, groups, name)
+        check_groups(self.model, groups, name, self.source.parts, config.rates(), self.source.tied_head)
         cast(self.model, self.source.compute_dtype)
         self.packed = PackedVLM(self.model, self.source.parts, self.source.config.image_token_id).train()
         self.before = {n: t.detach().clone() for n, t in self.model.state_dict().items()}

@@ -172,7 +172,7 @@ def test_a_vision_tower_that_peft_froze_again(module: Module, tmp_path: Path, fa
                 return [group for group in found if group.parameters]
         """
     ).Bad
-    _refused(bad, tmp_path, r"rates\(\) promises \['llm', 'vit'\], its groups train \['llm'\]", family)
+    _refused(bad, tmp_path, "promise to train 'vit', but no group holds any of it", family)
 
 
 def test_a_promised_part_that_does_not_train(module: Module, tmp_path: Path) -> None:
@@ -186,7 +186,7 @@ def test_a_promised_part_that_does_not_train(module: Module, tmp_path: Path) -> 
             Config = BadConfig
         """
     ).Bad
-    _refused(bad, tmp_path, r"promises \['llm', 'projector'\], its groups train \['projector'\]")
+    _refused(bad, tmp_path, "promise to train 'llm', but no group holds any of it")
 
 
 def test_a_trained_part_that_was_not_promised(module: Module, tmp_path: Path) -> None:
@@ -202,7 +202,35 @@ def test_a_trained_part_that_was_not_promised(module: Module, tmp_path: Path) ->
                 return [ParamGroup(part, tuple(names), part) for part, names in parts.items()]
         """
     ).Bad
-    _refused(bad, tmp_path, r"promises \['projector'\], its groups train \['projector', 'vit'\]")
+    _refused(bad, tmp_path, r"trains 'vit', which Config\.rates\(\) does not name")
+
+
+def test_a_group_under_another_part_than_it_lies_in(module: Module, tmp_path: Path) -> None:
+    """It would get that part's rate in silence."""
+    bad = module(
+        """
+        class BadConfig(StrategyConfig):
+            def rates(self):
+                return {"llm": 1e-4}
+
+        class Bad(Good):
+            Config = BadConfig
+            def param_groups(self, model):
+                return [ParamGroup(name="all", parameters=self.named(model), part="llm")]
+        """
+    ).Bad
+    _refused(bad, tmp_path, r"grouped under llm, lies in projector")
+
+
+def test_a_strategy_that_fails_by_itself_is_named(module: Module, tmp_path: Path) -> None:
+    bad = module(
+        """
+        class Bad(Good):
+            def param_groups(self, model):
+                raise KeyError("visual")
+        """
+    ).Bad
+    _refused(bad, tmp_path, r"Bad on qwen2_5_vl: KeyError: 'visual'")
 
 
 def test_a_detached_part(module: Module, tmp_path: Path) -> None:
@@ -280,4 +308,8 @@ def test_heavy_imports_at_the_top(module: Module, tmp_path: Path, package: str) 
 
 
 def test_no_config(module: Module, tmp_path: Path) -> None:
-    _refused(module("class Bad(Good):\n    Config = dict\n").Bad, tmp_path, r"Bad\.Config must be a subclass of vlft")
+    _refused(
+        module("class Bad(Good):\n    Config = dict\n").Bad,
+        tmp_path,
+        r"no 'Config' that derives from vlft\.StrategyConfig",
+    )

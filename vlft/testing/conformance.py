@@ -58,7 +58,8 @@ def check_strategy(
 
 def _check_light_import(cls: type[Strategy]) -> None:
     module = cls.__module__
-    code = f"import sys, {module}, {cls.Config.__module__}; sys.exit(any(m in sys.modules for m in ('torch', 'peft', 'transformers')))"
+    heavy = "any(m in sys.modules for m in ('torch', 'peft', 'transformers'))"
+    code = f"import sys, {module}, {cls.Config.__module__}; sys.exit({heavy})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     if done.returncode:
         why = done.stderr.strip().splitlines()[-1:] or ["it imports torch, peft or transformers"]
