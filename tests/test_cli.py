@@ -304,6 +304,7 @@ def test_a_plugin_s_options(work: Path, monkeypatch: pytest.MonkeyPatch, capsys:
         "--mode is 'c'",
         "--must is missing",
     ]
+    monkeypatch.setenv("COLUMNS", "110")  # a narrower terminal breaks the sentence that is looked for
     assert main(["--tuning_strategy", "mine", "--help"]) == 0
     shown = capsys.readouterr().out
     assert "Strategy mine (dist-x 3.1):" in shown
