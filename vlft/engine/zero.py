@@ -48,9 +48,10 @@ def read_config(path: Path) -> dict[str, Any]:
         stage = int(config["zero_optimization"]["stage"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(
-            f"--deepspeed {path} is no DeepSpeed configuration with a zero_optimization.stage: {error}."
+            f"--deepspeed {path} is no DeepSpeed configuration with a zero_optimization.stage ({error}); "
+            "start from a bundled one, --deepspeed zero2 or zero3."
         ) from error
-    problems = [] if stage in (1, 2, 3) else [f"--deepspeed {path}: ZeRO stage {stage} is not 1, 2 or 3."]
+    problems = [] if stage in (1, 2, 3) else [f"--deepspeed {path}: ZeRO stage {stage} is not 1, 2 or 3; choose one."]
     for key in OWNED:
         value = config.pop(key, "auto")
         if value != "auto" and not (isinstance(value, dict) and value.get("enabled") in ("auto", None)):
@@ -71,7 +72,7 @@ class ZeroEngine(Engine):
 
     def _accelerator(self) -> Accelerator:
         try:
-            import deepspeed  # noqa: F401
+            import deepspeed
         except ImportError as error:
             raise ConfigError("--deepspeed needs DeepSpeed: pip install 'vlft[deepspeed]'.") from error
         handlers = []
@@ -80,6 +81,8 @@ class ZeroEngine(Engine):
             os.environ.pop("ACCELERATE_USE_CPU", None)
             os.environ.setdefault("DS_ACCELERATOR", "cpu")
             handlers = [InitProcessGroupKwargs(backend="gloo")]
+            # DeepSpeed would compile a shared-memory reduction for a minute, which needs a compiler and gains nothing.
+            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         for name, port in (("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", "29500"), ("RANK", "0"), ("LOCAL_RANK", "0")):
             os.environ.setdefault(name, port)
         os.environ.setdefault("WORLD_SIZE", "1")
