@@ -44,12 +44,8 @@ def test_the_loss_curve_equals_the_cpus_within_bf16_noise(
         ("cpu", {"mixed_precision": "no"}, {"CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true"}),
     ):
         out = tmp_path / device
-        # Rates of 1e-3: at the defaults the tiny model would hardly move, and the curve would show little.
-        rates = {f"learning_rate_{p}": 1e-3 for p in ("llm", "vit", "projector")}
-        if strategy == "vit_only":
-            del rates["learning_rate_llm"]
-        if strategy in ("lora", "qlora") and "train_vit" not in options:
-            rates = {"learning_rate_llm": 1e-3}
+        # At the default rates the tiny model would hardly move; much above these, bf16's noise grows with the steps.
+            rates = {"learning_rate_llm": 4e-4}
         words = command(model, registry, out, strategy, max_steps=6, **rates, **options, **extra)
         start(words, **env)
         curves[device] = [line["loss"] for line in metrics(out)]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -61,6 +62,12 @@ def read_config(path: Path) -> dict[str, Any]:
     return dict(config)
 
 
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
 class ZeroEngine(Engine):
     keeps_masters = True
 
@@ -83,9 +90,16 @@ class ZeroEngine(Engine):
             handlers = [InitProcessGroupKwargs(backend="gloo")]
             # DeepSpeed would compile a shared-memory reduction for a minute, which needs a compiler and gains nothing.
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        for name, port in (("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", "29500"), ("RANK", "0"), ("LOCAL_RANK", "0")):
-            os.environ.setdefault(name, port)
-        os.environ.setdefault("WORLD_SIZE", "1")
+        if "RANK" not in os.environ:
+            # Started without a launcher: DeepSpeed wants a group of one all the same.
+            alone = {
+                "RANK": 0,
+                "LOCAL_RANK": 0,
+                "WORLD_SIZE": 1,
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": _free_port(),
+            }
+            os.environ.update({name: str(value) for name, value in alone.items()})
         os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
         self.config |= {
             "train_micro_batch_size_per_gpu": 1,
