@@ -45,6 +45,10 @@ def test_the_loss_curve_equals_the_cpus_within_bf16_noise(
     ):
         out = tmp_path / device
         # At the default rates the tiny model would hardly move; much above these, bf16's noise grows with the steps.
+        rates = {f"learning_rate_{p}": 4e-4 for p in ("llm", "vit", "projector")}
+        if strategy == "vit_only":
+            del rates["learning_rate_llm"]
+        if strategy in ("lora", "qlora") and "train_vit" not in options:
             rates = {"learning_rate_llm": 4e-4}
         words = command(model, registry, out, strategy, max_steps=6, **rates, **options, **extra)
         start(words, **env)
