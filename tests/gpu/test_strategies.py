@@ -54,7 +54,7 @@ def test_the_loss_curve_equals_the_cpus_within_bf16_noise(
         start(words, **env)
         curves[device] = [line["loss"] for line in metrics(out)]
     print(family, strategy, options, {k: [round(x, 4) for x in v] for k, v in curves.items()})
-    assert curves["gpu"][-1] < curves["gpu"][0]
+    # Each step has other samples, so a curve need not fall within six; equal to the CPU's is what it must be.
     assert curves["gpu"] == pytest.approx(curves["cpu"], rel=0.02)
 
 
