@@ -35,7 +35,7 @@ def test_pixel_values_equal_hugging_faces_pil_processor_bit_for_bit(
         (picture.convert("P") if mode == "P" else picture).save(path)
         shown = Image.open(path)
         if mode == "RGBA" and "alpha_composite" not in inspect.getsource(convert_to_rgb):
-            # Older versions of transformers drop the alpha channel, which shows what lies under transparent pixels; vlft never does.
+            # Older versions of transformers drop the alpha channel and show what lies under transparent pixels.
             shown = images.to_rgb(shown)
         expected = processor(shown, return_tensors="pt")
         _, rows, columns = expected["image_grid_thw"][0].tolist()
