@@ -32,7 +32,7 @@ MOST_BEFORE, LEAST_AFTER = 0.35, 0.90
 def options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=Path("runs/demo"), help="where everything goes (emptied first)")
-    parser.add_argument("--pictures", type=int, default=6000, help="training pictures")
+    parser.add_argument("--pictures", type=int, default=5500, help="training pictures")
     parser.add_argument("--held_out", type=int, default=240, help="held-out pictures")
     parser.add_argument("--seed", type=int, default=0, help="of the drawing and of the training")
     return parser.parse_args()
