@@ -105,7 +105,7 @@ def show(questions: list[Asked], before: list[str], after: list[str], path: Path
 def _panel(axis: Any, asked: Asked, before: str, after: str) -> None:
     axis.imshow(asked.picture, interpolation="bicubic")
     axis.set_title(asked.question, fontsize=10.5)
-    for x, when, answer in ((0.0, "before", before), (0.5, "after", after)):
+    for x, when, answer in ((0.0, "before", before), (0.56, "after", after)):
         right = answer == asked.answer
         axis.text(
             x, -0.03, f"{when}: {answer or '(nothing)'} {'✓' if right else '✗'}", transform=axis.transAxes,

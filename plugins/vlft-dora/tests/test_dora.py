@@ -1,8 +1,7 @@
 from pathlib import Path
 
-from vlft_dora import Dora
-
 from vlft.testing import check_strategy
+from vlft_dora import Dora
 
 
 def test_conforms(tmp_path: Path) -> None:
