@@ -10,7 +10,6 @@ by the system (RssAnon), "peak" is the largest resident size, mapped pages of th
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import os
 import random
@@ -25,11 +24,8 @@ PICTURES = 200
 
 
 def tiny() -> Any:
-    spec = importlib.util.spec_from_file_location("tiny", Path(__file__).parents[1] / "tests" / "tiny.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    from vlft.testing import tiny as module
+
     return module
 
 
