@@ -18,8 +18,9 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP)  ## a real fine-tuning on the CPU, in a few minutes
 	$(BIN)/python demo/run.py
 
+# One thread a process: two workers with two threads each spend more time waiting for each other than computing.
 test: $(STAMP)  ## the suite
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: $(STAMP)  ## ruff, import contracts
 	$(BIN)/ruff check .
