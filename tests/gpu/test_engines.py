@@ -50,7 +50,6 @@ def test_a_layout_trains_saves_and_resumes_in_bf16(
     card = json.loads((tmp_path / "whole" / "run_card.json").read_text())
     print(layout, strategy, card["distributed_type"], whole, cut)
     assert card["distributed_type"] == ("DEEPSPEED" if layout else "NO")
-    assert whole[-1] < whole[0]
     assert whole == pytest.approx(cut, rel=0.01)
     a, b = final_weights(tmp_path / "whole"), final_weights(tmp_path / "cut")
     assert a.keys() == b.keys()
