@@ -87,7 +87,7 @@ def train(words: list[str]) -> None:
 def final_weights(output: Path) -> dict[str, torch.Tensor]:
     """Trained weights of the newest checkpoint, in their training dtype."""
     newest = sorted((output / "checkpoints").glob("step-*"))[-1]
-    return load_file(newest / "weights.safetensors")
+    return {k: v for f in sorted(newest.glob("weights*.safetensors")) for k, v in load_file(f).items()}
 
 
 def distance(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:

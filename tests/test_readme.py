@@ -153,7 +153,7 @@ def test_run_folder_files(finished: Path) -> None:
     tree = re.search(r"```\n(output_dir/.*?)```", RUN_FOLDER, flags=re.DOTALL)
     assert tree
     documented = {line.strip().split("/")[0] for line in tree[1].splitlines()[1:]}
-    assert {path.name for path in finished.iterdir()} == documented - {"base"}
+    assert {path.name for path in finished.iterdir()} == documented - {"base", "budget.json"}
     assert sorted(p.name for p in (finished / "checkpoints").iterdir()) == ["step-000002", "step-000003"]
     assert [p.name for p in (finished / "eval" / "step-000002").iterdir()] == ["toy.jsonl"]
 
@@ -192,7 +192,7 @@ def test_checkpoint(finished: Path) -> None:
     assert {path.name for path in folder.iterdir()} == {n for n in names if "." in n}
     assert set(state) == {n for n in names if "." not in n}
     assert state["options"] == yaml.safe_load((finished / "run.yaml").read_text())
-    assert set(state["files"]["weights.safetensors"]) == {"bytes", "xxh3_128"}
+    assert set(state["files"]["weights-000-00.safetensors"]) == {"bytes", "xxh3_128"}
 
 
 def test_predictions(finished: Path) -> None:

@@ -111,7 +111,7 @@ def test_options_that_would_change_the_run_are_refused_on_a_resume(tiny: Callabl
 def test_an_altered_checkpoint_is_found_and_the_one_before_offered(tiny: Callable[..., Path], tmp_path: Path) -> None:
     registry = write_data(tmp_path)
     train(command(tiny(), registry, tmp_path / "out", "lora", max_steps=4, save_steps=2))
-    newest = tmp_path / "out/checkpoints/step-000004/weights.safetensors"
+    newest = tmp_path / "out/checkpoints/step-000004/weights-000-00.safetensors"
     whole = bytearray(newest.read_bytes())
     whole[-3] ^= 1
     newest.write_bytes(bytes(whole))

@@ -1,12 +1,13 @@
-"""Checkpoints that do not depend on the layout: named full tensors, written atomically, checked when read.
+"""Checkpoints that do not depend on the layout: named whole tensors, written atomically, checked when read.
 
     checkpoints/step-000200/
-        weights.safetensors     every trained parameter, by name
-        optimizer.safetensors   "exp_avg/NAME", "exp_avg_sq/NAME", "step/NAME"
-        state.json              step, global batch, options, and size + checksum of the files above
+        weights-000-00.safetensors     every trained parameter, by name
+        optimizer-000-00.safetensors   "exp_avg/NAME", "exp_avg_sq/NAME", "step/NAME"
+        state.json                     step, global batch, options, and size + checksum of the files above
 
-A save is written beside and renamed into place, so a kill at any moment leaves the previous one whole. state.json is
-written last: a folder without it is not a checkpoint.
+Every rank writes a share (the numbers are its rank and its file), so that a large model is neither in one process's
+memory nor waits for one process's disk. A save is written beside and renamed into place, so a kill at any moment leaves
+the previous one whole. state.json is written last: a folder without it is not a checkpoint.
 """
 
 from __future__ import annotations
@@ -14,20 +15,24 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import xxhash
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from vlft.errors import CheckpointError
 
 SCHEMA = 1
-_STATE = ("step", "global_batch", "options", "bad", "scaler")
+_STATE = ("step", "global_batch", "options", "bad", "scaler", "skipped", "budget")
 """What a resume reads from state.json."""
+FILE_BYTES = 2 << 30
+"""A rank starts another file beyond this size; also about what it holds in memory at a time."""
+Facts = dict[str, Any]
+"""`bytes` and `xxh3_128` of a file."""
 
 
 def step_folder(root: Path, step: int) -> Path:
@@ -50,39 +55,101 @@ def _sync(path: Path) -> None:
         os.close(handle)
 
 
-def save(root: Path, step: int, tensors: Mapping[str, dict[str, Tensor]], state: Mapping[str, Any]) -> Path:
-    """Write one checkpoint; call on one process.
+def _beside(root: Path, step: int) -> Path:
+    return root / f".writing-step-{step:06d}"
+
+
+def _unwritten(root: Path, step: int, error: Exception) -> CheckpointError:
+    return CheckpointError(
+        f"the checkpoint of step {step} could not be written to {root}: {error}; earlier ones are as they were, "
+        "free some space and go on with --resume_from_checkpoint latest."
+    )
+
+
+def begin(root: Path, step: int) -> None:
+    """Make an empty folder for the ranks' files; call on one process, before `write`.
+
+    Raises:
+        CheckpointError: it could not be made.
+    """
+    try:
+        shutil.rmtree(_beside(root, step), ignore_errors=True)
+        _beside(root, step).mkdir(parents=True)
+    except OSError as error:
+        raise _unwritten(root, step, error) from error
+
+
+def write(root: Path, step: int, rank: int, tensors: Iterable[tuple[str, str, Tensor]]) -> dict[str, Facts]:
+    """Write this rank's share; call on every process.
 
     Args:
-        tensors: file stem -> named tensors.
-        state: JSON-able; `step`, `schema` and the files' checksums are added.
+        tensors: (file stem, name, whole tensor on the CPU). Always read to its end: reading may be collective.
+    Returns:
+        File name -> size and checksum.
+    Raises:
+        CheckpointError: it could not be written.
+    """
+    beside = _beside(root, step)
+    files: dict[str, Facts] = {}
+    held: dict[str, Tensor] = {}
+    failed: Exception | None = None
+    last = ""
+
+    def flush() -> None:
+        nonlocal failed
+        if not held or failed:
+            return
+        path = beside / f"{last}-{rank:03d}-{sum(name.startswith(last) for name in files):02d}.safetensors"
+        try:
+            save_file(held, path)
+            _sync(path)
+            files[path.name] = {"bytes": path.stat().st_size, "xxh3_128": _checksum(path)}
+        except (OSError, SafetensorError) as error:
+            failed = error
+        held.clear()
+
+    for stem, name, tensor in tensors:
+        if held and (stem != last or sum(t.nbytes for t in held.values()) + tensor.nbytes > FILE_BYTES):
+            flush()
+        last = stem
+        if not failed:
+            held[name] = tensor
+    flush()
+    if failed:
+        raise _unwritten(root, step, failed) from failed
+    return files
+
+
+def finish(root: Path, step: int, files: Mapping[str, Facts], state: Mapping[str, Any], keep: int) -> Path:
+    """Put what all ranks wrote in its place and delete old checkpoints; call on one process, after `write` on all.
+
+    Args:
+        files: of all ranks.
+        state: JSON-able; `step`, `schema` and `files` are added.
+        keep: complete checkpoints to keep, this one included.
     Raises:
         CheckpointError: it could not be written; the previous checkpoints are as they were.
     """
-    target, beside = step_folder(root, step), root / f".writing-step-{step:06d}"
-    try:
+    target, beside = step_folder(root, step), _beside(root, step)
+    if away := sorted(name for name in files if not (beside / name).exists()):
         shutil.rmtree(beside, ignore_errors=True)
-        beside.mkdir(parents=True)
-        files: dict[str, dict[str, Any]] = {}
-        for stem, named in tensors.items():
-            path = beside / f"{stem}.safetensors"
-            save_file(named, path)
-            _sync(path)
-            files[path.name] = {"bytes": path.stat().st_size, "xxh3_128": _checksum(path)}
+        raise CheckpointError(
+            f"{away[0]} of the checkpoint of step {step} is not in {beside}, though another machine wrote it; give an "
+            "--output_dir that all machines share."
+        )
+    try:
         whole = {"schema": SCHEMA, "step": step, **state, "files": files}
         (beside / "state.json").write_text(json.dumps(whole, indent=1))
         _sync(beside / "state.json")
         _sync(beside)
         if target.exists():
-            shutil.rmtree(target)
+            _delete(target)
         beside.rename(target)
         _sync(root)
-    except (OSError, SafetensorError) as error:
+        keep_newest(root, keep)
+    except OSError as error:
         shutil.rmtree(beside, ignore_errors=True)
-        raise CheckpointError(
-            f"the checkpoint of step {step} could not be written to {root}: {error}; "
-            "free some space and go on with --resume_from_checkpoint latest."
-        ) from error
+        raise _unwritten(root, step, error) from error
     return target
 
 
@@ -91,12 +158,16 @@ def complete(root: Path) -> list[Path]:
     return sorted(p.parent for p in root.glob("step-*/state.json"))
 
 
+def _delete(folder: Path) -> None:
+    # state.json first: a half-deleted folder must not look complete.
+    (folder / "state.json").unlink(missing_ok=True)
+    shutil.rmtree(folder)
+
+
 def keep_newest(root: Path, limit: int) -> None:
     """Delete all but the newest `limit` complete checkpoints, and what interrupted saves left behind."""
     for old in complete(root)[:-limit]:
-        # state.json first: a half-deleted folder must not look complete.
-        (old / "state.json").unlink()
-        shutil.rmtree(old)
+        _delete(old)
     for left in (*root.glob(".writing-*"), *(p for p in root.glob("step-*") if not (p / "state.json").exists())):
         shutil.rmtree(left, ignore_errors=True)
 
@@ -151,11 +222,32 @@ def _offer(path: Path) -> str:
     )
 
 
-def load_tensors(path: Path, stem: str) -> dict[str, Tensor]:
-    return load_file(path / f"{stem}.safetensors")
+class Tensors(Mapping[str, Tensor]):
+    """Named tensors in files, each read when it is asked for: a large model's states are never all in memory."""
+
+    def __init__(self, files: Iterable[Path]) -> None:
+        self._files: list[Any] = [safe_open(file, "pt") for file in files]
+        self._where: dict[str, Any] = {n: file for file in self._files for n in file.keys()}  # noqa: SIM118 (no mapping)
+
+    def __getitem__(self, name: str) -> Tensor:
+        tensor: Tensor = self._where[name].get_tensor(name)
+        return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._where)
+
+    def __len__(self) -> int:
+        return len(self._where)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._where[name].get_slice(name).get_shape())
 
 
-def load_weights(path: Path, model: nn.Module) -> dict[str, Tensor]:
+def load_tensors(path: Path, stem: str) -> Tensors:
+    return Tensors(sorted(path.glob(f"{stem}*.safetensors")))
+
+
+def load_weights(path: Path, model: nn.Module) -> Tensors:
     """The saved weights of exactly the parameters that train in `model`.
 
     Raises:
@@ -163,7 +255,7 @@ def load_weights(path: Path, model: nn.Module) -> dict[str, Tensor]:
     """
     saved = load_tensors(path, "weights")
     now = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    odd = sorted(set(now) ^ set(saved)) or sorted(n for n, p in now.items() if _shape(p) != saved[n].shape)
+    odd = sorted(set(now) ^ set(saved)) or sorted(n for n, p in now.items() if _shape(p) != saved.shape(n))
     if odd:
         raise CheckpointError(f"{path} holds other trained parameters than this run: {', '.join(odd[:4])} ... differ.")
     return saved

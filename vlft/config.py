@@ -154,6 +154,9 @@ class RunConfig(BaseModel):
         0.01, "AdamW's decoupled decay, a factor of the rate; norms and biases never decay.", ge=0
     )
     max_grad_norm: float = _training(1.0, "Gradients are scaled down to this norm (0: never).", ge=0)
+    max_skipped_steps: int = _training(
+        10, "Steps in a row whose loss or gradient is not finite before the run stops.", resume="yes", gt=0
+    )
     seed: int = _training(42, "Seed of order, split, augmentation, dropout and new weights.", ge=0, lt=2**32)
 
     learning_rate_llm: float | None = _rate(

@@ -6,8 +6,10 @@
     │   └── RecordError       one record or one picture cannot be used: goes to the ledger, never ends a run by itself
     ├── ModelError (4)        a checkpoint is missing, unreadable or of an unsupported type
     ├── StrategyError (5)     a plugin is missing, broken, in conflict, or broke its promise
-    ├── CheckpointError (6)   a checkpoint cannot be written, read or continued with these options
+    ├── CheckpointError (6)   the run folder cannot be written; a checkpoint cannot be read or continued
     └── TrainingError (7)     the run itself cannot go on
+        ├── StoppedError (8)        a signal asked for the end: the step was finished and saved
+        └── DeviceMemoryError (9)   the device's memory does not do, where that cannot be mended within the run
 
 The number is the process's exit code. A message is one sentence: what was found, where, and what to do.
 """
@@ -62,3 +64,11 @@ class CheckpointError(VlftError):
 
 class TrainingError(VlftError):
     exit_code = 7
+
+
+class StoppedError(TrainingError):
+    exit_code = 8
+
+
+class DeviceMemoryError(TrainingError):
+    exit_code = 9

@@ -27,13 +27,6 @@ Inputs = Callable[[Row, bool], dict[str, Any]]
 Describe = Callable[[int], Described]
 
 
-def _sample_of_supervised(row: Row) -> Tensor:
-    """(S,) index in the row of the sample that each supervised token belongs to."""
-    lengths = (row.cu_seqlens[1:] - row.cu_seqlens[:-1]).long()
-    sample_T = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
-    return sample_T[row.labels_T[0].cpu() != IGNORE]
-
-
 @torch.no_grad()
 def held_out_loss(
     engine: Engine,
@@ -47,7 +40,7 @@ def held_out_loss(
     sums, counts = dict.fromkeys(names, 0.0), dict.fromkeys(names, 0)
     for row in rows:
         losses_S = model(**inputs(row, False)).double().cpu()
-        for sample, loss in zip(_sample_of_supervised(row).tolist(), losses_S.tolist(), strict=True):
+        for sample, loss in zip(row.sample_of_supervised().tolist(), losses_S.tolist(), strict=True):
             name = dataset_of(row.sample_ids[sample])
             sums[name] += loss
             counts[name] += 1

@@ -6,7 +6,9 @@ Whatever can be wrong with options, data, model, strategy or checkpoint is found
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
@@ -15,12 +17,15 @@ from vlft import checkpoint as checkpoints
 from vlft import export
 from vlft.batch import ToInputs
 from vlft.config import Run, accumulation_for, check_output_dir, check_resume, global_batch, resolved, resolved_yaml
+from vlft.data.budget import Budget
+from vlft.data.loader import Step
 from vlft.data.prepare import Data, DataOptions, prepare_data
 from vlft.engine import Engine, seed_start
 from vlft.errors import ConfigError, StrategyError, VlftError
+from vlft.interrupt import Interrupt
 from vlft.metrics import Metric, load_script
 from vlft.models.forward import PackedVLM, base_model
-from vlft.models.load import Checkpoint, Source, cast, open_checkpoint, source_of
+from vlft.models.load import Checkpoint, Source, cast, open_checkpoint, read_json, source_of
 from vlft.optim import Multiplier, build_optimizer, schedule
 from vlft.proof import PartRow, Proof, check_groups, part_table, render
 from vlft.strategy import ParamGroup, Strategy
@@ -47,11 +52,34 @@ class Job:
     inputs: ToInputs
     metrics: dict[str, dict[str, Metric]]
     journal: Journal
+    interrupt: Interrupt
     costs: tuple[float, float]
     """Relative cost of one LLM token and of one ViT patch: their parts' parameters."""
     global_batch: int
     total_steps: int
-    done_steps: int = 0
+    done_steps: int
+    skipped: int
+    """Steps in a row, up to now, whose loss or gradient was not finite."""
+    budget: Budget
+    """What rows may hold, as steps that are done have taught."""
+    trial: Budget
+    """The same, with what this step tries."""
+    warned: bool = False
+    """Of slow saves."""
+    stopping: bool = False
+    """All ranks agree to end after this step."""
+    steps: Iterator[Step] = field(init=False)
+
+    def open_steps(self) -> None:
+        """(Re)start the loader, at the step after the last one done, with the budget that holds now."""
+        self.steps = self.data.steps(self.done_steps, self.total_steps, self.costs, self.trial)
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps beside tensors."""
+        return {
+            "global_batch": self.global_batch, "options": resolved(self.run), "bad": self.data.bad,
+            "scaler": self.engine.scaler_state(), "skipped": self.skipped, "budget": self.budget.json(),
+        }  # fmt: skip
 
 
 def setup(run: Run, engine: Engine) -> Job:
@@ -59,7 +87,8 @@ def setup(run: Run, engine: Engine) -> Job:
     if engine.is_main:
         check_output_dir(config)
     resume = engine.from_main(checkpoints.find(config.resume_from_checkpoint, folder.checkpoints))
-    state = checkpoints.read_state(resume) if resume else None
+    # Once, not on every rank: the checksums of a large model's states take a while.
+    state = engine.on_main(lambda: checkpoints.read_state(resume)) if resume else None
     metrics = {d: dict(load_script(s) for s in scripts) for d, scripts in config.eval_dataset_scripts.items()}
     checkpoint = base_checkpoint(run, engine, folder)
     source = source_of(checkpoint, engine.precision, engine.device, sharded=engine.shards_weights)
@@ -95,13 +124,15 @@ def setup(run: Run, engine: Engine) -> Job:
 
     warmup = math.ceil(0.03 * total) if config.warmup_steps is None else config.warmup_steps
     done = int(state["step"]) if state else 0
+    budget = known_budget(state, folder, engine)
     trackers = Trackers(engine.accelerator, enabled=config.use_wandb, project=config.wandb_project,
                         run_name=config.wandb_run_name, options=resolved(run))  # fmt: skip
     job = Job(
         run, engine, folder, source, strategy, model, packed, optimizer,
         schedule(config.lr_scheduler_type, warmup, total), Proof(model, groups, engine), data,
         ToInputs(checkpoint.pictures, config.augmentation, engine.device), metrics,
-        Journal(folder, trackers, is_main=engine.is_main, total_steps=total), part_costs(table), batch, total, done,
+        Journal(folder, trackers, is_main=engine.is_main, total_steps=total), Interrupt(speaks=engine.is_main),
+        part_costs(table), batch, total, done, int(state["skipped"]) if state else 0, budget, budget,
     )  # fmt: skip
     open_folder(job)
     for note in (*run.notes, *data.summary, start_sentence(job)):
@@ -127,6 +158,13 @@ def prepare_strategy(run: Run, source: Source) -> tuple[Strategy, nn.Module, lis
             f"strategy '{run.config.tuning_strategy}' of {run.distribution} failed while it prepared the model: "
             f"{type(error).__name__}: {error}; ask its authors."
         ) from error
+
+
+def known_budget(state: Mapping[str, Any] | None, folder: RunFolder, engine: Engine) -> Budget:
+    """Of the checkpoint, and of a run that ended out of memory since."""
+    budget = Budget.from_json(state["budget"]) if state else Budget()
+    left = engine.from_main(read_json(folder.budget) if engine.is_main and folder.budget.exists() else None)
+    return budget.meet(Budget.from_json(left)) if left else budget
 
 
 def part_costs(rows: list[PartRow]) -> tuple[float, float]:
@@ -187,6 +225,9 @@ def open_folder(job: Job) -> None:
     if not job.done_steps:
         folder.ledger.write_text("")
         job.journal.ledger(entry.json() for entry in job.data.ledger)
+    # A run that ended out of memory could not do this any more.
+    unfit = job.data.account([job.data.unfit(i, job.done_steps) for i in job.budget.without])
+    job.journal.ledger(entry.json() for entry in unfit)
     (folder.root / "run.yaml").write_text(resolved_yaml(job.run))
     config, engine = job.run.config, job.engine
     card = run_card(

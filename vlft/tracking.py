@@ -11,7 +11,8 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -20,7 +21,7 @@ from typing import Any
 import torch
 from accelerate.tracking import filter_trackers
 
-from vlft.errors import ConfigError
+from vlft.errors import CheckpointError, ConfigError
 
 SCHEMA = 1
 _PACKAGES = (
@@ -41,6 +42,11 @@ class RunFolder:
     @property
     def model(self) -> Path:
         return self.root / "model"
+
+    @property
+    def budget(self) -> Path:
+        """What a run that ended out of memory leaves for its resume: smaller rows."""
+        return self.root / "budget.json"
 
     @property
     def base(self) -> Path:
@@ -79,8 +85,19 @@ def append(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:
     """Add JSON lines, on disk when this returns control to the loop (a later kill loses nothing)."""
     text = "".join(json.dumps(line) + "\n" for line in lines)
     if text:
-        with path.open("a") as file:
+        with _writable(path), path.open("a") as file:
             file.write(text)
+
+
+@contextmanager
+def _writable(path: Path) -> Iterator[None]:
+    """Raises: CheckpointError where the disk is full or gone; a resume drops half a line."""
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(
+            f"{path} cannot be written: {error}; free some space and go on with --resume_from_checkpoint latest."
+        ) from error
 
 
 def _installed(package: str) -> str | None:
@@ -164,8 +181,9 @@ class Journal:
         """Write the generated answers of one dataset."""
         if self.is_main:
             path = self.folder.predictions(step, dataset)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text("".join(json.dumps(p.json(), ensure_ascii=False) + "\n" for p in made))
+            with _writable(path):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_text("".join(json.dumps(p.json(), ensure_ascii=False) + "\n" for p in made))
 
     def metrics(self, line: dict[str, Any]) -> None:
         if not self.is_main:
@@ -186,9 +204,11 @@ def _sentence(line: Mapping[str, Any], total: int) -> str:
         return f"{head}  {found}"
     perf = line["perf"]
     rates = " ".join(f"{part} {rate:.2e}" for part, rate in line["learning_rate"].items())
-    loss = "skipped" if line["loss"] is None else f"{line['loss']:.4f}"
+    loss = "-" if line["loss"] is None else f"{line['loss']:.4f}"
+    norm = "-" if line["grad_norm"] is None else f"{line['grad_norm']:.3g}"
+    skipped = f"  skipped ({line['skipped']})" if line["skipped"] else ""
     return (
-        f"{head}  loss {loss}  grad {line['grad_norm']:.3g}  lr {rates}  "
+        f"{head}  loss {loss}  grad {norm}{skipped}  lr {rates}  "
         f"{perf['tokens_per_second']:.0f} tok/s  {perf['peak_memory_gib']:.1f} GiB"
     )
 
@@ -204,5 +224,6 @@ def peak_memory_gib(device: torch.device) -> float:
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     beside = path.with_suffix(".writing")
-    beside.write_text(json.dumps(content, indent=2, default=str))
-    os.replace(beside, path)
+    with _writable(path):
+        beside.write_text(json.dumps(content, indent=2, default=str))
+        os.replace(beside, path)

@@ -6,9 +6,13 @@ import math
 import time
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from vlft import checkpoint as checkpoints
-from vlft import evaluate, export
-from vlft.config import Run, deepspeed_path, resolved
+from vlft import evaluate, export, recovery
+from vlft.config import Run, deepspeed_path
+from vlft.data.budget import Load
 from vlft.data.loader import Step
 from vlft.engine import seed_row, start_engine
 from vlft.optim import set_rates
@@ -21,9 +25,12 @@ def main(run: Run) -> None:
     config = run.config
     deepspeed = deepspeed_path(config.deepspeed) if config.deepspeed else None
     engine = start_engine(config.mixed_precision, deepspeed, config.max_grad_norm)
-    job = setup(run, engine)
-    fit(job)
-    hand_over(job)
+    try:
+        job = setup(run, engine)
+        fit(job)
+        hand_over(job)
+    except torch.OutOfMemoryError as error:
+        raise recovery.end_of_memory(error) from error
     # Not in a `finally`: the command line tells an error once for all ranks through the process group.
     engine.close()
 
@@ -36,50 +43,84 @@ def main(run: Run) -> None:
 def fit(job: Job) -> None:
     config = job.run.config
     job.packed.train()
-    if evaluation_due(job) and not job.engine.from_main(job.journal.evaluated(job.done_steps)):
-        run_evaluation(job)  # the run that goes on here ended between its save and its evaluation
-    asked = time.monotonic()
-    for step in job.data.steps(job.done_steps, job.total_steps, job.costs):
-        began = time.monotonic()
-        line = train_step(job, step)
-        line["perf"] = performance(job, line, began, waited=began - asked)
-        job.done_steps = step.number + 1
-        job.journal.metrics(line)
-        if job.done_steps % config.save_steps == 0 or job.done_steps == job.total_steps:
-            save_checkpoint(job)
-        # After the save: a user's script that fails must not cost the steps since the checkpoint before.
-        if evaluation_due(job):
-            run_evaluation(job)
-        asked = time.monotonic()
+    with job.interrupt:
+        if evaluation_due(job) and not job.engine.from_main(job.journal.evaluated(job.done_steps)):
+            run_evaluation(job)  # the run that goes on here ended between its save and its evaluation
+        job.open_steps()
+        while job.done_steps < job.total_steps:
+            asked = time.monotonic()
+            step = next(job.steps)
+            began = time.monotonic()
+            line = train_step(job, step)
+            line["perf"] = performance(job, line, began, waited=began - asked)
+            job.done_steps = step.number + 1
+            job.journal.metrics(line)
+            saved = job.stopping or job.done_steps % config.save_steps == 0 or job.done_steps == job.total_steps
+            if saved:
+                save_checkpoint(job)
+            # After the save: a user's script that fails must not cost the steps since the checkpoint before.
+            if evaluation_due(job) and not job.stopping:
+                run_evaluation(job)
+            if job.stopping and not saved:
+                save_checkpoint(job)
+            if job.stopping:
+                recovery.stop(job)
 
 
 def train_step(job: Job, step: Step) -> dict[str, Any]:
     """Forward, backward, update. The divisor counts what was really decoded, on all ranks, before the first forward."""
     engine = job.engine
-    supervised, samples, tokens, images, failed = engine.sums(job.data.counts(step))
+    while True:
+        supervised, samples, tokens, images, failed = engine.sums(job.data.counts(step))
+        losses, unfit = forward_backward(job, step, supervised) if supervised else ([], None)
+        if engine.reduce(fits=unfit is None):
+            break
+        step = recovery.make_room(job, step, unfit)
+    job.budget = job.trial
     if failed:
         job.journal.ledger(entry.json() for entry in job.data.account(engine.gather(step.failures)))
+    loss_sum, asked_to_stop = engine.sums([sum(float(x.double().sum()) for x in losses), float(job.interrupt.asked)])
+    recovery.agree_to_stop(job, asked_to_stop)
     rates = set_rates(job.optimizer, job.rate_factor(step.number))
-    loss_sum, norm = 0.0, 0.0
+    norm, skipped = 0.0, None if supervised else "nothing_to_learn"
     if supervised:
-        for i, row in enumerate(step.rows):
-            seed_row(job.run.config.seed, step.number, engine.rank * len(step.rows) + i)
-            losses_S = job.packed(**job.inputs(row, True))
-            engine.backward(losses_S, supervised, last=i == len(step.rows) - 1)
-            loss_sum += float(losses_S.detach().double().sum())
         if not job.proof.done:
             job.proof.before_update(reached_pictures=images > 0)
         update = engine.update()
         norm = update.norm
-        if update.applied and not job.proof.done and (proved := job.proof.after_update(step.number + 1)):
-            job.journal.say(f"proved: {proved}")
-    loss_sum = engine.sums([loss_sum])[0]
+        if update.applied:
+            job.skipped = 0
+            if not job.proof.done and (proved := job.proof.after_update(step.number + 1)):
+                job.journal.say(f"proved: {proved}")
+        elif update.scaling and math.isfinite(loss_sum):
+            skipped = "loss_scaling"
+        else:
+            skipped = "not_finite"
+            recovery.note_skipped(job, step, losses)
     return {
-        "step": step.number + 1, "kind": "train", "loss": loss_sum / supervised if supervised else None,
-        "grad_norm": norm if math.isfinite(norm) else None, "learning_rate": rates, "tokens": int(tokens),
-        "supervised_tokens": int(supervised), "samples": int(samples), "images": int(images),
+        "step": step.number + 1, "kind": "train",
+        "loss": loss_sum / supervised if supervised and math.isfinite(loss_sum) else None,
+        "grad_norm": norm if math.isfinite(norm) else None, "skipped": skipped, "learning_rate": rates,
+        "tokens": int(tokens), "supervised_tokens": int(supervised), "samples": int(samples), "images": int(images),
         "epoch": (step.number + 1) / job.data.steps_per_epoch,
     }  # fmt: skip
+
+
+def forward_backward(job: Job, step: Step, supervised: float) -> tuple[list[Tensor], Load | None]:
+    """Every row's losses, (S,) each; or, if one did not fit into the memory, how large that one was."""
+    losses: list[Tensor] = []
+    for i, row in enumerate(step.rows):
+        seed_row(job.run.config.seed, step.number, job.engine.rank * len(step.rows) + i)
+        try:
+            losses_S = job.packed(**job.inputs(row, True))
+            total = recovery.poisoned(losses_S.sum())
+            job.engine.backward(total / supervised, last=i == len(step.rows) - 1)
+        except torch.OutOfMemoryError:
+            if not job.engine.retries:
+                recovery.end_of_memory_in_a_row(job, Load.of(row), step)
+            return [], Load.of(row)
+        losses.append(losses_S.detach())
+    return losses, None
 
 
 def performance(job: Job, line: dict[str, Any], began: float, waited: float) -> dict[str, float]:
@@ -101,30 +142,37 @@ def run_evaluation(job: Job) -> None:
     engine, data = job.engine, job.data
     job.packed.eval()
     began = time.monotonic()
-    with engine.autocast():
-        line: dict[str, Any] = evaluate.held_out_loss(
-            engine, job.packed, data.eval_rows(data.eval_datasets), job.inputs, data.dataset_of, data.eval_datasets
-        )
-        for dataset, scripts in job.metrics.items():
-            made = evaluate.predictions(
-                engine, job.model, data.eval_rows([dataset]), job.inputs, data.chat.tokenizer, data.describe
-            )
-            line |= evaluate.score(dataset, made, scripts)
-            job.journal.predictions(job.done_steps, dataset, made)
-    job.packed.train()
+    try:
+        with engine.autocast():
+            line: dict[str, Any] = evaluate.held_out_loss(
+                engine, job.packed, recovery.rows_until_stopped(job, data.eval_datasets), job.inputs, data.dataset_of,
+                data.eval_datasets,
+            )  # fmt: skip
+            for dataset, scripts in job.metrics.items():
+                made = evaluate.predictions(
+                    engine, job.model, recovery.rows_until_stopped(job, [dataset]), job.inputs, data.chat.tokenizer,
+                    data.describe,
+                )  # fmt: skip
+                line |= evaluate.score(dataset, made, scripts)
+                job.journal.predictions(job.done_steps, dataset, made)
+    except recovery.EvaluationStoppedError:
+        return
+    finally:
+        job.packed.train()
     perf = {"eval_seconds": time.monotonic() - began}
     job.journal.metrics({"step": job.done_steps, "kind": "eval", **line, "perf": perf})
 
 
 def save_checkpoint(job: Job) -> None:
-    # Gathering is collective: all ranks call, the main process gets the tensors and writes.
-    tensors = {"weights": job.engine.weights(job.model), "optimizer": job.engine.moments(job.optimizer)}
-    if job.engine.is_main:
-        state = {"global_batch": job.global_batch, "options": resolved(job.run), "bad": job.data.bad,
-                 "scaler": job.engine.scaler_state()}  # fmt: skip
-        checkpoints.save(job.folder.checkpoints, job.done_steps, tensors, state)
-        checkpoints.keep_newest(job.folder.checkpoints, job.run.config.save_total_limit)
-    job.engine.wait()
+    """All ranks: each writes a share of the tensors, then the main process puts the folder in its place."""
+    engine, root, step = job.engine, job.folder.checkpoints, job.done_steps
+    began = time.monotonic()
+    engine.on_main(lambda: checkpoints.begin(root, step))
+    tensors = engine.saved_tensors(job.model, job.optimizer)
+    shares = engine.together(lambda: checkpoints.write(root, step, engine.rank, tensors))
+    files = {name: facts for share in shares for name, facts in share.items()}
+    engine.on_main(lambda: checkpoints.finish(root, step, files, job.state(), job.run.config.save_total_limit))
+    recovery.warn_of_slow_save(job, time.monotonic() - began)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -61,6 +61,14 @@ class Row:
         """Tokens that are learnt."""
         return int((self.labels_T != IGNORE).sum())
 
+    def sample_of_supervised(self) -> torch.Tensor:
+        """(S,) int64: which sample of the row each learnt token belongs to, on the CPU."""
+        import torch
+
+        lengths = (self.cu_seqlens[1:] - self.cu_seqlens[:-1]).long()
+        sample_T = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
+        return sample_T[self.labels_T[0].cpu() != IGNORE]
+
     def to(self, device: torch.device | str, *, non_blocking: bool = True) -> Row:
         """The row with the tensors of the forward on `device`."""
         return replace(self, **{n: getattr(self, n).to(device, non_blocking=non_blocking) for n in _ON_DEVICE})

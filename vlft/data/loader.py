@@ -6,7 +6,10 @@ nor on what was loaded before; a loader made for a resume starts at its step and
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +23,10 @@ from vlft.data.ledger import LedgerEntry
 from vlft.data.plan import Plan, place
 from vlft.data.sample import Fitted, Sample, build_sample
 from vlft.data.tokens import Chat
-from vlft.errors import RecordError
+from vlft.errors import DataError, RecordError
+
+WORKER_DEATHS = 3
+"""How often in a row a step's workers may die."""
 
 if TYPE_CHECKING:
     from torch.utils.data import DataLoader
@@ -60,9 +66,12 @@ class _Steps:
     world_size: int
     seed: int
     placement: dict[str, Any]
+    without: tuple[int, ...] = ()
+    """Samples that this device cannot hold: left out of their steps."""
 
     def __getitem__(self, step: int) -> Step:
         epoch, ids = self.members(step)
+        ids = ids[~np.isin(ids, self.without)]
         placed = place(self.fitted.length[ids], self.fitted.patches[ids], ranks=self.world_size, **self.placement)
         failures: list[LedgerEntry] = []
         rows = [self._row(ids[positions].tolist(), step, epoch, failures) for positions in placed[self.rank]]
@@ -158,6 +167,7 @@ def step_loader(
     rows_per_rank: int = 1,
     token_budget: int | None = None,
     patch_budget: int | None = None,
+    without: Sequence[int] = (),
     costs: tuple[float, float] = (1.0, 0.0),
     num_workers: int = 0,
     pin_memory: bool = False,
@@ -167,11 +177,12 @@ def step_loader(
     Args:
         start_step: steps already done.
         rows_per_rank, token_budget, patch_budget: see `plan.place`.
+        without: samples, by number, that are left out of their steps.
         costs: of one token and of one ViT patch, any unit.
     """
     index.warm()
     placement = _placement(rows_per_rank, token_budget, patch_budget, costs)
-    steps = _Steps(index, fitted, chat, _TrainMembers(plan), rank, world_size, seed, placement)
+    steps = _Steps(index, fitted, chat, _TrainMembers(plan), rank, world_size, seed, placement, tuple(without))
     return _loader(steps, range(start_step, total_steps), num_workers, pin_memory)
 
 
@@ -184,6 +195,7 @@ def eval_rows(
     rank: int,
     world_size: int,
     batch_size: int = 1,
+    start_step: int = 0,
     token_budget: int | None = None,
     patch_budget: int | None = None,
     costs: tuple[float, float] = (1.0, 0.0),
@@ -199,7 +211,7 @@ def eval_rows(
     block = batch_size * world_size
     placement = _placement(1, token_budget, patch_budget, costs)
     steps = _Steps(index, fitted, chat, _EvalMembers(ordered, block), rank, world_size, 0, placement)
-    return _loader(steps, range(-(-len(ordered) // block)), num_workers, pin_memory)
+    return _loader(steps, range(start_step, -(-len(ordered) // block)), num_workers, pin_memory)
 
 
 def _placement(
@@ -224,4 +236,45 @@ def _loader(steps: _Steps, numbers: range, num_workers: int, pin_memory: bool) -
         num_workers=num_workers,
         prefetch_factor=2 if num_workers else None,
         pin_memory=pin_memory,
+        worker_init_fn=_leave_signals_to_the_parent,
     )
+
+
+def _leave_signals_to_the_parent(_: int) -> None:
+    """Ctrl-C reaches every process of the terminal: a worker that dies of it would cost the step that is finished."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # Forked, it would write the parent's signals a second time.
+    signal.set_wakeup_fd(-1)
+
+
+def surviving(make: Callable[[int], DataLoader[Step]], start: int = 0) -> Iterator[Step]:
+    """Steps of `make(start)`; when the system kills one of its workers, of a new loader from where it stopped.
+
+    Args:
+        make: step -> loader that begins there.
+    Raises:
+        DataError: the workers of one step died again and again.
+    """
+    number, deaths = start, 0
+    while True:
+        try:
+            steps = iter(make(number))
+            # PyTorch's handler would raise in whatever line the main thread is at, the middle of a forward say. Without
+            # it a death is found where a step is waited for.
+            if threading.current_thread() is threading.main_thread():
+                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            for step in steps:
+                yield step
+                number, deaths = number + 1, 0
+            return
+        except RuntimeError as error:
+            if "DataLoader worker (pid" not in str(error):
+                raise
+            deaths += 1
+            what = f"step {number + 1}: {' '.join(str(error).split())[:160]}"
+            if deaths > WORKER_DEATHS:
+                raise DataError(
+                    f"data workers of {what}, {deaths} times; the memory of this machine may not do for them: lower "
+                    "--num_workers (0: none) and go on with --resume_from_checkpoint latest."
+                ) from error
+            print(f"vlft: {what}; starting the workers anew, nothing is lost.", file=sys.stderr, flush=True)

@@ -10,12 +10,13 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from vlft.data.budget import Budget
 from vlft.data.collate import Row
 from vlft.data.formats import Record, TextPart
 from vlft.data.index import Index, open_index
 from vlft.data.index import summary as index_summary
 from vlft.data.ledger import LedgerEntry, check_bad_fraction
-from vlft.data.loader import Step, eval_rows, step_loader
+from vlft.data.loader import Step, eval_rows, step_loader, surviving
 from vlft.data.plan import Plan
 from vlft.data.registry import read_registry
 from vlft.data.sample import Fitted, Limits, fit, split
@@ -107,32 +108,50 @@ class Data:
         total = f"{self.plan.samples_per_epoch} samples an epoch, {len(self._held_out)} held out{shrunk}{left}"
         return [*(f"data: {line}" for line in index_summary(self.index)), f"data: {total}"]
 
-    def steps(self, start: int, total: int, costs: tuple[float, float]) -> Iterator[Step]:
+    def steps(self, start: int, total: int, costs: tuple[float, float], budget: Budget) -> Iterator[Step]:
         """Training steps of this rank, from step number `start` (0-based) up to `total`.
 
         Args:
             costs: of one LLM token and of one ViT patch, in any unit.
+            budget: what rows may hold beside the options' own limit.
         """
         o = self.options
-        loader = step_loader(
-            self.index, self.fitted, self.plan, self.chat, rank=o.rank, world_size=o.world_size, seed=o.seed,
-            start_step=start, total_steps=total, rows_per_rank=o.rows_per_rank,
-            token_budget=o.train_batch_size * o.max_seq_length, costs=costs, num_workers=o.num_workers,
-            pin_memory=o.pin_memory,
+        limit = Budget(tokens=o.train_batch_size * o.max_seq_length).meet(budget)
+        return surviving(
+            lambda first: step_loader(
+                self.index, self.fitted, self.plan, self.chat, rank=o.rank, world_size=o.world_size, seed=o.seed,
+                start_step=first, total_steps=total, rows_per_rank=o.rows_per_rank, token_budget=limit.tokens,
+                patch_budget=limit.patches, without=limit.without, costs=costs, num_workers=o.num_workers,
+                pin_memory=o.pin_memory,
+            ),
+            start,
         )  # fmt: skip
-        return iter(loader)
 
     def eval_rows(self, datasets: Sequence[str]) -> Iterator[Row]:
         """Held-out rows of this rank; over all ranks each sample once, and the same number of rows everywhere."""
         o = self.options
         wanted = [n for n, name in enumerate(self._names) if name in datasets]
         ids = self._held_out[np.isin(self.index.dataset[self._held_out], wanted)]
-        loader = eval_rows(
-            self.index, self.fitted, self.chat, ids, rank=o.rank, world_size=o.world_size, batch_size=o.eval_batch_size,
-            num_workers=min(o.num_workers, 2), pin_memory=o.pin_memory,
+        steps = surviving(
+            lambda first: eval_rows(
+                self.index, self.fitted, self.chat, ids, rank=o.rank, world_size=o.world_size,
+                batch_size=o.eval_batch_size, start_step=first, num_workers=min(o.num_workers, 2),
+                pin_memory=o.pin_memory,
+            )
         )  # fmt: skip
-        for step in loader:
+        for step in steps:
             yield from step.rows
+
+    def unfit(self, i: int, step: int) -> LedgerEntry:
+        """The ledger's line about sample `i`, which does not fit into the device's memory even alone in a row."""
+        size = f"{self.fitted.length[i]} tokens and {self.fitted.patches[i]} patches"
+        text = f"{self.index.place(i)}: {size} do not fit into the device's memory, even alone in a row"
+        return LedgerEntry(self.dataset_of(i), self.index.sample_id(i), "out_of_memory", text, step)
+
+    def not_finite(self, i: int, why: str, step: int) -> LedgerEntry:
+        """The ledger's line about sample `i` of a step that was skipped."""
+        text = f"{self.index.place(i)}: {why}; step {step} was skipped"
+        return LedgerEntry(self.dataset_of(i), self.index.sample_id(i), "not_finite", text, step)
 
     def counts(self, step: Step) -> list[float]:
         """Of this rank's part of a step: supervised tokens, samples, tokens, pictures, samples that failed."""

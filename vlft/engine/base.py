@@ -7,11 +7,13 @@ cannot leave a rank waiting, and no second copy of the gradients lies in buckets
 
 from __future__ import annotations
 
+import math
 import os
 import random
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
@@ -21,7 +23,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from vlft.errors import ConfigError
+from vlft.errors import ConfigError, VlftError
 
 T = TypeVar("T")
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")
@@ -34,9 +36,10 @@ class Update:
     """What became of an optimizer step."""
 
     applied: bool
-    """False: fp16 scaling skipped it."""
     norm: float
     """Global gradient norm before clipping."""
+    scaling: bool = False
+    """Not applied because fp16's loss scale was too high, which is how the scale is found; nothing is wrong."""
 
 
 def choose_precision(wanted: str | None) -> str:
@@ -62,6 +65,10 @@ class Engine:
     """The engine holds fp32 masters of trained weights itself."""
     shards_weights = False
     """Parameters are empty outside their own forward; look at them through `whole`."""
+    shards_states = False
+    """Gradients and optimizer states are cut up over the ranks: reading a whole one is collective."""
+    retries = True
+    """A step that ran out of memory can be tried again: no rank waits for another before `reduce`."""
 
     def __init__(self, mixed_precision: str | None, max_grad_norm: float) -> None:
         if not torch.accelerator.is_available():
@@ -88,10 +95,30 @@ class Engine:
 
     # -- processes ---------------------------------------------------------------------------------------------------
 
+    def together(self, work: Callable[[], T]) -> list[T]:
+        """Run `work` on every rank; the results of all, in rank order. If one fails, all raise its error.
+
+        Without that, the others would wait for the failed one in their next collective.
+        """
+        made, failed = None, None
+        try:
+            made = work()
+        except VlftError as error:
+            failed = error
+        found = self.gather([(made, failed)])
+        if errors := [error for _, error in found if error is not None]:
+            raise errors[0]
+        return [value for value, _ in found]  # type: ignore[misc]  # no failure: every value is a T
+
+    def on_main(self, work: Callable[[], T]) -> T:
+        """Run `work` on the main process; its result everywhere, or its error."""
+        return self.together(lambda: work() if self.is_main else None)[0]  # type: ignore[return-value]
+
     def main_first(self, work: Callable[[], T]) -> T:
         """Run `work` on the main process, then on the others (who find its result in the cache)."""
-        with self.accelerator.main_process_first():
-            return work()
+        made: list[T] = []
+        self.on_main(lambda: made.append(work()))
+        return made[0] if self.is_main else work()
 
     def wait(self) -> None:
         self.accelerator.wait_for_everyone()
@@ -128,16 +155,32 @@ class Engine:
         """Mixed precision outside the wrapped forward."""
         return self.accelerator.autocast()
 
-    def backward(self, losses_S: Tensor, divisor: float, *, last: bool) -> None:
-        """Add one row's share of the step's gradient; after the last row the ranks' gradients are summed."""
-        self.accelerator.backward(losses_S.sum() / divisor)
-        if last and self.world_size > 1:
-            self._sum_gradients()
+    def backward(self, loss: Tensor, *, last: bool) -> None:  # noqa: ARG002  (sharded engines need it)
+        """Add a row's gradient. `loss`: its share of the step's loss; `last`: no other row follows."""
+        self.accelerator.backward(loss)
 
-    def _sum_gradients(self) -> None:
-        has = torch.tensor([p.grad is not None for p in self._parameters], dtype=torch.int32, device=self.device)
+    def reduce(self, fits: bool) -> bool:
+        """After the last row: sum the ranks' gradients, if it did fit on all of them; otherwise drop them.
+
+        Args:
+            fits: this rank had memory enough.
+        Returns:
+            Whether all had.
+        """
+        if self.world_size > 1:
+            fits = self._sum_gradients(fits)
+        if not fits:
+            self.optimizer.zero_grad()
+        return fits
+
+    def _sum_gradients(self, fits: bool) -> bool:
+        facts = [not fits, *(p.grad is not None for p in self._parameters)]
+        has = torch.tensor(facts, dtype=torch.int32, device=self.device)
         torch.distributed.all_reduce(has)
-        for p, anywhere in zip(self._parameters, has.tolist(), strict=True):
+        short, *somewhere = has.tolist()
+        if short:
+            return False
+        for p, anywhere in zip(self._parameters, somewhere, strict=True):
             if anywhere and p.grad is None:
                 p.grad = torch.zeros_like(p)
         for bucket in _buckets([p.grad for p in self._parameters if p.grad is not None]):
@@ -145,13 +188,19 @@ class Engine:
             torch.distributed.all_reduce(flat)
             for gradient, part in zip(bucket, torch.split(flat, [g.numel() for g in bucket]), strict=True):
                 gradient.copy_(part.view_as(gradient))
+        return True
 
     def update(self) -> Update:
-        """Clip and step; gradients are cleared."""
-        norm = self.accelerator.clip_grad_norm_(self._parameters, self.max_grad_norm or float("inf"))
-        self.optimizer.step()
+        """Clip and step, unless a gradient is not finite; gradients are cleared."""
+        norm = float(self.accelerator.clip_grad_norm_(self._parameters, self.max_grad_norm or float("inf")))
+        scaler = self.accelerator.scaler
+        scale = scaler.get_scale() if scaler is not None else 1.0
+        applied = scaler is not None or math.isfinite(norm)
+        if applied:
+            self.optimizer.step()
+            applied = not self.accelerator.optimizer_step_was_skipped
         self.optimizer.zero_grad()
-        return Update(not self.accelerator.optimizer_step_was_skipped, float(norm))
+        return Update(applied, norm, scaling=not applied and scale > 1.0)
 
     # -- whole tensors, wherever their shards lie: collective, so call on all ranks -----------------------------------
 
@@ -168,25 +217,37 @@ class Engine:
         """Parameters are whole inside the block, for reading."""
         yield
 
-    def weights(self, model: nn.Module, names: Collection[str] | None = None) -> dict[str, Tensor]:
-        """Parameters by name (default: all that train), whole, on the CPU; only the main process gets them."""
+    def weights(self, model: nn.Module, names: Collection[str]) -> dict[str, Tensor]:
+        """Parameters by name, whole, on the CPU; only the main process gets them."""
         found = {}
         for name, p in model.named_parameters():
-            if p.requires_grad if names is None else name in names:
+            if name in names:
                 value = self.whole(p)
                 if self.is_main:
                     found[name] = value.detach().cpu().contiguous()
         return found
 
-    def moments(self, optimizer: Optimizer) -> dict[str, Tensor]:
-        """Adam's state as "moment/name", whole, on the CPU; only the main process gets it."""
-        found: dict[str, Tensor] = {}
+    def saved_tensors(self, model: nn.Module, optimizer: Optimizer) -> Iterator[tuple[str, str, Tensor]]:
+        """What a checkpoint holds: (file stem, name, whole tensor on the CPU), the share that this rank writes.
+
+        Weights that train are "weights", NAME; Adam's states are "optimizer", MOMENT/NAME. One at a time is whole.
+        """
+        for k, (stem, name, whole) in enumerate(self._readers(model, optimizer)):
+            mine = k % self.world_size == self.rank
+            if mine or self.shards_states:
+                value = whole()
+                if mine:
+                    yield stem, name, value.detach().cpu().contiguous()
+
+    def _readers(self, model: nn.Module, optimizer: Optimizer) -> Iterator[tuple[str, str, Callable[[], Tensor]]]:
+        for name, p in model.named_parameters():
+            if p.requires_grad:
+                yield "weights", name, partial(self.whole, p)
         for group in optimizer.param_groups:
             for name, p in zip(group["names"], group["params"], strict=True):
                 for moment in MOMENTS:
-                    if p in optimizer.state and self.is_main:
-                        found[f"{moment}/{name}"] = optimizer.state[p][moment].detach().cpu().contiguous()
-        return found
+                    if p in optimizer.state:
+                        yield "optimizer", f"{moment}/{name}", partial(_whole_state, optimizer.state[p][moment])
 
     def restore_weights(self, model: nn.Module, saved: Mapping[str, Tensor]) -> None:
         """Copy saved weights into the trained parameters, before `prepare`."""
@@ -218,8 +279,15 @@ class Engine:
         if state and self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(state)
 
+    def end_all(self, exit_code: int) -> None:
+        """End every other rank, which may wait inside a collective. (Here none does: errors are told in `together`.)"""
+
     def close(self) -> None:
         self.accelerator.end_training()
+
+
+def _whole_state(state: Tensor) -> Tensor:
+    return state
 
 
 def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:

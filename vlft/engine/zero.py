@@ -10,8 +10,9 @@ from __future__ import annotations
 import json
 import os
 import socket
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from accelerate import Accelerator, DeepSpeedPlugin, InitProcessGroupKwargs
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from vlft.engine.alarm import Alarm
 from vlft.engine.base import MOMENTS, Engine, Update
 from vlft.errors import ConfigError
 
@@ -70,12 +72,15 @@ def _free_port() -> int:
 
 class ZeroEngine(Engine):
     keeps_masters = True
+    shards_states = True
+    retries = False  # the other ranks wait inside a collective of the row that failed here
 
     def __init__(self, mixed_precision: str | None, path: Path, max_grad_norm: float) -> None:
         self.config = read_config(path)
         self.stage = int(self.config["zero_optimization"]["stage"])
         self.shards_weights = self.stage == 3
         super().__init__(mixed_precision, max_grad_norm)
+        self.alarm = Alarm() if self.world_size > 1 else None
 
     def _accelerator(self) -> Accelerator:
         try:
@@ -121,17 +126,27 @@ class ZeroEngine(Engine):
         self.zero: Any = self.model.optimizer  # DeepSpeed's ZeRO optimizer
         return self.model
 
-    def backward(self, losses_S: Tensor, divisor: float, *, last: bool) -> None:
+    def end_all(self, exit_code: int) -> None:
+        if self.alarm is not None:
+            self.alarm.ring(exit_code)
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
         engine: Any = self.model
         engine.set_gradient_accumulation_boundary(last)
-        # DeepSpeed averages over ranks, and the divisor already counts all of them.
-        engine.backward(losses_S.sum() * (self.world_size / divisor), scale_wrt_gas=False)
+        # DeepSpeed averages over ranks; a row's share is already of all of them.
+        engine.backward(loss * self.world_size, scale_wrt_gas=False)
+
+    def reduce(self, fits: bool) -> bool:
+        return fits  # DeepSpeed did it within the last backward
 
     def update(self) -> Update:
         engine: Any = self.model
+        scale = float(self.zero.loss_scaler.cur_scale) if self.precision == "fp16" else 1.0
         engine.step()
+        # ZeRO skips a step whose norm is not finite in every precision, and calls that an overflow.
+        overflow = bool(self.zero.overflow)
         norm = engine.get_global_grad_norm()
-        return Update(not bool(getattr(self.zero, "overflow", False)), float(norm) if norm is not None else 0.0)
+        return Update(not overflow, float(norm) if norm is not None else 0.0, scaling=overflow and scale > 1.0)
 
     # -- whole tensors -----------------------------------------------------------------------------------------------
 
@@ -157,22 +172,20 @@ class ZeroEngine(Engine):
         with deepspeed.zero.GatheredParameters(list(parameters), enabled=self.shards_weights):
             yield
 
-    def moments(self, optimizer: Optimizer) -> dict[str, Tensor]:
+    def _readers(self, model: nn.Module, optimizer: Optimizer) -> Iterator[tuple[str, str, Callable[[], Tensor]]]:
         from deepspeed.utils import safe_get_full_optimizer_state
 
-        found: dict[str, Tensor] = {}
+        for name, p in model.named_parameters():
+            if p.requires_grad:
+                yield "weights", name, partial(self.whole, p)
         step = self._step_count(optimizer)
         if step is None:
-            return found
+            return
         self._link_states()
         for name, p in self._by_name.items():
             for moment in MOMENTS[:2]:
-                value = safe_get_full_optimizer_state(p, moment)
-                if self.is_main:
-                    found[f"{moment}/{name}"] = value.detach().cpu().contiguous()
-            if self.is_main:
-                found[f"step/{name}"] = torch.tensor(float(step))
-        return found
+                yield "optimizer", f"{moment}/{name}", partial(safe_get_full_optimizer_state, p, moment)
+            yield "optimizer", f"step/{name}", partial(torch.tensor, float(step))
 
     def _step_count(self, optimizer: Optimizer) -> float | None:
         steps = [float(state["step"]) for state in optimizer.state.values() if "step" in state]
@@ -195,7 +208,9 @@ class ZeroEngine(Engine):
         for name, p in self._by_name.items():
             # The masters were made from weights in the compute dtype: put the saved digits back.
             safe_set_full_fp32_param(p, weights[name].to(self.device))
-        self._make_states(optimizer, float(next(v for k, v in saved.items() if k.startswith("step/"))))
+        if not saved:
+            return  # every step so far was skipped
+        self._make_states(optimizer, float(saved[next(k for k in saved if k.startswith("step/"))]))
         for name, p in self._by_name.items():
             for moment in MOMENTS[:2]:
                 safe_set_full_optimizer_state(p, saved[f"{moment}/{name}"].to(self.device), moment)

@@ -1,0 +1,172 @@
+"""What happens to a step that does not go as it should: too large for the memory, not finite, or asked to be the last.
+
+Every function here is called on all ranks at the same point.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator, Sequence
+from typing import NoReturn
+
+import torch
+from torch import Tensor
+
+from vlft.data.budget import Load
+from vlft.data.collate import Row
+from vlft.data.loader import Step
+from vlft.errors import DeviceMemoryError, StoppedError, TrainingError
+from vlft.setup import Job
+from vlft.tracking import write_json
+
+LAUNCHER_PATIENCE = 30.0
+"""Seconds from SIGTERM to SIGKILL, torchrun's default."""
+SOME = 8
+"""Samples that a sentence names."""
+
+
+def end_of_memory(error: torch.OutOfMemoryError) -> DeviceMemoryError:
+    """Outside of a row's forward and backward there is nothing to make smaller."""
+    first = str(error).split(". ")[0]
+    return DeviceMemoryError(
+        f"the model with gradients and optimizer states does not fit into this device ({first}); train fewer parts, "
+        "give --gradient_checkpointing, or spread it over GPUs with --deepspeed zero3."
+    )
+
+
+def end_of_memory_in_a_row(job: Job, load: Load, step: Step) -> NoReturn:
+    """Where the ranks cannot try again together: write the smaller budget down for the resume, and end all of them.
+
+    Raises:
+        DeviceMemoryError: always.
+    """
+    budget = job.budget.excluding(load.samples) if len(load.samples) == 1 else job.budget.halved([load])
+    write_json(job.folder.budget, {"schema": 1, **budget.json()})
+    job.engine.end_all(DeviceMemoryError.exit_code)
+    raise DeviceMemoryError(
+        f"step {step.number + 1}: {_describe(job, load)} did not fit into the memory; {job.folder.budget} now limits "
+        f"rows to {budget}, go on with --resume_from_checkpoint latest."
+    )
+
+
+def make_room(job: Job, step: Step, load: Load | None) -> Step:
+    """Cut the step anew for rows that did not fit. The same samples, the same mathematics, smaller rows.
+
+    Args:
+        load: the row of this rank that did not fit, or None.
+    Returns:
+        The step, as the smaller budget cuts it.
+    Raises:
+        DeviceMemoryError: a row without any sample did not fit.
+        DataError: too many samples do not fit even alone.
+    """
+    loads = job.engine.gather([load] if load else [])
+    if any(not one.samples for one in loads):
+        raise DeviceMemoryError(f"step {step.number + 1}: not even an empty row fits beside the model.")
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    if alone := [one for one in loads if len(one.samples) == 1]:
+        # It may be its fault that other rows were cut before: go back to what other steps could do.
+        job.trial = job.budget = job.budget.excluding([i for one in alone for i in one.samples])
+        new = job.data.account([job.data.unfit(one.samples[0], step.number + 1) for one in alone])
+        job.journal.ledger(entry.json() for entry in new)
+    else:
+        job.trial = job.trial.halved(loads)
+    for one in loads:
+        then = "left out (ledger)" if len(one.samples) == 1 else f"rows now hold at most {job.trial}"
+        job.journal.say(f"out of memory in step {step.number + 1}: {_describe(job, one)}; {then}.")
+    job.open_steps()
+    return next(job.steps)
+
+
+def _describe(job: Job, load: Load) -> str:
+    names = [f"{job.data.dataset_of(i)}/{job.data.index.sample_id(i)}" for i in load.samples[:SOME]]
+    more = f" and {len(load.samples) - SOME} more" if len(load.samples) > SOME else ""
+    return f"a row of {load.tokens} tokens and {load.patches} patches ({', '.join(names)}{more})"
+
+
+def note_skipped(job: Job, step: Step, losses: Sequence[Tensor]) -> None:
+    """The step's loss or gradient was not finite, so nothing was updated: say so, and stop if that goes on.
+
+    Args:
+        losses: of this rank's rows, (S,) each.
+    Raises:
+        TrainingError: --max_skipped_steps in a row.
+    """
+    suspects = [i for row, loss_S in zip(step.rows, losses, strict=True) for i in _not_finite(row, loss_S)]
+    found = job.engine.gather(suspects)
+    why = "its loss is not finite"
+    if not found:
+        found = job.engine.gather([i for row in step.rows for i in row.sample_ids])
+        why = "a gradient of its step is not finite"
+    number = step.number + 1
+    entries = [job.data.not_finite(i, why, number) for i in sorted(found)]
+    job.journal.ledger(entry.json() for entry in entries)
+    job.skipped += 1
+    names = ", ".join(f"{e.dataset}/{e.id}" for e in entries[:SOME])
+    job.journal.say(f"skipped step {number}: {why} (ledger: {names}{' ...' if len(entries) > SOME else ''}).")
+    if job.skipped >= job.run.config.max_skipped_steps:
+        raise TrainingError(
+            f"{job.skipped} steps in a row had no finite loss and gradient, the last one with {names}; lower the "
+            "learning rates or use bf16, look at these samples, and go on with --resume_from_checkpoint latest."
+        )
+
+
+def _not_finite(row: Row, losses_S: Tensor) -> list[int]:
+    if not row.sample_ids or bool(losses_S.isfinite().all()):
+        return []
+    bad = (~losses_S.isfinite()).cpu().nonzero().flatten().tolist()
+    owners = row.sample_of_supervised().tolist()
+    return sorted({int(row.sample_ids[owners[i]]) for i in bad})
+
+
+class EvaluationStoppedError(Exception):
+    """A signal asks for the end: an evaluation may outlast a launcher's patience, and the resume makes it again."""
+
+
+def rows_until_stopped(job: Job, datasets: Sequence[str]) -> Iterator[Row]:
+    """Held-out rows. Raises: EvaluationStoppedError on all ranks, once one of them was asked to end."""
+    for row in job.data.eval_rows(datasets):
+        if agree_to_stop(job):
+            raise EvaluationStoppedError
+        yield row
+
+
+def agree_to_stop(job: Job, told: float | None = None) -> bool:
+    """Whether any rank was asked to end; a signal may have reached one of them only.
+
+    Args:
+        told: how many ranks were asked, where a reduction that happened anyway has brought it along.
+    """
+    asked = job.engine.sums([float(job.interrupt.asked)])[0] if told is None else told
+    job.stopping = job.stopping or asked > 0
+    return job.stopping
+
+
+def warn_of_slow_save(job: Job, seconds: float) -> None:
+    """A save that a launcher's patience would cut off is told while there is time to raise that."""
+    if seconds > LAUNCHER_PATIENCE and "TORCHELASTIC_RUN_ID" in os.environ and not job.warned:
+        job.warned = True
+        job.journal.say(
+            f"the save took {seconds:.0f} s, and a launcher kills {LAUNCHER_PATIENCE:.0f} s after a SIGTERM: set "
+            f"PET_SHUTDOWN_TIMEOUT={2 * seconds:.0f} (torchrun --shutdown_timeout) so that a preempted run is saved."
+        )
+
+
+def stop(job: Job) -> NoReturn:
+    """End after a save. Raises: StoppedError, always."""
+    name = job.interrupt.name or "a signal to another process"
+    raise StoppedError(
+        f"{name}: ended after step {job.done_steps} of {job.total_steps}, which is saved; go on with "
+        "--resume_from_checkpoint latest."
+    )
+
+
+def poisoned(total: Tensor) -> Tensor:
+    """The same scalar; if it is not finite, one whose gradient is NaN everywhere.
+
+    An infinite loss may have finite gradients. NaN in all of them makes every engine skip the step on its own, on all
+    ranks, without another exchange.
+    """
+    return total * torch.where(total.detach().isfinite(), 1.0, math.nan)
