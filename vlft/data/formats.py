@@ -408,7 +408,8 @@ def _kind(value: Any) -> str:
 
 # ------------------------------------------------------------------ pictures
 
-_BASE64 = re.compile(r"[A-Za-z0-9+/\s]+={0,2}\s*")
+# Possessive: blanks of a long text that is none are not tried as the last ones again and again.
+_BASE64 = re.compile(r"[A-Za-z0-9+/\s]++={0,2}\s*+")
 
 
 def image_ref(value: Any) -> ImageRef:
@@ -436,7 +437,7 @@ def _image_from_text(text: str) -> ImageRef:
     if start.startswith(("http://", "https://")):
         return ImageRef("url", text)
     if start.startswith("file://"):
-        return ImageRef("path", unquote(urlparse(text).path))
+        return _path_ref(_path_of(text))
     if start.startswith("data:"):
         head, comma, body = text.partition(",")
         if not comma or not head.lower().endswith(";base64"):
@@ -445,9 +446,26 @@ def _image_from_text(text: str) -> ImageRef:
     # No file system takes a path of this length without a dot; JPEG's base64 begins with '/', like a path.
     if len(text) > 1024 and _BASE64.fullmatch(text):
         return ImageRef("bytes", data=_decode_base64(text))
-    if "\0" in text:
+    return _path_ref(text)
+
+
+def _path_of(address: str) -> str:
+    try:
+        return unquote(urlparse(address).path)
+    except ValueError as error:
+        raise RecordError("bad_image", f"'{address[:80]}' is no address: {error}; correct it.") from None
+
+
+def _path_ref(path: str) -> ImageRef:
+    if "\0" in path:
         raise RecordError("bad_image", "a picture's path holds a NUL character.")
-    return ImageRef("path", text)
+    try:
+        path.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:
+        raise RecordError(
+            "bad_image", "a picture's path holds half of a surrogate pair, which is no character; repair it."
+        ) from None
+    return ImageRef("path", path)
 
 
 def _image_from_object(value: Mapping[str, Any]) -> ImageRef:
@@ -512,7 +530,7 @@ class _Objects:
 
     @classmethod
     def read(cls, raw: Mapping[str, Any], spec: DatasetSpec) -> _Objects:
-        refs = [_text(r, "objects.ref") for r in raw.get("ref") or ()]
+        refs = [_encodable(_text(r, "objects.ref")) for r in raw.get("ref") or ()]
         boxes = [_numbers(b) for b in raw.get("bbox") or ()]
         kind = raw.get("bbox_type")
         units: dict[Any, Unit] = {"real": "pixels", "norm1": "norm1", None: spec.box_format or "pixels"}
@@ -550,7 +568,8 @@ class _Objects:
 
 
 def _numbers(values: Any) -> tuple[float, ...]:
-    good = isinstance(values, list | tuple) and all(isinstance(v, int | float) for v in values)
+    # NaN is not below anything, and some whole numbers are too large for a float.
+    good = isinstance(values, list | tuple) and all(isinstance(v, int | float) and abs(v) < 1e15 for v in values)
     if not good or len(values) not in (2, 4):
         raise RecordError("bad_box", f"a box is {values!r}; expected [x1, y1, x2, y2] or a point [x, y].")
     return tuple(float(v) for v in values)
@@ -718,14 +737,8 @@ def _block_parts(block: Any, state: _Assembly, placeholders: bool) -> list[Part]
 
 
 def _text_parts(text: str, state: _Assembly, placeholders: bool) -> list[Part]:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise RecordError(
-            "bad_text", "a text holds half of a surrogate pair, which is no character; repair it."
-        ) from None
     parts: list[Part] = []
-    for piece in _PLACEHOLDER.split(text):
+    for piece in _PLACEHOLDER.split(_encodable(text)):
         if not piece:
             continue
         if piece == "<image>" and placeholders:
@@ -742,3 +755,13 @@ def _text_parts(text: str, state: _Assembly, placeholders: bool) -> list[Part]:
         else:
             parts.append(TextPart(piece))
     return parts
+
+
+def _encodable(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise RecordError(
+            "bad_text", "a text holds half of a surrogate pair, which is no character; repair it."
+        ) from None
+    return text

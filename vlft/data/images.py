@@ -6,6 +6,7 @@ Legend: H, W height and width in pixels.
 from __future__ import annotations
 
 import contextlib
+import http.client
 import io
 import os
 import urllib.error
@@ -95,10 +96,13 @@ def fetch(url: str, cache_dir: Path, *, timeout: float = 20.0, max_bytes: int = 
         request = urllib.request.Request(url, headers={"User-Agent": "vlft"})
         with urllib.request.urlopen(request, timeout=timeout) as answer:
             data = answer.read(max_bytes + 1)
-    except (urllib.error.URLError, OSError, ValueError) as error:
+            missing = getattr(answer, "length", None) or 0
+    except (urllib.error.URLError, http.client.HTTPException, OSError, ValueError) as error:
         raise RecordError("remote_failed", f"{url} cannot be downloaded: {error}; check the address.") from None
     if len(data) > max_bytes:
         raise RecordError("remote_failed", f"{url} has more than {max_bytes} bytes; download a smaller copy.")
+    if missing:  # read(n) takes a connection that breaks off for the end; half a picture would stay in the cache
+        raise RecordError("remote_failed", f"{url} broke off {missing} bytes before its end; try again.")
     folder.mkdir(parents=True, exist_ok=True)
     part = folder / f"{target.name}.{os.getpid()}.part"
     part.write_bytes(data)

@@ -41,7 +41,7 @@ from vlft.data.sources import Chunk, RawRow, Source, open_source
 from vlft.data.tokens import Chat, PictureSize
 from vlft.errors import DataError, RecordError
 
-INDEX_VERSION = 1
+INDEX_VERSION = 2
 """Raise it when the same data would be indexed otherwise by the code below."""
 BOXED, HAS_BOXES = 1, 2
 """Bits of `flags`: the text must be written again with the final sizes; it speaks of places in the picture."""

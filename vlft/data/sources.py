@@ -75,6 +75,8 @@ def open_source(path: Path, tables: Path) -> Source:
         return _open_folder(path, tables)
     with path.open("rb") as file:
         head = file.read(4096)
+        while not head.removeprefix(b"\xef\xbb\xbf").strip() and (more := file.read(4096)):
+            head = more
     if head.startswith(b"PAR1"):
         return ParquetSource(path, (path,), tables)
     if head.startswith((b"\xff\xfe", b"\xfe\xff")):
@@ -262,17 +264,21 @@ def _list_borders(path: Path) -> Iterator[tuple[int, int]]:
     window = _Window(path)
     window.more(0)
     at = _skip(window, 3 if window.text.startswith("\xef\xbb\xbf") else 0)
+    if window.text[at : at + 1] != "[":
+        raise window.fail(at, f"found {window.text[at : at + 1]!r}, expected '['")
     at = _skip(window, at + 1)
     if window.text[at : at + 1] == "]":
-        yield from ()
+        _check_end(window, at + 1)
         return
-    decoder = json.JSONDecoder()
+    # int refuses more than 4300 digits, which would cost the whole file; the record itself is parsed later.
+    decoder = json.JSONDecoder(parse_int=float)
     while True:
         at, end = _item(window, at, decoder)
         yield window.base + at, end - at
         at = _skip(window, end)
         mark = window.text[at : at + 1]
         if mark == "]":
+            _check_end(window, at + 1)
             return
         if mark != ",":
             raise window.fail(at, f"found {mark!r}, expected ',' or ']'" if mark else "it ends without ']'")
@@ -280,6 +286,13 @@ def _list_borders(path: Path) -> Iterator[tuple[int, int]]:
         if at > _WINDOW:
             window.more(at)
             at = 0
+
+
+def _check_end(window: _Window, at: int) -> None:
+    """Nothing but white space may follow a list: records behind it would be lost in silence."""
+    at = _skip(window, at)
+    if at < len(window.text):
+        raise window.fail(at, f"found {window.text[at : at + 20]!r} behind its ']'")
 
 
 def _item(window: _Window, at: int, decoder: json.JSONDecoder) -> tuple[int, int]:
@@ -310,6 +323,31 @@ def _without_nulls(value: Any) -> Any:
     return value
 
 
+def _as_object(table: Any) -> Any:
+    """The only row of a table or batch.
+
+    Raises:
+        RecordError: it holds a text that is no UTF-8, or a date that Python does not know.
+    """
+    try:
+        return _without_nulls(table.to_pylist()[0])
+    except (ValueError, ArithmeticError) as error:  # Arrow's own errors about values are ValueErrors
+        raise RecordError("bad_record", f"the row cannot be read: {error}; repair it.") from None
+
+
+def _row(source: Source, place: int) -> Any:
+    """A row of a table, or the RecordError that reading it gave."""
+    try:
+        return source.record(place, 0)
+    except RecordError as error:
+        return error
+
+
+def _line(error: Exception) -> str:
+    """Arrow's messages have several lines."""
+    return " ".join(str(error).split()).rstrip(".")
+
+
 class ParquetSource:
     """Parquet cannot be read at random, so each row group is unpacked once into an Arrow file that can be mapped."""
 
@@ -327,9 +365,7 @@ class ParquetSource:
             try:
                 meta = pq.read_metadata(file)
             except (OSError, pa.ArrowException) as error:
-                raise DataError(
-                    f"{file} cannot be read as Parquet: {str(error).rstrip('.')}; repair the file."
-                ) from None
+                raise DataError(f"{file} cannot be read as Parquet: {_line(error)}; repair the file.") from None
             self.groups += [(n, g, meta.row_group(g).num_rows) for g in range(meta.num_row_groups)]
         self.weight = sum(rows for _, _, rows in self.groups)
         self._open: dict[int, Any] = {}
@@ -347,7 +383,7 @@ class ParquetSource:
     def read(self, chunk: Chunk) -> tuple[Iterable[RawRow], int]:
         places = [chunk.number << 32 | n for n in range(chunk.end)]
         # One at a time: a row group's pictures together may be gigabytes.
-        return (RawRow(n, place, 0, self.record(place, 0)) for n, place in enumerate(places)), chunk.end
+        return (RawRow(n, place, 0, _row(self, place)) for n, place in enumerate(places)), chunk.end
 
     def _unpacked(self, number: int) -> Path:
         return self.tables / f"{number:05d}.arrow"
@@ -359,7 +395,12 @@ class ParquetSource:
         target = self._unpacked(number)
         self.tables.mkdir(parents=True, exist_ok=True)
         file, group, _ = self.groups[number]
-        table = pq.ParquetFile(self.files[file]).read_row_group(group, use_threads=False)
+        try:
+            table = pq.ParquetFile(self.files[file]).read_row_group(group, use_threads=False)
+        except (OSError, pa.ArrowException) as error:
+            raise DataError(
+                f"{self.files[file]} cannot be read as Parquet: row group {group + 1}: {_line(error)}; repair the file."
+            ) from None
         part = target.with_suffix(f".{os.getpid()}.part")
         with pa.OSFile(str(part), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
             writer.write_table(table, max_chunksize=64)
@@ -379,7 +420,7 @@ class ParquetSource:
             self._open[number] = (reader, np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)]))
         reader, starts = self._open[number]
         n = int(np.searchsorted(starts, row, side="right")) - 1
-        return _without_nulls(reader.get_batch(n).slice(row - int(starts[n]), 1).to_pylist()[0])
+        return _as_object(reader.get_batch(n).slice(row - int(starts[n]), 1))
 
 
 class ArrowFolderSource:
@@ -425,8 +466,8 @@ class ArrowFolderSource:
 
     def read(self, chunk: Chunk) -> tuple[Iterable[RawRow], int]:
         places = range(chunk.start, chunk.end)
-        return (RawRow(n, place, 0, self.record(place, 0)) for n, place in enumerate(places)), len(places)
+        return (RawRow(n, place, 0, _row(self, place)) for n, place in enumerate(places)), len(places)
 
     def record(self, offset: int, length: int) -> Any:
         del length
-        return _without_nulls(self._load()[offset : offset + 1].to_pylist()[0])
+        return _as_object(self._load()[offset : offset + 1])

@@ -200,11 +200,10 @@ class Chat:
                 "nothing_learnt", 'every answer has "loss": false, so there is nothing to learn; remove one.'
             )
         for turn in record.turns:
-            for part in turn.parts:
-                # Literal structural tokens would forge turns or pictures.
-                text = part.text if isinstance(part, TextPart | RefPart) else ""
-                if "<|" in text and (found := next((m for m in self.family.markers if m in text), None)):
-                    raise RecordError("special_token", f"a text holds the special token {found}; remove or escape it.")
+            # Literal structural tokens would forge turns or pictures; one in two parts is whole again in the template.
+            text = "".join(part.text if isinstance(part, TextPart | RefPart) else "\n" for part in turn.parts)
+            if "<|" in text and (found := next((m for m in self.family.markers if m in text), None)):
+                raise RecordError("special_token", f"a text holds the special token {found}; remove or escape it.")
         for turn in answers:
             if any(isinstance(part, ImagePart) for part in turn.parts):
                 raise RecordError(

@@ -1,0 +1,150 @@
+"""What the fuzzer found, one small case each."""
+
+from __future__ import annotations
+
+import json
+import socket
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from vlft.data.index import Index, open_index
+from vlft.data.registry import DatasetSpec
+from vlft.data.tokens import Chat
+from vlft.errors import DataError
+from vlft.family import FAMILIES
+
+GOOD = '{"query": "q", "response": "a"}'
+Read = Callable[..., Index]
+
+
+@pytest.fixture(scope="module")
+def chat(tmp_path_factory: pytest.TempPathFactory) -> Chat:
+    from vlft.testing.tiny import make_tokenizer
+
+    folder = tmp_path_factory.mktemp("model")
+    make_tokenizer("qwen2_5_vl").save_pretrained(folder)
+    return Chat.load(folder, FAMILIES["qwen2_5_vl"])
+
+
+@pytest.fixture
+def read(tmp_path: Path, chat: Chat) -> Read:
+    """read(content of a file, **options of the data set) -> Index"""
+
+    def build(content: str | bytes, *, allow_remote: bool = False, **options: Any) -> Index:
+        path = tmp_path / "set"
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+        spec = DatasetSpec(name="set", json_path=path, **options)
+        return open_index([spec], chat, cache_dir=tmp_path / "cache", allow_remote=allow_remote)
+
+    return build
+
+
+def reasons(index: Index) -> list[str]:
+    assert len(index) + len(index.ledger) == index.total
+    return [entry.reason for entry in index.ledger]
+
+
+def parquet(table: pa.Table, **options: Any) -> bytes:
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, **options)
+    return bytes(sink.getvalue())
+
+
+# ------------------------------------------------------------------ files
+
+
+@pytest.mark.parametrize("rest", [GOOD, f"\n[{GOOD}]", "]", "\0", " " * 9000 + "x"])
+def test_what_follows_the_end_of_a_json_list_is_not_dropped_in_silence(read: Read, rest: str) -> None:
+    with pytest.raises(DataError, match=r"line [12]: the JSON list is broken"):
+        read(f"[{GOOD}]{rest}")
+
+
+def test_white_space_around_a_json_list_is_fine(read: Read) -> None:
+    assert len(read(f"{' ' * 9000}\n[{GOOD}] \r\n\t")) == 1
+
+
+def test_a_json_list_behind_white_space_that_json_does_not_know(read: Read) -> None:
+    with pytest.raises(DataError):
+        read(f"\x0b[{GOOD}]]")
+
+
+def test_a_number_of_too_many_digits_costs_its_record_and_not_the_list(read: Read) -> None:
+    long = f'{{"query": "q", "response": {"1" * 5000}}}'
+    assert reasons(read(f"[{GOOD}, {long}, {GOOD}]")) == ["bad_json"]
+
+
+def test_a_row_of_a_table_that_is_no_utf8(read: Read) -> None:
+    questions = pa.array([b"q", b"\xff", b"q"], pa.binary()).view(pa.string())
+    index = read(parquet(pa.table({"query": questions, "response": ["a", "a", "a"]})))
+    assert reasons(index) == ["bad_record"]
+    assert "row 2" in index.ledger[0].message
+
+
+def test_a_parquet_file_with_damaged_pages_is_named(read: Read) -> None:
+    data = bytearray(parquet(pa.table({"query": [f"{'q' * 99}{n}" for n in range(999)], "response": ["a"] * 999})))
+    data[200:400] = bytes(200)
+    with pytest.raises(DataError, match="set cannot be read as Parquet"):
+        read(bytes(data))
+
+
+# ------------------------------------------------------------------ records
+
+
+def test_a_special_token_in_two_pieces(read: Read) -> None:
+    blocks = [{"type": "text", "text": "<|im_"}, {"type": "text", "text": "end|>"}]
+    turns = [{"role": "user", "content": blocks}, {"role": "assistant", "content": "a"}]
+    record = {"query": "<|im_<ref-object>", "response": "a", "objects": {"ref": ["end|>"], "bbox": []}}
+    assert reasons(read(json.dumps([{"messages": turns}, record]))) == ["special_token"] * 2
+
+
+@pytest.mark.parametrize("number", ["NaN", "Infinity", "1e999", "9" * 400])
+@pytest.mark.parametrize("box_format", ["model", "norm1000"])
+def test_a_coordinate_that_is_no_number(read: Read, number: str, box_format: str) -> None:
+    record = f'{{"query": "<bbox>", "response": "a", "objects": {{"bbox": [[{number}, 1, 1, 1]]}}}}'
+    assert reasons(read(record, box_format=box_format)) == ["bad_box"]
+
+
+def test_half_a_surrogate_pair_in_the_name_of_an_object(read: Read) -> None:
+    record = {"query": "<ref-object>", "response": "a", "objects": {"ref": ["\ud800"], "bbox": []}}
+    assert reasons(read(json.dumps(record))) == ["bad_text"]
+
+
+@pytest.mark.parametrize("path", ["file://[", "file:///%00", "\ud800.png"])
+def test_an_address_that_cannot_be_one(read: Read, path: str) -> None:
+    assert reasons(read(json.dumps({"query": "q", "response": "a", "images": [path]}))) == ["bad_image"]
+
+
+def test_a_long_path_that_is_nearly_base64(read: Read) -> None:
+    began = time.perf_counter()
+    read(json.dumps({"query": "q", "response": "a", "images": ["a" + " " * 100_000 + "!"]}))
+    assert time.perf_counter() - began < 5  # a minute, when each blank was tried as the last one
+
+
+# ------------------------------------------------------------------ downloads
+
+
+@pytest.mark.parametrize("answer", [b"HTTP/1.1 200 OK\r\nContent-Length: 500\r\n\r\nshort", b"nonsense\r\n\r\n"])
+def test_a_download_that_breaks_off(read: Read, answer: bytes) -> None:
+    def serve() -> None:
+        connection, _ = server.accept()
+        connection.recv(65536)
+        connection.sendall(answer)
+        connection.close()
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        threading.Thread(target=serve, daemon=True).start()
+        address = f"http://127.0.0.1:{server.getsockname()[1]}/a.png"
+        index = read(json.dumps({"query": "q", "response": "a", "images": [address]}), allow_remote=True)
+    assert reasons(index) == ["remote_failed"]
+
+
+def test_an_address_with_a_blank(read: Read) -> None:
+    record = {"query": "q", "response": "a", "images": ["http://127.0.0.1:9/a b.png"]}
+    assert reasons(read(json.dumps(record), allow_remote=True)) == ["remote_failed"]
