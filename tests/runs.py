@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -97,16 +98,29 @@ def distance(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
     return (gap / sum(float(a[n].double().square().sum()) for n in a)) ** 0.5
 
 
-def start(words: list[str], *, processes: int = 1, check: bool = True, **env: str) -> subprocess.CompletedProcess[str]:
-    """Run vlft as a user would, in `processes` processes; raises with its output if it fails and `check` is set."""
-    launcher = [sys.executable, "-m", "vlft"]
+def launcher(processes: int, program: Sequence[str] = ("-m", "vlft")) -> list[str]:
+    """First words of a run in some processes, as a user would start it."""
+    if processes == 1:
+        return [sys.executable, *program]
+    port = str(20000 + os.getpid() % 20000)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
+    return [*torchrun, "--master_port", port, *program]
+
+
+def start(
+    words: list[str],
+    *,
+    processes: int = 1,
+    check: bool = True,
+    program: Sequence[str] = ("-m", "vlft"),
+    limit: float = 280,
+    **env: str,
+) -> subprocess.CompletedProcess[str]:
+    """Run vlft and wait; raises with its output if it fails and `check` is set, or if it takes longer than `limit` s."""
     if processes > 1:
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
-        launcher += ["--master_port", str(20000 + os.getpid() % 20000), "-m", "vlft"]
         env = {"ACCELERATE_USE_CPU": "true"} | env
-    done = subprocess.run(
-        launcher + words, capture_output=True, text=True, env=environment(**env), timeout=280, check=False
-    )
+    line = launcher(processes, program) + words
+    done = subprocess.run(line, capture_output=True, text=True, env=environment(**env), timeout=limit, check=False)
     if check and done.returncode:
         raise AssertionError(f"exit {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}")
     return done

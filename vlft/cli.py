@@ -751,6 +751,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return error.exit_code
     except KeyboardInterrupt:
         return 130
+    except RuntimeError as error:
+        if not _lost_another(error):
+            raise
+        text = "another process of this run ended, so the others cannot go on; its own words say why."
+        if _first_to_say(text):
+            print(f"vlft (rank {os.environ.get('RANK', '0')}): {text}", file=sys.stderr, flush=True)
+        return 1
     except BrokenPipeError:
         # `vlft plugins | head`: the reader has seen enough. Python would complain once more when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -796,6 +803,13 @@ def _report(error: VlftError) -> str:
     if len(problems) == 1:
         return head + problems[0]
     return "\n".join([f"{head}{len(problems)} problems:", *(f"  * {problem}" for problem in problems)])
+
+
+def _lost_another(error: RuntimeError) -> bool:
+    """Whether a collective failed because another process is gone: its reason is worth reading, this one is not."""
+    return any(
+        word in str(error) for word in ("closed by peer", "reset by peer", "Broken pipe", "remote process exited")
+    )
 
 
 def _first_to_say(text: str) -> bool:

@@ -1,0 +1,84 @@
+"""vlft with a fault in it: `python tests/faults/spoiled.py WORDS`, in as many processes as a launcher starts.
+
+FAULT is a JSON object: {"kind": ..., "rank": which rank has it (default all), and what the kind needs}.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vlft.models.forward import PackedVLM
+
+forward = PackedVLM.forward
+
+
+def small_memory(self: Any, *, tokens: int, where: str = "forward", **row: Any) -> Tensor:
+    """A row of more than `tokens` tokens runs out of memory, in its forward or in its backward."""
+    if row["input_ids_T"].shape[1] <= tokens or not self.training:
+        return forward(self, **row)
+    if where == "forward":
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+    losses_S = forward(self, **row)
+    losses_S.register_hook(_raise)
+    return losses_S
+
+
+def _raise(gradient: Tensor) -> Tensor:
+    raise torch.OutOfMemoryError(f"CUDA out of memory in the backward of {len(gradient)} losses.")
+
+
+calls = 0
+
+
+def not_finite(self: Any, *, rows: list[int], what: str = "loss", **row: Any) -> Tensor:
+    """The forwards with these numbers (from 0) give a loss, or only a gradient, that is not finite."""
+    global calls
+    losses_S = forward(self, **row)
+    if self.training:
+        calls += 1
+        if calls - 1 in rows:
+            if what == "loss":
+                return losses_S.index_fill(0, torch.tensor([0]), float("inf"))
+            losses_S.register_hook(lambda gradient: gradient * float("inf"))
+    return losses_S
+
+
+def slow(self: Any, *, seconds: float, **row: Any) -> Tensor:
+    """Every forward takes that much longer."""
+    time.sleep(seconds)
+    return forward(self, **row)
+
+
+def dies(self: Any, *, call: int, **row: Any) -> Tensor:
+    """The process is killed in this forward."""
+    global calls
+    calls += 1
+    if calls > call:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return forward(self, **row)
+
+
+KINDS = {f.__name__: f for f in (small_memory, not_finite, slow, dies)}
+
+
+def spoil(fault: dict[str, Any]) -> None:
+    options = {k: v for k, v in fault.items() if k not in ("kind", "rank")}
+    kind = KINDS[fault["kind"]]
+    PackedVLM.forward = lambda self, **row: kind(self, **options, **row)  # type: ignore[method-assign]
+
+
+if __name__ == "__main__":
+    found = json.loads(os.environ["FAULT"])
+    if str(found.get("rank", os.environ.get("RANK", "0"))) == os.environ.get("RANK", "0"):
+        spoil(found)
+    from vlft.cli import main
+
+    sys.exit(main())

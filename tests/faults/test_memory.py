@@ -1,0 +1,127 @@
+"""A step that does not fit is cut into smaller rows; its mathematics stay. Where that cannot be, the resume does it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import start_spoiled
+from runs import command, distance, final_weights, ledger, metrics, train, write_data
+
+from vlft.errors import DataError, DeviceMemoryError
+
+FITS_ALONE = 110
+"""Tokens that every sample of the toy set stays below, and rows of four do not."""
+
+
+def words(model: Path, registry: Path, out: Path, **more: Any) -> list[str]:
+    options = {"max_steps": 5, "learning_rate_llm": 1e-4, "mixed_precision": "no", "save_steps": 3} | more
+    return command(model, registry, out, "full", **options)
+
+
+def same_run(a: Path, b: Path, limit: float = 1e-5) -> None:
+    assert distance(final_weights(a), final_weights(b)) < limit
+    for x, y in zip(metrics(a), metrics(b), strict=True):
+        assert x["loss"] == pytest.approx(y["loss"], rel=1e-5)
+        assert (x["tokens"], x["samples"]) == (y["tokens"], y["samples"])
+
+
+@pytest.mark.parametrize("where", ["forward", "backward"])
+def test_rows_are_cut_until_they_fit(
+    tiny: Callable[..., Path], tmp_path: Path, fault: Any, where: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    registry = write_data(tmp_path)
+    train(words(tiny(), registry, tmp_path / "whole"))
+    fault("small_memory", tokens=FITS_ALONE, where=where)
+    train(words(tiny(), registry, tmp_path / "small"))
+    same_run(tmp_path / "whole", tmp_path / "small")
+    assert ledger(tmp_path / "small") == []
+    said = capsys.readouterr().out
+    assert "out of memory in step 1: a row of " in said
+    assert "toy/r" in said
+    state = json.loads((tmp_path / "small/checkpoints/step-000005/state.json").read_text())
+    assert 0 < state["budget"]["tokens"] < 300
+    # Learnt once: the later steps are cut small enough from the start.
+    assert said.count("out of memory in step 5") == 0
+
+
+def test_a_sample_that_does_not_fit_alone_goes_to_the_ledger(
+    tiny: Callable[..., Path], tmp_path: Path, fault: Any
+) -> None:
+    registry = write_data(tmp_path)
+    fault("small_memory", tokens=85)
+    train(words(tiny(), registry, tmp_path / "out", max_bad_fraction=0.5, epochs=2, max_steps=None))
+    lines = ledger(tmp_path / "out")
+    assert lines
+    assert {line["reason"] for line in lines} == {"out_of_memory"}
+    # Each is told once and left out of the second epoch too.
+    assert len({line["id"] for line in lines}) == len(lines)
+    used = sum(line["samples"] for line in metrics(tmp_path / "out"))
+    assert used == 2 * (24 - len(lines))
+
+
+def test_too_many_such_samples_end_the_run(tiny: Callable[..., Path], tmp_path: Path, fault: Any) -> None:
+    fault("small_memory", tokens=30)
+    with pytest.raises(DataError, match="out_of_memory"):
+        train(words(tiny(), write_data(tmp_path), tmp_path / "out"))
+
+
+def test_a_resume_after_it_is_bit_equal(tiny: Callable[..., Path], tmp_path: Path, fault: Any) -> None:
+    registry = write_data(tmp_path)
+    more = {"lr_scheduler_type": "constant", "warmup_steps": 0}
+    fault("small_memory", tokens=FITS_ALONE)
+    train(words(tiny(), registry, tmp_path / "whole", **more))
+    train(words(tiny(), registry, tmp_path / "cut", **more, **{"max_steps": 3}))
+    train(words(tiny(), registry, tmp_path / "cut", **more, resume_from_checkpoint="latest"))
+    a, b = final_weights(tmp_path / "whole"), final_weights(tmp_path / "cut")
+    assert all(torch.equal(a[n], b[n]) for n in a)
+    assert metrics(tmp_path / "whole") == metrics(tmp_path / "cut")
+
+
+def test_one_rank_of_two_runs_out(tiny: Callable[..., Path], tmp_path: Path) -> None:
+    registry = write_data(tmp_path)
+    train(words(tiny(), registry, tmp_path / "whole"))
+    two = words(tiny(), registry, tmp_path / "two", per_device_train_batch_size=2)
+    small = {"kind": "small_memory", "tokens": FITS_ALONE, "rank": 1}
+    done = start_spoiled(two, small, processes=2)
+    assert json.loads((tmp_path / "two/run_card.json").read_text())["world_size"] == 2
+    assert "out of memory in step" in done.stdout
+    same_run(tmp_path / "whole", tmp_path / "two")
+
+
+@pytest.mark.parametrize("layout", ["zero2", "zero3"])
+def test_sharded_ranks_end_together_and_the_resume_cuts_smaller(
+    tiny: Callable[..., Path], tmp_path: Path, layout: str
+) -> None:
+    registry = write_data(tmp_path)
+    train(words(tiny(), registry, tmp_path / "whole"))
+    two = words(tiny(), registry, tmp_path / "two", per_device_train_batch_size=2, deepspeed=layout, save_steps=1)
+    small = {"kind": "small_memory", "tokens": FITS_ALONE, "rank": 1}
+    resume = ["--resume_from_checkpoint", "latest"]
+    for tries in range(6):
+        done = start_spoiled(two + resume, small, processes=2, check=False, limit=120)
+        if done.returncode == 0:
+            break
+        # The launcher's report: each rank with the exit code of its own.
+        assert f"exitcode  : {DeviceMemoryError.exit_code}" in done.stderr
+        assert "did not fit into the memory" in done.stderr
+        assert "Traceback" not in done.stderr.split("ChildFailedError")[0].replace(
+            'Traceback (most recent call last):\n  File "<frozen runpy>', ""
+        )
+        assert json.loads((tmp_path / "two/budget.json").read_text())["tokens"]
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert tries >= 1
+    same_run(tmp_path / "whole", tmp_path / "two")
+
+
+def test_a_model_that_does_not_fit_at_all(tiny: Callable[..., Path], tmp_path: Path, monkeypatch: Any) -> None:
+    def out(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has ...")
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", out)
+    with pytest.raises(DeviceMemoryError, match="does not fit into this device"):
+        train(words(tiny(), write_data(tmp_path), tmp_path / "out"))
