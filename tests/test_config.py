@@ -33,8 +33,11 @@ def run(*words: str, strategy: str = "full") -> c.Run:
     return parse([*base, *words], start=False)
 
 
-def test_every_option_of_the_issue_and_no_other() -> None:
-    assert set(RunConfig.model_fields) == {*ISSUE, "cache_dir"}
+OURS = {"cache_dir", "max_skipped_steps"}
+
+
+def test_every_option_of_the_issue_and_no_other_but_ours() -> None:
+    assert set(RunConfig.model_fields) == {*ISSUE, *OURS}
 
 
 def test_defaults_of_the_issue() -> None:
@@ -162,6 +165,25 @@ def test_rates_are_given_or_the_strategy_s() -> None:
     assert run("--train_vit", strategy="qlora").rates == {"llm": 1e-4, "vit": 1e-5, "projector": 1e-4}
 
 
+@pytest.mark.parametrize(
+    ("strategy", "words", "parts"),
+    [
+        ("full", "--no-train_vit", {"llm", "projector"}),
+        ("full", "--no-train_vit --no-train_projector", {"llm"}),
+        ("partial_llm_full_vit", "--no-train_vit", {"llm", "projector"}),
+        ("lora_llm_full_vit", "--no-train_vit", {"llm", "projector"}),
+        ("vit_only", "--no-train_vit", {"projector"}),
+        ("vit_only", "--no-train_projector", {"vit"}),
+        ("lora", "", {"llm"}),
+        ("lora", "--train_vit --no-train_projector", {"llm", "vit"}),
+        ("qlora", "--train_projector", {"llm", "projector"}),
+    ],
+)
+def test_parts_that_train(strategy: str, words: str, parts: set[str]) -> None:
+    """`full --no-train_vit` is the recipe of the Qwen authors."""
+    assert set(run(*words.split(), strategy=strategy).rates) == parts
+
+
 # run.yaml -------------------------------------------------------------------------------------------------------------
 
 
@@ -213,6 +235,7 @@ CHANGED = {
     "resume_from_checkpoint": "latest",
     "trust_remote_code": "true",
     "max_bad_fraction": "0.5",
+    "max_skipped_steps": "7",
     "epochs": "3",
     "max_steps": "7",
     "per_device_eval_batch_size": "4",

@@ -18,7 +18,7 @@ from runs import command, metrics, train, write_data
 RATES = {"learning_rate_llm": 2e-3, "learning_rate_vit": 1e-3, "learning_rate_projector": 1e-3}
 STRATEGIES: dict[str, tuple[str, dict[str, Any]]] = {
     "full": ("full", RATES),
-    "full without ViT": ("full", {"train_vit": False, "train_projector": True, **RATES, "learning_rate_vit": None}),
+    "full without ViT": ("full", {"train_vit": False, **RATES, "learning_rate_vit": None}),
     "vit_only": ("vit_only", {**RATES, "learning_rate_llm": None}),
     "partial_llm_full_vit": ("partial_llm_full_vit", {"llm_frozen_layers": 2, **RATES}),
     "lora": ("lora", {"learning_rate_llm": 2e-3}),

@@ -1,4 +1,4 @@
-"""Train the weights of every part. The recipe of the Qwen authors is `--no-train_vit --train_projector`."""
+"""Train the weights of every part. The recipe of the Qwen authors is `--no-train_vit`."""
 
 from __future__ import annotations
 

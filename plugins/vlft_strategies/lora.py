@@ -27,6 +27,9 @@ class LoraConfig(PartsConfig):
     )
     use_rslora: bool = Field(False, description="Scale by alpha/sqrt(rank) instead of alpha/rank.")
     train_vit: bool = Field(False, description="Train the vision tower's weights in full precision.")
+    train_projector: bool | None = Field(
+        None, description="Train the projector's weights.", json_schema_extra={"shown": "as train_vit"}
+    )
     train_llm: bool = Field(True, description="Put adapters on the LLM.")
 
     @model_validator(mode="after")
@@ -38,6 +41,7 @@ class LoraConfig(PartsConfig):
 
 class LoraFullVitConfig(LoraConfig):
     train_vit: bool = Field(True, description="Train the vision tower's weights in full precision.")
+    train_projector: bool | None = Field(True, description="Train the projector's weights.")
 
 
 def linear_names(model: nn.Module, layers: str) -> set[str]:

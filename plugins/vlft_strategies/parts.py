@@ -29,9 +29,8 @@ class PartsConfig(StrategyConfig):
     llm_rate: ClassVar[float] = WEIGHTS_RATE
 
     train_vit: bool = Field(True, description="Train the vision tower's weights.")
-    train_projector: bool | None = Field(
-        None, description="Train the projector's weights.", json_schema_extra={"shown": "as train_vit"}
-    )
+    # Not "as train_vit" here: the recipe of the Qwen authors freezes the vision tower and trains the projector.
+    train_projector: bool | None = Field(True, description="Train the projector's weights.")
     train_llm: bool = Field(True, description="Train the LLM's weights.")
 
     @property

@@ -34,11 +34,11 @@ MLP = ("gate_proj", "up_proj", "down_proj")
 CASES: list[tuple[str, dict[str, Any]]] = [
     ("full", {}),
     ("full", {"train_vit": False}),
-    ("full", {"train_vit": False, "train_projector": True}),
+    ("full", {"train_vit": False, "train_projector": False}),
     ("full", {"train_llm": False}),
     ("vit_only", {}),
     ("vit_only", {"train_projector": False}),
-    ("vit_only", {"train_vit": False, "train_projector": True}),
+    ("vit_only", {"train_vit": False}),
     ("vit_only", {"train_llm": True}),
     ("partial_llm_full_vit", {}),
     ("partial_llm_full_vit", {"llm_frozen_layers": 0}),
@@ -49,6 +49,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("lora", {"train_projector": True}),
     ("lora", {"lora_target_modules": ("q_proj", "gate_proj"), "lora_rank": 4, "use_rslora": True}),
     ("lora_llm_full_vit", {}),
+    ("lora_llm_full_vit", {"train_vit": False}),
     ("lora_llm_full_vit", {"train_projector": False, "lora_dropout": 0.0}),
     ("qlora", {}),
     ("qlora", {"train_vit": True}),
@@ -133,7 +134,8 @@ def _should_move(strategy: str, options: dict[str, Any], name: str, *, tie: bool
     part = _part(name)
     vit = options.get("train_vit", strategy in ("full", "vit_only", "partial_llm_full_vit", "lora_llm_full_vit"))
     if part in ("vit", "projector"):
-        return bool(vit if part == "vit" else options.get("train_projector", vit))
+        beside_frozen = strategy not in ("lora", "qlora")
+        return bool(vit if part == "vit" else options.get("train_projector", vit or beside_frozen))
     if not options.get("train_llm", strategy != "vit_only"):
         return False
     if "lora" in strategy:
@@ -262,7 +264,7 @@ def _difference(one: Tensor, other: Tensor) -> float:
 
 RESULTS = [
     ("full", {}),
-    ("full", {"train_vit": False, "train_projector": True}),
+    ("full", {"train_vit": False}),
     ("vit_only", {}),
     ("partial_llm_full_vit", {}),
     ("lora", {}),
