@@ -127,6 +127,12 @@ def test_a_long_path_that_is_nearly_base64(read: Read) -> None:
     assert time.perf_counter() - began < 5  # a minute, when each blank was tried as the last one
 
 
+def test_an_id_of_megabytes_does_not_fill_the_ledger(read: Read) -> None:
+    index = read(json.dumps([{"id": "x" * 10**6}, {"id": "y" * 10**6, "query": "q", "response": "a"}]))
+    assert reasons(index) == ["unknown_format"]
+    assert len(index.ledger[0].id) == len(index.sample_id(0)) == 500
+
+
 # ------------------------------------------------------------------ downloads
 
 

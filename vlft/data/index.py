@@ -179,7 +179,7 @@ class _Collector:
 
 def _own_id(raw: Any) -> str | None:
     own = raw.get("id") if isinstance(raw, dict) else None
-    return str(own) if isinstance(own, str | int) and own != "" else None
+    return str(own)[:_LONGEST_MESSAGE] if isinstance(own, str | int) and own != "" else None
 
 
 def _resolve(ref: ImageRef, job: _Job) -> images.Source:
