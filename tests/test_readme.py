@@ -8,7 +8,6 @@ import re
 import shlex
 import subprocess
 import sys
-import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -87,22 +86,23 @@ def _environment(site: Path) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder as pip leaves it when it installs the README's plugin."""
-    folder = tmp_path_factory.mktemp("site")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The README's three files side by side, as a reader has them."""
+    folder = tmp_path_factory.mktemp("norms")
     source, test = _blocks("python")
-    (folder / "norms.py").write_text(source)
-    # The README's test stands alone there; a file of its own would import the class.
-    (folder / "test_norms.py").write_text(f"from norms import Norms\n{test}")
-    project = tomllib.loads(_blocks("toml")[0])["project"]
-    info = folder / f"{project['name']}-{project['version']}.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {project['name']}\nVersion: {project['version']}\n")
-    lines = [
-        f"[{group}]\n" + "\n".join(f"{k} = {v}" for k, v in names.items())
-        for group, names in project["entry-points"].items()
-    ]
-    (info / "entry_points.txt").write_text("\n".join(lines) + "\n")
+    (settings,) = _blocks("toml")
+    for name, text in (("norms.py", source), ("test_norms.py", test), ("pyproject.toml", settings)):
+        (folder / name).write_text(text)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def site(project: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where pip installed the README's plugin; nothing is installed into this environment."""
+    folder = tmp_path_factory.mktemp("site")
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--no-index"]
+    done = subprocess.run([*pip, "--target", str(folder), "."], cwd=project, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
     return folder
 
 
@@ -111,9 +111,9 @@ def test_the_plugin_is_thirty_lines() -> None:
     assert len([line for line in source.splitlines() if line.strip()]) <= 30
 
 
-def test_the_plugin_conforms(site: Path) -> None:
-    words = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--rootdir", str(site), str(site)]
-    done = subprocess.run(words, cwd=site, capture_output=True, text=True, check=False, env=_environment(site))
+def test_the_plugin_conforms(project: Path, site: Path) -> None:
+    words = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--rootdir", "."]
+    done = subprocess.run(words, cwd=project, capture_output=True, text=True, check=False, env=_environment(site))
     assert done.returncode == 0, done.stdout[-3000:]
     assert "1 passed" in done.stdout
 
