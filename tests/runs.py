@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -98,13 +97,17 @@ def distance(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
     return (gap / sum(float(a[n].double().square().sum()) for n in a)) ** 0.5
 
 
-def launcher(processes: int, program: Sequence[str] = ("-m", "vlft")) -> list[str]:
-    """First words of a run in some processes, as a user would start it."""
+def launched(
+    words: list[str], processes: int = 1, fault: dict[str, Any] | None = None
+) -> tuple[list[str], dict[str, str]]:
+    """The command line of a run in some processes, and what its environment needs."""
+    program = ["-m", "vlft"] if fault is None else [str(Path(__file__).parent / "faults" / "spoiled.py")]
+    env = {} if fault is None else {"FAULT": json.dumps(fault)}
     if processes == 1:
-        return [sys.executable, *program]
-    port = str(20000 + os.getpid() % 20000)
+        return [sys.executable, *program, *words], env
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
-    return [*torchrun, "--master_port", port, *program]
+    torchrun += ["--master_port", str(20000 + os.getpid() % 20000)]
+    return [*torchrun, *program, *words], {"ACCELERATE_USE_CPU": "true"} | env
 
 
 def start(
@@ -112,14 +115,17 @@ def start(
     *,
     processes: int = 1,
     check: bool = True,
-    program: Sequence[str] = ("-m", "vlft"),
+    fault: dict[str, Any] | None = None,
     limit: float = 280,
     **env: str,
 ) -> subprocess.CompletedProcess[str]:
-    """Run vlft and wait; raises with its output if it fails and `check` is set, or if it takes longer than `limit` s."""
-    if processes > 1:
-        env = {"ACCELERATE_USE_CPU": "true"} | env
-    line = launcher(processes, program) + words
+    """Run vlft and wait; raises with its output if it fails and `check` is set, or if it takes longer than `limit` s.
+
+    Args:
+        fault: what goes wrong in it (tests/faults/spoiled.py).
+    """
+    line, more = launched(words, processes, fault)
+    env = more | env
     done = subprocess.run(line, capture_output=True, text=True, env=environment(**env), timeout=limit, check=False)
     if check and done.returncode:
         raise AssertionError(f"exit {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}")

@@ -51,9 +51,12 @@ def not_finite(self: Any, *, rows: list[int], what: str = "loss", **row: Any) ->
     return losses_S
 
 
-def slow(self: Any, *, seconds: float, **row: Any) -> Tensor:
-    """Every forward takes that much longer."""
-    time.sleep(seconds)
+def slow(self: Any, *, seconds: float, after: int = 0, only_evaluation: bool = False, **row: Any) -> Tensor:
+    """Forwards after the first `after` take that much longer."""
+    global calls
+    calls += 1
+    if calls > after and not (only_evaluation and self.training):
+        time.sleep(seconds)
     return forward(self, **row)
 
 
