@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import socket
+import struct
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -92,6 +94,17 @@ def test_a_parquet_file_with_damaged_pages_is_named(read: Read) -> None:
     data[200:400] = bytes(200)
     with pytest.raises(DataError, match="set cannot be read as Parquet"):
         read(bytes(data))
+
+
+def test_a_saved_dataset_with_a_damaged_offset_does_not_kill_the_process(tmp_path: Path, chat: Chat) -> None:
+    rows = [{"query": "q" * 999, "response": "a"}] * 3
+    datasets.Dataset.from_list(rows).save_to_disk(str(tmp_path / "set"))
+    (file,) = (tmp_path / "set").glob("*.arrow")
+    offsets = struct.pack("<4i", 0, 999, 1998, 2997)
+    assert offsets in file.read_bytes()
+    file.write_bytes(file.read_bytes().replace(offsets, struct.pack("<4i", 0, 999, 1 << 30, 2997)))
+    spec = DatasetSpec(name="set", json_path=tmp_path / "set")
+    assert set(reasons(open_index([spec], chat, cache_dir=tmp_path / "cache"))) == {"bad_record"}
 
 
 # ------------------------------------------------------------------ records

@@ -323,13 +323,17 @@ def _without_nulls(value: Any) -> Any:
     return value
 
 
-def _as_object(table: Any) -> Any:
+def _as_object(table: Any, *, ours: bool) -> Any:
     """The only row of a table or batch.
 
+    Args:
+        ours: vlft itself wrote it.
     Raises:
-        RecordError: it holds a text that is no UTF-8, or a date that Python does not know.
+        RecordError: it holds a text that is no UTF-8, a date that Python does not know, or is damaged.
     """
     try:
+        if not ours:
+            table.validate(full=True)  # a damaged offset leads out of the file, and the process dies of it
         return _without_nulls(table.to_pylist()[0])
     except (ValueError, ArithmeticError) as error:  # Arrow's own errors about values are ValueErrors
         raise RecordError("bad_record", f"the row cannot be read: {error}; repair it.") from None
@@ -420,7 +424,7 @@ class ParquetSource:
             self._open[number] = (reader, np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)]))
         reader, starts = self._open[number]
         n = int(np.searchsorted(starts, row, side="right")) - 1
-        return _as_object(reader.get_batch(n).slice(row - int(starts[n]), 1))
+        return _as_object(reader.get_batch(n).slice(row - int(starts[n]), 1), ours=True)
 
 
 class ArrowFolderSource:
@@ -470,4 +474,4 @@ class ArrowFolderSource:
 
     def record(self, offset: int, length: int) -> Any:
         del length
-        return _as_object(self._load()[offset : offset + 1])
+        return _as_object(self._load()[offset : offset + 1], ours=False)
