@@ -446,6 +446,17 @@ def test_bundled_deepspeed_by_an_old_path(work: Path, monkeypatch: pytest.Monkey
     assert run.notes == ("--deepspeed ./configs/zero2.json does not exist; the bundled zero2 is used.",)
 
 
+def test_missing_packages_are_found_before_torch_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With all other problems, and from a YAML file under its name there."""
+    for package in ("wandb", "deepspeed"):
+        monkeypatch.setitem(sys.modules, package, None)
+    assert problems(words("--use_wandb --deepspeed zero2 --epochs 0")) == [
+        "--epochs is '0'; give a number above 0.",
+        "--use_wandb needs wandb: pip install 'vlft[wandb]', or leave it out.",
+        "--deepspeed needs DeepSpeed: pip install 'vlft[deepspeed]', or leave it out.",
+    ]
+
+
 # Commands and exit codes ----------------------------------------------------------------------------------------------
 
 

@@ -101,7 +101,9 @@ def site(project: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where pip installed the README's plugin; nothing is installed into this environment."""
     folder = tmp_path_factory.mktemp("site")
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--no-index"]
-    done = subprocess.run([*pip, "--target", str(folder), "."], cwd=project, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [*pip, "--target", str(folder), "."], cwd=project, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     return folder
 

@@ -451,8 +451,13 @@ def _check_disk(
         problems += _registry_problems(config, place)
     if "cache_dir" not in failed and (found := no_folder(config.cache_dir)):
         problems.append(f"{place('cache_dir')} {config.cache_dir} cannot be made: {found}; choose another.")
-    if config.use_wandb and importlib.util.find_spec("wandb") is None:
-        problems.append(f"{place('use_wandb')} needs wandb: pip install 'vlft[wandb]', or leave it out.")
+    for option, package, wanted in (
+        ("use_wandb", "wandb", config.use_wandb),
+        ("deepspeed", "DeepSpeed", config.deepspeed),
+    ):
+        extra = package.lower()
+        if wanted and importlib.util.find_spec(extra) is None:
+            problems.append(f"{place(option)} needs {package}: pip install 'vlft[{extra}]', or leave it out.")
     for dataset, scripts in config.eval_dataset_scripts.items():
         where = f"{place('eval_dataset_scripts')} {dataset}"
         problems += [problem for script in scripts if (problem := _script_problem(script, where))]
