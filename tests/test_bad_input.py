@@ -832,7 +832,8 @@ TABLE: dict[str, list[Case]] = {
              ("--mixed_precision fp16 needs a GPU", "use bf16 or no"), exit=2),
         Case("wandb missing", "--use_wandb without wandb", both(missing("wandb"), option(use_wandb=True)),
              ("--use_wandb needs wandb", "pip install 'vlft[wandb]'"), exit=2),
-        Case("DeepSpeed missing", "--deepspeed without DeepSpeed", both(missing("deepspeed"), option(deepspeed="zero2")),
+        Case("DeepSpeed missing", "--deepspeed without DeepSpeed",
+             both(missing("deepspeed"), option(deepspeed="zero2")),
              ("--deepspeed needs DeepSpeed", "pip install 'vlft[deepspeed]'"), exit=2),
     ],
     "Resume": [

@@ -141,6 +141,8 @@ BAD = {
     # combinations
     "--min_pixels 2000000": "--min_pixels is 2000000, above max_pixels 1003520",
     "--wandb_project x": "--wandb_project is given, but nothing is logged there; add --use_wandb",
+    "--lr_scheduler_type constant --warmup_steps 100": "--warmup_steps is 100, but the constant schedule has no "
+    "warmup; give --lr_scheduler_type constant_with_warmup or leave it out.",
     "--augmentation geometric --no-use_data_augmentation": "use_data_augmentation is false; leave one of the two out.",
     "--learning_rate_vit 1e-5": "--learning_rate_vit is given, but qlora with these options keeps the vit frozen; "
     "leave it out or add --train_vit.",

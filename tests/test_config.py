@@ -105,6 +105,7 @@ def test_augmentation_switches() -> None:
         ({"min_pixels": 2000, "max_pixels": 1000}, "above max_pixels 1000"),
         ({"wandb_project": "x"}, "add --use_wandb"),
         ({"wandb_run_name": "x"}, "add --use_wandb"),
+        ({"lr_scheduler_type": "constant", "warmup_steps": 1}, "give --lr_scheduler_type constant_with_warmup"),
         ({"epochs": 0}, "greater than 0"),
         ({"epochs": float("inf")}, "finite"),
         ({"weight_decay": float("nan")}, "finite"),
@@ -118,6 +119,13 @@ def test_augmentation_switches() -> None:
 def test_refused(values: dict[str, Any], problem: str) -> None:
     with pytest.raises(ValidationError, match=problem):
         make(**values)
+
+
+@pytest.mark.parametrize("values", [{"lr_scheduler_type": "constant"}, {"lr_scheduler_type": "constant_with_warmup"}])
+def test_no_warmup_is_no_contradiction(values: dict[str, Any]) -> None:
+    """A file may say 0, and `constant` alone has none."""
+    assert make(**values).warmup_steps is None
+    assert make(**values, warmup_steps=0).warmup_steps == 0
 
 
 def test_frozen() -> None:

@@ -262,6 +262,12 @@ class RunConfig(BaseModel):
                 f"is {low}, above max_pixels {high}; lower it or raise --max_pixels.",
             ),
             (
+                ("warmup_steps", "lr_scheduler_type"),
+                bool(self.warmup_steps) and self.lr_scheduler_type == "constant",
+                f"is {self.warmup_steps}, but the constant schedule has no warmup; give --lr_scheduler_type "
+                "constant_with_warmup or leave it out.",
+            ),
+            (
                 ("augmentation", "use_data_augmentation"),
                 self.augmentation is not None and not self.use_data_augmentation,
                 f"is {self.augmentation}, but use_data_augmentation is false; leave one of the two out.",
