@@ -23,8 +23,8 @@ from vlft.family import Family, Parts, family_of
 WANTED_FILES = ("*.json", "*.safetensors", "*.txt", "*.jinja", "*.model", "*.tiktoken")
 
 
-def resolve_folder(name: str) -> Path:
-    """The local folder of a checkpoint: `name` itself, or the hub's snapshot of it.
+def resolve_folder(name: str, *, trust_remote_code: bool = False) -> Path:
+    """The local folder of a checkpoint: `name` itself, or the hub's snapshot of it, with its code only if trusted.
 
     Raises:
         ModelError: neither a folder nor a repository that can be reached.
@@ -34,8 +34,9 @@ def resolve_folder(name: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
+    wanted = [*WANTED_FILES, *(["*.py"] if trust_remote_code else [])]
     try:
-        return Path(snapshot_download(name, allow_patterns=list(WANTED_FILES)))
+        return Path(snapshot_download(name, allow_patterns=wanted))
     except (HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError, OSError, ValueError) as error:
         raise ModelError(
             f"--model_name_or_path '{name}' is neither a folder nor a model that the hub gave ({_short(error)}); "
@@ -130,13 +131,13 @@ def _picture_facts(folder: Path, vision: dict[str, Any]) -> PictureFacts:
     )
 
 
-def _base_folder(path: Path, adapter: dict[str, Any]) -> Path:
+def _base_folder(path: Path, adapter: dict[str, Any], trust_remote_code: bool) -> Path:
     """The folder of the model that an adapter was trained on."""
     base = adapter.get("base_model_name_or_path")
     if not base or not isinstance(base, str):
         raise ModelError(f"{path} has no base_model_name_or_path; give the model that the adapter was trained on.")
     try:
-        return resolve_folder(base)
+        return resolve_folder(base, trust_remote_code=trust_remote_code)
     except ModelError as error:
         raise ModelError(
             f"{path} names the base '{base}', which is neither a folder nor a model that the hub gave; "
@@ -150,9 +151,9 @@ def open_checkpoint(name: str, *, trust_remote_code: bool = False) -> Checkpoint
     Raises:
         ModelError: absent, unreadable, or of a type that vlft does not support.
     """
-    folder = resolve_folder(name)
+    folder = resolve_folder(name, trust_remote_code=trust_remote_code)
     adapter = read_json(folder / "adapter_config.json") if (folder / "adapter_config.json").exists() else None
-    where = _base_folder(folder / "adapter_config.json", adapter) if adapter else folder
+    where = _base_folder(folder / "adapter_config.json", adapter, trust_remote_code) if adapter else folder
     if not (where / "config.json").exists():
         raise ModelError(f"{where} has no config.json, so it is not a model folder; give output_dir/model of a run.")
     config = read_json(where / "config.json")
