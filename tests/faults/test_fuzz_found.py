@@ -17,9 +17,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from vlft.data.index import Index, open_index
-from vlft.data.registry import DatasetSpec
+from vlft.data.registry import DatasetSpec, read_registry
 from vlft.data.tokens import Chat
-from vlft.errors import DataError
+from vlft.errors import ConfigError, DataError
 from vlft.family import FAMILIES
 
 GOOD = '{"query": "q", "response": "a"}'
@@ -105,6 +105,27 @@ def test_a_saved_dataset_with_a_damaged_offset_does_not_kill_the_process(tmp_pat
     file.write_bytes(file.read_bytes().replace(offsets, struct.pack("<4i", 0, 999, 1 << 30, 2997)))
     spec = DatasetSpec(name="set", json_path=tmp_path / "set")
     assert set(reasons(open_index([spec], chat, cache_dir=tmp_path / "cache"))) == {"bad_record"}
+
+
+# ------------------------------------------------------------------ the registry
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ('{"datasets": {"a": {"json_path": "~nobody-here/x"}}}', "does not exist"),
+        ('{"datasets": {"a": {"json_path": "' + "x" * 5000 + '"}}}', "does not exist"),
+        ('{"datasets": {"a": {"json_path": ".", "allowed_roots": ["~nobody-here"]}}}', "does not exist"),
+        ('{"datasets": {"a": {"json_path": ".", "max_pixels": ' + "1" * 5000 + "}}}", "digits"),
+        ('{"datasets": {"a": ' + "[" * 5000 + "]" * 5000 + "}}", "nested too deeply"),
+        ('{"datasets": {"\\ud800": {"json_path": "."}}}', "surrogate"),
+        ('{"datasets": {"a": {"json_path": ".", "tags": {"\\ud800": "x"}}}}', "surrogate"),
+    ],
+)
+def test_a_registry_that_python_or_the_system_refuses(tmp_path: Path, text: str, said: str) -> None:
+    (tmp_path / "registry.json").write_text(text)
+    with pytest.raises(ConfigError, match=said):
+        read_registry(tmp_path / "registry.json")
 
 
 # ------------------------------------------------------------------ records

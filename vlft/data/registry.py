@@ -5,6 +5,7 @@ torch here.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -152,16 +153,23 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _read_entries(path: Path) -> Mapping[str, Any]:
     try:
         registry = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=_unique)
+        json.dumps(registry, ensure_ascii=False).encode()
     except FileNotFoundError:
         raise ConfigError(
             f"--dataset_config_path: there is no file {path.absolute()}; write the registry there."
         ) from None
+    except UnicodeEncodeError:
+        raise ConfigError(f"{path}: a text holds half of a surrogate pair, which is no character; repair it.") from None
+    except RecursionError:
+        raise ConfigError(f"{path}: it is nested too deeply; see docs/data.md.") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"--dataset_config_path: {path} cannot be read: {error}.") from error
     except _TwiceError as error:
         raise ConfigError(f"{path} has the key '{error}' twice in one object; rename or remove one.") from None
     except json.JSONDecodeError as error:
         raise ConfigError(f"{path}, line {error.lineno}, column {error.colno}: not valid JSON: {error.msg}.") from error
+    except ValueError as error:  # a number of more digits than Python reads
+        raise ConfigError(f"{path}: a value cannot be read: {error}.") from None
     datasets = registry.get("datasets") if isinstance(registry, dict) else None
     if not isinstance(datasets, dict) or not datasets:
         raise ConfigError(
@@ -206,15 +214,16 @@ def _absolute(entry: dict[str, Any], base: Path) -> dict[str, Any]:
     out = dict(entry)
     for key in ("json_path", "image_root"):
         if isinstance(out.get(key), str):
-            out[key] = base / Path(out[key]).expanduser()
+            out[key] = base / os.path.expanduser(out[key])
     roots = out.get("allowed_roots")
     if isinstance(roots, list):
-        out["allowed_roots"] = [base / Path(r).expanduser() if isinstance(r, str) else r for r in roots]
+        out["allowed_roots"] = [base / os.path.expanduser(r) if isinstance(r, str) else r for r in roots]
     return out
 
 
 def _missing(entry: dict[str, Any]) -> list[tuple[str, Path]]:
+    # os.path rather than Path: it says no to a name that is too long, and leaves a `~name` that nobody has.
     paths = [(key, entry.get(key)) for key in ("json_path", "image_root")]
     roots = entry.get("allowed_roots")
     paths += [("allowed_roots", root) for root in (roots if isinstance(roots, list) else ())]
-    return [(key, target) for key, target in paths if isinstance(target, Path) and not target.exists()]
+    return [(key, target) for key, target in paths if isinstance(target, Path) and not os.path.exists(target)]
