@@ -6,6 +6,7 @@ always the same.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -18,14 +19,15 @@ from random import Random
 from typing import Any
 
 import pytest
-from faults.mutants import PICTURES, RECORDS, Mutant, mutant, spoil_file
+from faults.mutants import PICTURES, RECORDS, Mutant, dumped, mutant, spoil_file, spoil_line, spoil_record
 from hypothesis import HealthCheck, Phase, given, note, settings
 from hypothesis import strategies as st
 
 from vlft.data.collate import Row
 from vlft.data.loader import eval_rows, step_loader
 from vlft.data.prepare import Data, DataOptions, prepare_data
-from vlft.errors import DataError
+from vlft.data.registry import read_registry
+from vlft.errors import ConfigError, DataError
 from vlft.family import FAMILIES
 
 MUTANTS = int(os.environ.get("VLFT_FUZZ", "600"))
@@ -288,6 +290,31 @@ def test_mutated_records_and_pictures(models: dict[str, Path], tmp_path: Path, c
         print(count)
 
 
+# ------------------------------------------------------------------ registries
+
+TOLD = {
+    "json_path": "a.jsonl", "image_root": ".", "format": "auto", "split": "train", "weight": 1.5, "max_samples": 3,
+    "system": "s", "columns": {"messages": "conv"}, "tags": {"role_tag": "who", "content_tag": "said"},
+    "max_pixels": 10_000, "box_format": "pixels", "allowed_roots": ["."], "dataset_class": "x",
+}  # fmt: skip
+
+
+def test_mutated_registries(tmp_path: Path) -> None:
+    """Each is read, or refused in words."""
+    (tmp_path / "a.jsonl").write_text('{"query": "q", "response": "a"}')
+    registry = {"datasets": {"a": TOLD, "b": {"json_path": "a.jsonl"}}}
+
+    def run(rng: Random) -> None:
+        text = dumped(rng, spoil_record(rng, registry)[1]) if rng.randrange(3) else json.dumps(registry).encode()
+        data = spoil_line(rng, text) if rng.randrange(3) == 0 else text
+        note(repr(data[:2000]))
+        (tmp_path / "registry.json").write_bytes(data)
+        with contextlib.suppress(ConfigError):
+            assert all(spec.json_path.exists() for spec in read_registry(tmp_path / "registry.json"))
+
+    fuzzed(MUTANTS // 10, run)
+
+
 # ------------------------------------------------------------------ files that are spoilt as a whole
 
 
@@ -306,11 +333,25 @@ def small_file(rng: Random, kind: str) -> bytes:
     return b"".join(json.dumps(record).encode() + b"\n" for record in records)
 
 
+def saved(folder: Path) -> Path:
+    """A folder of Hugging Face `datasets`; the file in it with the rows."""
+    import datasets
+
+    datasets.Dataset.from_list([control(Random(0), 3 * n, {}) for n in range(5)]).save_to_disk(str(folder))
+    return next(folder.glob("*.arrow"))
+
+
 def rows_of(path: Path) -> set[str] | None:
     """The records of a file by their places; None where it must be refused as a whole."""
+    import datasets
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    if path.is_dir():
+        try:
+            return {f"{path.name}, row {n + 1}" for n in range(len(datasets.load_from_disk(str(path))))}
+        except Exception:  # of many kinds
+            return None
     data = path.read_bytes()
     if data.startswith(b"PAR1"):
         try:
@@ -332,17 +373,22 @@ def rows_of(path: Path) -> set[str] | None:
 
 
 def test_mutated_files(models: dict[str, Path], tmp_path: Path, capsys: Any) -> None:
+    import datasets
+
     count = Count()
     good = [control(Random(0), 3 * n, {}) for n in range(CONTROLS)]
+    datasets.disable_progress_bars()
 
     def run(rng: Random) -> None:
         for _ in range(FILES):
             with tempfile.TemporaryDirectory(dir=tmp_path) as name:
                 folder = Path(name)
                 (folder / "good.jsonl").write_text("".join(json.dumps(record) + "\n" for record in good))
-                data = spoil_file(rng, small_file(rng, rng.choice(("lines", "list", "parquet"))))
+                kind = rng.choice(("lines", "list", "parquet", "saved"))
+                target = saved(folder / "file") if kind == "saved" else folder / "file"
+                data = spoil_file(rng, target.read_bytes() if kind == "saved" else small_file(rng, kind))
                 note(repr(data[:2000]))
-                (folder / "file").write_bytes(data)
+                target.write_bytes(data)
                 registry = {name: {"json_path": name} for name in ("good.jsonl", "file")}
                 (folder / "registry.json").write_text(json.dumps({"datasets": registry}))
                 expected = rows_of(folder / "file")

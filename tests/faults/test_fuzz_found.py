@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
 import struct
 import threading
@@ -105,6 +106,14 @@ def test_a_saved_dataset_with_a_damaged_offset_does_not_kill_the_process(tmp_pat
     file.write_bytes(file.read_bytes().replace(offsets, struct.pack("<4i", 0, 999, 1 << 30, 2997)))
     spec = DatasetSpec(name="set", json_path=tmp_path / "set")
     assert set(reasons(open_index([spec], chat, cache_dir=tmp_path / "cache"))) == {"bad_record"}
+
+
+@pytest.mark.parametrize("path", ["/proc/self/mem", "pipe"])
+def test_what_cannot_be_read_as_a_file_is_named(tmp_path: Path, chat: Chat, path: str) -> None:
+    os.mkfifo(tmp_path / "pipe")  # would wait for ever
+    spec = DatasetSpec(name="set", json_path=tmp_path / path)
+    with pytest.raises(DataError, match=path):
+        open_index([spec], chat, cache_dir=tmp_path / "cache")
 
 
 # ------------------------------------------------------------------ the registry

@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
+from vlft.data.patience import patient
 from vlft.errors import DataError, RecordError
 
 _CHUNK_BYTES = 1 << 20
@@ -26,6 +27,7 @@ _CHUNK_RECORDS = 1000
 _WINDOW = 8 << 20
 _WHOLE_FILE_HASH = 4 << 30
 _EDGE = 1 << 20
+_pread = patient(os.pread)
 
 
 @dataclass(frozen=True)
@@ -73,10 +75,15 @@ def open_source(path: Path, tables: Path) -> Source:
     """
     if path.is_dir():
         return _open_folder(path, tables)
-    with path.open("rb") as file:
-        head = file.read(4096)
-        while not head.removeprefix(b"\xef\xbb\xbf").strip() and (more := file.read(4096)):
-            head = more
+    if not path.is_file():
+        raise DataError(f"{path} is neither a file nor a folder; correct json_path.")
+    try:
+        with path.open("rb") as file:
+            head = file.read(4096)
+            while not head.removeprefix(b"\xef\xbb\xbf").strip() and (more := file.read(4096)):
+                head = more
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}; check the file and its rights.") from None
     if head.startswith(b"PAR1"):
         return ParquetSource(path, (path,), tables)
     if head.startswith((b"\xff\xfe", b"\xfe\xff")):
@@ -142,13 +149,16 @@ class _TextSource:
 
     @cached_property
     def _fd(self) -> int:
-        return os.open(self.path, os.O_RDONLY)
+        return patient(os.open)(self.path, os.O_RDONLY)
 
     def __getstate__(self) -> dict[str, Any]:
         return {"path": self.path, "weight": self.weight}  # a descriptor means nothing in another process
 
     def record(self, offset: int, length: int) -> Any:
-        raw = _parse(os.pread(self._fd, length, offset))
+        try:
+            raw = _parse(_pread(self._fd, length, offset))
+        except OSError as error:
+            raise RecordError("unreachable", f"{self.path} cannot be read: {error}; look at its disk.") from None
         if isinstance(raw, RecordError):
             raise raw
         return raw
@@ -170,7 +180,7 @@ class JsonLinesSource(_TextSource):
 
     def read(self, chunk: Chunk) -> tuple[list[RawRow], int]:
         """The rows of a chunk, and how many lines it has; blank lines are no records."""
-        data = os.pread(self._fd, chunk.end - chunk.start, chunk.start)
+        data = _pread(self._fd, chunk.end - chunk.start, chunk.start)
         rows: list[RawRow] = []
         at = 0
         lines = data.split(b"\n")
@@ -205,7 +215,7 @@ class JsonListSource(_TextSource):
 
     def read(self, chunk: Chunk) -> tuple[list[RawRow], int]:
         assert chunk.borders is not None
-        data = os.pread(self._fd, chunk.end - chunk.start, chunk.start)
+        data = _pread(self._fd, chunk.end - chunk.start, chunk.start)
         rows = []
         for n, (offset, length) in enumerate(chunk.borders.tolist()):
             at = offset - chunk.start
