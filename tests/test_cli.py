@@ -17,7 +17,7 @@ import pytest
 import vlft
 from vlft import cli
 from vlft.cli import load_run, main, parse
-from vlft.config import RunConfig, options_of, resolved_yaml
+from vlft.config import RunConfig, bundled, options_of, resolved_yaml
 from vlft.discovery import STRATEGIES, find, load_strategy
 from vlft.errors import ConfigError, ModelError, StrategyError
 from vlft.rivals import _SAME, _TOLD, RIVALS, nearest
@@ -370,6 +370,10 @@ def test_flags_override_the_file(work: Path) -> None:
         ("dataset_names: {a: b}", "run.yaml: dataset_names is"),
         ("- a", "YAML"),
         ("model: {name: x}", "run.yaml: model is not an option of vlft; use --model_name_or_path."),
+        ("processor: {max_pixels: 3}", "run.yaml: processor.max_pixels is not an option of vlft; use --max_pixels."),
+        ("optimizer: {lr: 1e-4}", "run.yaml: optimizer.lr is not an option of vlft; use --learning_rate_llm."),
+        ("step: {max_steps: 3}", "run.yaml: step.max_steps is not an option; use --max_steps."),
+        ("extra: {max_pixls: 3}", "run.yaml: extra is not an option"),
         ("eval_dataset_scripts: {invoices: []}", "run.yaml: eval_dataset_scripts needs a dataset and its scripts"),
         ("eval_dataset_scripts: 3", "run.yaml: eval_dataset_scripts"),
         ("3: 4", "run.yaml: 3 is not an option"),
@@ -379,6 +383,18 @@ def test_bad_yaml(work: Path, text: str, problem: str) -> None:
     found = problems(config_file(work, YAML + text + "\n"))
     assert len(found) == 1, found
     assert problem in found[0]
+
+
+def test_sections_of_another_project_s_file(work: Path) -> None:
+    """Nested settings are answered one by one, those without advice too: vlft's own file is flat."""
+    text = "peft: {dim: 8, alpha: 32, match_all: true}\nfreeze_config: {freeze_vision_tower: true}\n"
+    assert problems(config_file(work, YAML + text)) == [
+        "run.yaml: peft.dim is not an option of vlft; use --lora_rank.",
+        "run.yaml: peft.alpha is not an option of vlft; use --lora_alpha.",
+        "run.yaml: peft.match_all is not an option; 'vlft --help' lists all.",
+        "run.yaml: freeze_config.freeze_vision_tower is not an option of vlft; choose the parts with --train_vit or "
+        "--no-train_vit.",
+    ]
 
 
 @pytest.mark.parametrize("content", [b"", b"[1, 2]", b"word", b"\xff\xfe\x00bad"])
@@ -546,6 +562,11 @@ def test_commands(capsys: pytest.CaptureFixture[str]) -> None:
         "'trian' is not a command (the nearest is 'train'); commands: train, plugins, merge." in capsys.readouterr().err
     )
     assert main(["plugins", "--x"]) == 2
+    capsys.readouterr()
+    assert main(["plugins", "--help"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith("vlft plugins\n")
+    assert "--model_name_or_path" not in shown
     assert main([]) == 0
     assert main(["train"]) == 2
     err = capsys.readouterr().err
@@ -568,8 +589,31 @@ def test_merge(work: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
     assert "5 problems" in err
     assert "no such folder (the nearest is 'model')" in err
     assert "not an empty folder" in err
+    assert main(["merge"]) == 2
+    assert capsys.readouterr().err.splitlines()[1:] == [
+        "  * MODEL is missing; give the result of a run, its output_dir/model.",
+        "  * --output_dir is missing; give a path (Folder for the merged model; must be empty).",
+    ]
     assert main(["merge", "--help"]) == 0
-    assert "--base" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "\n  MODEL  " in shown
+    assert "--model" not in shown
+    assert "--base" in shown
+
+
+def test_help_about_an_unknown_strategy_says_that_it_is_unknown(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--tuning_strategy", "qlra", "--help"]) == 2
+    assert "'qlra' is unknown (the nearest is 'qlora'); installed: full, lora," in capsys.readouterr().err
+
+
+def test_help_says_where_the_launcher_s_files_are(capsys: pytest.CaptureFixture[str]) -> None:
+    """In a wheel and in a checkout; an option that takes a bundled name lists them."""
+    assert main(["--help"]) == 0
+    shown = capsys.readouterr().out
+    folder = Path(shown.rpartition("accelerate launch --config_file")[2].split(":\n")[1].split()[0])
+    names = shown.rpartition("accelerate launch --config_file")[2].split("(")[1].split(")")[0].split(", ")
+    assert sorted(names) == sorted(path.stem for path in folder.glob("*.yaml"))
+    assert ", ".join(bundled("ds_configs", ".json")) in options_of(RunConfig)["deepspeed"].text
 
 
 def test_help_and_page_show_every_option(capsys: pytest.CaptureFixture[str]) -> None:

@@ -34,6 +34,7 @@ from vlft.config import (
     Option,
     Run,
     RunConfig,
+    bundled,
     deepspeed_path,
     is_main_process,
     no_folder,
@@ -232,7 +233,7 @@ def parse(argv: Sequence[str], *, start: bool = True) -> Run:
     own = options_of(strategy.Config, "strategy") if strategy else _every_strategy_option()
     known = options_of(RunConfig) | own
     flags, broken = _read_flags(words, known, problems)
-    unknown = {key: one.place for key, one in (file | flags).items() if key not in known and key not in broken}
+    unknown = {key: one for key, one in (file | flags).items() if key not in known and key not in broken}
     problems += _unknown(unknown, known, name)
     given = _merge(file, flags)
 
@@ -363,11 +364,23 @@ def _every_strategy_option() -> dict[str, Option]:
     }
 
 
-def _unknown(names: Mapping[str, str], known: Mapping[str, Option], strategy: str) -> list[str]:
-    """One sentence for each name (with its place) that is not an option here."""
-    others = {other: cls.Config.model_fields for other, cls in _other_strategies().items()} if names else {}
+def _unnested(given: Mapping[str, Given], known: Mapping[str, Option]) -> dict[str, str]:
+    """Names and places; the sections of another project's YAML (`processor: {max_pixels: 1}`) by what is in them."""
+    places: dict[str, str] = {}
+    for name, one in given.items():
+        inner = {str(key): f"{name}.{key}" for key in one.value} if isinstance(one.value, dict) else {}
+        if any(path.lower() in RIVALS or key in known for key, path in inner.items()):
+            places |= {path: f"{one.place}.{key}" for key, path in inner.items()}
+        else:
+            places[name] = one.place
+    return places
+
+
+def _unknown(given: Mapping[str, Given], known: Mapping[str, Option], strategy: str) -> list[str]:
+    """One sentence for each name that is not an option here."""
+    others = {other: cls.Config.model_fields for other, cls in _other_strategies().items()} if given else {}
     problems = []
-    for name, place in names.items():
+    for name, place in _unnested(given, known).items():
         lower, positive = name.lower(), name.lower().removeprefix("no_")
         owners = ", ".join(other for other, fields in others.items() if name.removeprefix("no_") in fields)
         if owners:
@@ -376,6 +389,8 @@ def _unknown(names: Mapping[str, str], known: Mapping[str, Option], strategy: st
             problems.append(f"{place} is not an option; use --{lower}.")
         elif advice := RIVALS.get(lower) or RIVALS.get(positive):
             problems.append(f"{place} is not an option of vlft; {advice}.")
+        elif (last := lower.rpartition(".")[2]) in known:
+            problems.append(f"{place} is not an option; use --{last}.")
         else:
             # The nearest of `no_wandb` is use_wandb, not num_workers.
             hint = nearest(lower, known) or nearest(positive, known)
@@ -554,19 +569,27 @@ def help_text(argv: Sequence[str] = ()) -> str:
     _, words = split_words(argv)
     file, words, _ = _read_file(words, [])
     name = _strategy_name(words, file)
+    # The options that are asked for are not there: a page without them would hide that.
+    problems: list[str] = []
+    strategy, found = _find_strategy(name, problems)
+    if problems:
+        raise ConfigError(problems)
     width = max(80, min(120, shutil.get_terminal_size((110, 24)).columns))
     lines = [_USAGE.format(version=__version__)]
     options = options_of(RunConfig)
     for group, title in GROUPS.items():
         lines += ["", f"{title}:", *_help_lines([one for one in options.values() if one.group == group], width)]
-    strategies = discovery.find(discovery.STRATEGIES)
-    if name in strategies:
-        cls, found = discovery.load_strategy(name)
-        lines += ["", f"Strategy {name} ({found.source}):", *_help_lines(options_of(cls.Config, name).values(), width)]
-        lines += textwrap.wrap(_rates_line(cls), width, initial_indent="  ", subsequent_indent="  ")
+    if strategy and found:
+        own = options_of(strategy.Config, name).values()
+        lines += ["", f"Strategy {name} ({found.source}):", *_help_lines(own, width)]
+        lines += textwrap.wrap(_rates_line(strategy), width, initial_indent="  ", subsequent_indent="  ")
     else:
+        strategies = discovery.find(discovery.STRATEGIES)
         lines += ["", "Strategies (vlft --tuning_strategy NAME --help shows the options of one):"]
         lines += [f"  {one.name:<28}{one.source}" for one in strategies.values()]
+    if launch := bundled("accelerate_configs", ".yaml"):
+        folder = next(iter(launch.values())).parent
+        lines += ["", f"Files for accelerate launch --config_file ({', '.join(launch)}):", f"  {folder}"]
     return "\n".join(lines)
 
 
@@ -712,6 +735,9 @@ def parse_merge(words: Sequence[str]) -> MergeConfig:
         if "model" in given:
             problems.append(f"'{word}' is one model too many; merge takes one.")
         given.setdefault("model", Given(word, "MODEL", flag=True))
+    if "model" not in given:
+        broken.add("model")
+        problems.append("MODEL is missing; give the result of a run, its output_dir/model.")
     problems += [
         f"{one.place} is not an option of merge{nearest(name, options)}; see 'vlft merge --help'."
         for name, one in given.items()
@@ -737,6 +763,10 @@ def _merge_command(words: Sequence[str]) -> None:
 
 
 _MERGE_USAGE = "vlft merge MODEL --output_dir DIR [--base trained|original]\n"
+_PLUGINS_USAGE = """vlft plugins
+
+List the installed strategies and evaluation scripts with the distribution that each comes from: ok, broken (and why),
+or conflict, where two distributions claim one name. It takes no options."""
 SILENT_SECONDS = 5.0
 """How long a process that repeats nothing stays; a launcher ends it sooner."""
 COMMANDS = {"train": _train, "plugins": _plugins, "merge": _merge_command}
@@ -776,13 +806,18 @@ def _dispatch(words: list[str]) -> None:
     if "--version" in rest:
         print(f"vlft {__version__}")
     elif {"--help", "-h"} & set(rest) or words == []:
-        print(_merge_help() if command == "merge" else help_text([w for w in rest if w not in ("--help", "-h")]))
+        print(_help(command, [w for w in rest if w not in ("--help", "-h")]))
     else:
         COMMANDS[command](rest)
 
 
-def _merge_help() -> str:
-    return "\n".join([_MERGE_USAGE, *_help_lines(options_of(MergeConfig).values(), 110)])
+def _help(command: str, words: list[str]) -> str:
+    if command == "plugins":
+        return _PLUGINS_USAGE
+    if command == "merge":
+        lines = _help_lines(options_of(MergeConfig).values(), 110)
+        return "\n".join([_MERGE_USAGE, *(line.replace("  --model ", "  MODEL   ", 1) for line in lines)])
+    return help_text(words)
 
 
 def _without_local_rank(words: Iterable[str]) -> list[str]:

@@ -182,11 +182,13 @@ class RunConfig(BaseModel):
     )
 
     use_wandb: bool = _tracking(False, "Log to Weights & Biases as well as to metrics.jsonl.")
-    wandb_project: str | None = _tracking(None, "Project at Weights & Biases.", shown="wandb's own")
+    wandb_project: str | None = _tracking(None, "Project at Weights & Biases.", shown="vlft")
     wandb_run_name: str | None = _tracking(None, "Name of the run at Weights & Biases.", shown="wandb's own")
 
     deepspeed: str | None = _machine(
-        None, "DeepSpeed configuration: a name that ships with vlft (zero2, zero3) or a JSON file.", shown="none"
+        None,
+        "DeepSpeed configuration: a name that ships with vlft (zero2, zero3, zero3_offload) or a JSON file.",
+        shown="none",
     )
     mixed_precision: Literal["no", "bf16", "fp16"] | None = _machine(
         None, "Dtype of the products.", resume="no", shown="bf16 where the device has it, else no"
