@@ -16,11 +16,13 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -165,21 +167,39 @@ def save_result(
         whole: the parameters that `needed` names, by their names in `model`, whole.
         facts: written to vlft.json beside what merging needs.
     """
+    with _replacing(folder) as beside:
+        if isinstance(strategy, Exporter):
+            strategy.export(model, dict(whole), beside)
+        elif hasattr(model, "peft_config"):
+            _save_adapter(model, source, whole, beside)
+        else:
+            _save_plain(model, source, whole, beside)
+        carry_processor(source.checkpoint.folder, beside, min_pixels, max_pixels)
+        quantised = getattr(base_model(model), "hf_quantizer", None)
+        config = quantised.quantization_config.to_dict() if quantised is not None else None
+        (beside / META).write_text(json.dumps({"quantization": config, **facts}, indent=2, default=str))
+
+
+@contextmanager
+def _replacing(folder: Path) -> Iterator[Path]:
+    """A new folder that takes the place of `folder` at the end: whole or not there, whatever ends the process.
+
+    Raises:
+        ModelError: it cannot be written.
+    """
     beside = folder.with_name(f".writing-{folder.name}")
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir(parents=True)
-    if isinstance(strategy, Exporter):
-        strategy.export(model, dict(whole), beside)
-    elif hasattr(model, "peft_config"):
-        _save_adapter(model, source, whole, beside)
-    else:
-        _save_plain(model, source, whole, beside)
-    carry_processor(source.checkpoint.folder, beside, min_pixels, max_pixels)
-    quantised = getattr(base_model(model), "hf_quantizer", None)
-    config = quantised.quantization_config.to_dict() if quantised is not None else None
-    (beside / META).write_text(json.dumps({"quantization": config, **facts}, indent=2, default=str))
-    shutil.rmtree(folder, ignore_errors=True)
-    beside.rename(folder)
+    try:
+        shutil.rmtree(beside, ignore_errors=True)
+        beside.mkdir(parents=True)
+        yield beside
+        shutil.rmtree(folder, ignore_errors=True)
+        beside.rename(folder)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(beside, ignore_errors=True)
+        raise ModelError(
+            f"{folder} could not be written: {error}; free some space and try again (a run goes on with "
+            "--resume_from_checkpoint latest, its checkpoints are whole)."
+        ) from error
 
 
 def _quantised_base(folder: Path, settings: dict[str, Any], device: str) -> nn.Module:
@@ -239,14 +259,14 @@ def merge(model: Path, output: Path, base: Literal["trained", "original"] = "tra
     if output.exists() and any(output.iterdir()):
         raise ModelError(f"{output} is not empty; choose another --output_dir.")
     whole: Any = merged(model, base, "cuda" if torch.cuda.is_available() else "cpu")
-    output.mkdir(parents=True, exist_ok=True)
-    whole.save_pretrained(output)
-    for pattern in _CARRIED:
-        for file in model.glob(pattern):
-            shutil.copyfile(file, output / file.name)
     meta = _meta(model)
     quantised = bool(meta.get("quantization"))
-    (output / META).write_text(json.dumps(meta | {"quantization": None, "merged_onto": base}, indent=2))
+    with _replacing(output) as beside:
+        whole.save_pretrained(beside)
+        for pattern in _CARRIED:
+            for file in model.glob(pattern):
+                shutil.copyfile(file, beside / file.name)
+        (beside / META).write_text(json.dumps(meta | {"quantization": None, "merged_onto": base}, indent=2))
     if quantised and base == "original":
         return f"merged onto the original weights into {output}; logits differ from training's by the NF4 rounding."
     onto = "the dequantised NF4 base, as trained" if quantised else "the base"

@@ -6,6 +6,7 @@ FAULT is a JSON object: {"kind": ..., "rank": which rank has it (default all), a
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import signal
 import sys
@@ -69,7 +70,17 @@ def dies(self: Any, *, call: int, **row: Any) -> Tensor:
     return forward(self, **row)
 
 
-KINDS = {f.__name__: f for f in (small_memory, not_finite, slow, dies)}
+def kills_workers(self: Any, *, call: int, **row: Any) -> Tensor:
+    """The system kills the data workers while this forward (from 0) runs."""
+    global calls
+    calls += 1
+    if calls - 1 == call:
+        for worker in multiprocessing.active_children():
+            os.kill(worker.pid or 0, signal.SIGKILL)
+    return forward(self, **row)
+
+
+KINDS = {f.__name__: f for f in (small_memory, not_finite, slow, dies, kills_workers)}
 
 
 def spoil(fault: dict[str, Any]) -> None:

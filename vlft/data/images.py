@@ -6,24 +6,29 @@ Legend: H, W height and width in pixels.
 from __future__ import annotations
 
 import contextlib
+import functools
 import http.client
 import io
 import os
+import stat
 import urllib.error
 import urllib.request
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import IO, Any, TypeAlias
+from typing import IO, Any, Concatenate, ParamSpec, TypeAlias, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import xxhash
 
 from vlft.data.formats import ImageRef
+from vlft.data.patience import DELAYS, passes, patient
 from vlft.errors import RecordError
 
+P = ParamSpec("P")
+T = TypeVar("T")
 Source: TypeAlias = str | Path | bytes
 """A path that was checked, or the encoded file itself."""
 
@@ -66,7 +71,7 @@ def resolve(
         raise RecordError(
             "path_outside_root", f"{ref.value} leads to {path}, outside {root}; add its folder to 'allowed_roots'."
         )
-    if not os.path.isfile(path):
+    if not _is_file(path):
         found = "is no file" if os.path.exists(path) else "does not exist"
         raise RecordError("image_missing", f"{path} {found}; check 'image_root' in the registry.")
     return path
@@ -146,27 +151,46 @@ def _opened(source: Source) -> Iterator[Any]:
         raise RecordError(
             "image_unreadable", f"{name} is no picture in a format that Pillow knows; replace it."
         ) from None
-    except (
-        OSError,
-        ValueError,
-        SyntaxError,
-        EOFError,
-        IndexError,
-        TypeError,
-        KeyError,
-        ZeroDivisionError,
-        MemoryError,
-    ) as error:
-        raise RecordError(
-            "image_unreadable", f"{name} cannot be read: {type(error).__name__}: {error}; replace it."
-        ) from None
     except Exception as error:
+        if passes(error):
+            raise  # for `_patiently`
         # Pillow's plugins raise struct.error, zlib.error and more on damaged files: one file must not end a run.
         raise RecordError(
             "image_unreadable", f"{name} cannot be read: {type(error).__name__}: {error}; replace it."
         ) from None
 
 
+def _patiently(function: Callable[Concatenate[Source, P], T]) -> Callable[Concatenate[Source, P], T]:
+    """Wait for a network file system that is away; after that, the picture is `unreachable`."""
+    trying = patient(function)
+
+    @functools.wraps(function)
+    def reaching(source: Source, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        try:
+            return trying(source, *args, **kwargs)
+        except OSError as error:
+            if not passes(error):
+                raise
+            text = (
+                f"{_name(source)} could not be reached for {sum(DELAYS):.0f} s: {error}; look at its disk or network."
+            )
+            raise RecordError("unreachable", text) from None
+
+    return reaching
+
+
+@_patiently
+def _is_file(path: Source) -> bool:
+    """As os.path.isfile, which says no where a network file system is only away."""
+    try:
+        return stat.S_ISREG(os.stat(path).st_mode)
+    except (OSError, ValueError) as error:
+        if passes(error):
+            raise
+        return False
+
+
+@_patiently
 def probe(source: Source, *, max_image_pixels: int = MAX_IMAGE_PIXELS) -> tuple[int, int]:
     """(width, height) in pixels after EXIF orientation, from headers alone.
 
@@ -229,6 +253,7 @@ def _check_size(width: int, height: int, name: str, max_image_pixels: int) -> No
         )
 
 
+@_patiently
 def content_hash(source: Source) -> int:
     """64-bit hash of (size, first 32 KiB, last 32 KiB): equal files always hash equally, whatever they are called."""
     with _stream(source) as stream:
@@ -243,6 +268,7 @@ def content_hash(source: Source) -> int:
 # ------------------------------------------------------------------ pixels
 
 
+@_patiently
 def decode(
     source: Source,
     size_wh: tuple[int, int],
@@ -285,6 +311,8 @@ def _loaded(picture: Any, source: Source) -> Any:
     try:
         picture.load()
     except OSError as error:
+        if passes(error):
+            raise
         raise RecordError("image_truncated", f"{_name(source)} cannot be decoded: {error}; replace it.") from None
     return picture
 

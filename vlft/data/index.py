@@ -129,6 +129,9 @@ class _Collector:
             record = parse_record(row.raw, self.job.spec, str(row.row))
             self._index(row, record, seen)
         except RecordError as error:
+            if error.reason == "unreachable":
+                # Kept in the cache, it would be left out of every later run as well.
+                raise DataError(f"{error} Then start again; nothing was written yet.") from None
             self._reject(row, error.reason, str(error), _watch(error, seen, self.job, row))
         except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError, OSError) as error:
             # A shape that no reader foresaw: one record must not end a run, and must not vanish either.
