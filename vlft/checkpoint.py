@@ -12,6 +12,7 @@ the previous one whole. state.json is written last: a folder without it is not a
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -116,6 +117,11 @@ def write(root: Path, step: int, rank: int, tensors: Iterable[tuple[str, str, Te
             held[name] = tensor
     flush()
     if failed:
+        # A disk that is full needs the space; other ranks remove theirs.
+        for path in beside.glob(f"*-{rank:03d}-*"):
+            path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            beside.rmdir()
         raise _unwritten(root, step, failed) from failed
     return files
 
