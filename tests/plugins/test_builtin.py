@@ -15,8 +15,9 @@ from typing import Any
 import peft
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor, nn
-from transformers import AutoModelForImageTextToText, AutoTokenizer, BitsAndBytesConfig
+from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer, BitsAndBytesConfig
 
 from vlft import VlftError, discovery, export
 from vlft.models.attention import plain_attention
@@ -303,8 +304,12 @@ def test_result_loads_in_the_documented_way(
     untouched = AutoModelForImageTextToText.from_pretrained(base)
     assert _difference(_logits(untouched, trained.source), expected) > 1e-3
     assert len(AutoTokenizer.from_pretrained(folder)) == len(AutoTokenizer.from_pretrained(base))
-    size = json.loads((folder / "preprocessor_config.json").read_text())["size"]
-    assert size == {"shortest_edge": 3136, "longest_edge": 50176}, "inference resizes as training did"
+    # Inference resizes as training did: at most 50176 pixels here.
+    processor = AutoImageProcessor.from_pretrained(folder)
+    assert dict(processor.size) == {"shortest_edge": 3136, "longest_edge": 50176}
+    for side, low, high in ((900, 40000, 50176), (20, 3136, 8000)):
+        (grid,) = processor([Image.new("RGB", (side, side))], return_tensors="pt")["image_grid_thw"].tolist()
+        assert low <= grid[1] * grid[2] * processor.patch_size**2 <= high
 
 
 @each_family
