@@ -139,7 +139,8 @@ def check_row(row: Row, data: Data, o: DataOptions) -> None:
         turns = data.index.parsed(i).turns
         added = turns[0].role != "system" and o.family.model_type != "qwen3_vl"
         assert int((ids == data.chat.end_token_id).sum()) == len(turns) + added
-        data.describe(i)
+        about = data.describe(i)
+        assert f"{about.id} {about.question}".encode()  # both are written with the predictions
 
 
 def check(data: Data, expected: set[str], count: Count) -> set[str]:

@@ -176,6 +176,10 @@ def test_an_id_of_megabytes_does_not_fill_the_ledger(read: Read) -> None:
     assert len(index.ledger[0].id) == len(index.sample_id(0)) == 500
 
 
+def test_half_a_surrogate_pair_in_an_id_can_be_written_with_the_predictions(read: Read) -> None:
+    assert read('{"id": "a\\ud800", "query": "q", "response": "a"}').sample_id(0) == "a?"
+
+
 # ------------------------------------------------------------------ downloads
 
 

@@ -182,7 +182,10 @@ class _Collector:
 
 def _own_id(raw: Any) -> str | None:
     own = raw.get("id") if isinstance(raw, dict) else None
-    return str(own)[:_LONGEST_MESSAGE] if isinstance(own, str | int) and own != "" else None
+    if not isinstance(own, str | int) or own == "":
+        return None
+    # Ids are written to files and terminals: no half surrogate pairs, no megabytes.
+    return str(own)[:_LONGEST_MESSAGE].encode("utf-8", "replace").decode()
 
 
 def _resolve(ref: ImageRef, job: _Job) -> images.Source:
