@@ -33,6 +33,9 @@ def _vlft(words: list[str], env: dict[str, str]) -> str:
         [sys.executable, "-m", "vlft", *words], capture_output=True, text=True, check=False, env=environment(**env)
     )
     assert done.returncode == 0, done.stderr
+    # Libraries' notes and bars that a user can do nothing about.
+    assert "pip install kernels" not in done.stderr
+    assert "it/s]" not in done.stderr
     return done.stdout
 
 
