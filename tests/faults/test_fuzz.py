@@ -24,7 +24,8 @@ from hypothesis import HealthCheck, Phase, given, note, settings
 from hypothesis import strategies as st
 
 from vlft.data.collate import Row
-from vlft.data.loader import eval_rows, step_loader
+from vlft.data.loader import step_loader
+from vlft.data.plan import Plan
 from vlft.data.prepare import Data, DataOptions, prepare_data
 from vlft.data.registry import read_registry
 from vlft.errors import ConfigError, DataError
@@ -108,15 +109,21 @@ def options(folder: Path, models: dict[str, Path], rng: Random) -> DataOptions:
 
 
 def used_and_not(data: Data) -> tuple[list[int], list[Any]]:
-    """(samples that an epoch and an evaluation used, ledger of all others)."""
+    """(samples that an epoch used, and one over the held-out side; ledger of all others)."""
     o = data.options
-    train = step_loader(
-        data.index, data.fitted, data.plan, data.chat, rank=0, world_size=1, seed=0, start_step=0,
-        total_steps=data.steps_per_epoch, rows_per_rank=2, token_budget=1600, num_workers=o.num_workers,
-    )  # fmt: skip
-    # Not `Data.eval_rows`: it hands on the rows alone, without what failed.
-    held_out = eval_rows(data.index, data.fitted, data.chat, data._held_out, rank=0, world_size=1, batch_size=4)
-    steps = [*train, *held_out]
+    held_out = data._held_out
+    plans = [data.plan]
+    if len(held_out):
+        sets = data.index.dataset[held_out]
+        plans.append(Plan(held_out, sets, [1.0] * len(data.index.specs), seed=0, global_batch=o.global_batch))
+    steps = [
+        step
+        for plan in plans
+        for step in step_loader(
+            data.index, data.fitted, plan, data.chat, rank=0, world_size=1, seed=0, start_step=0,
+            total_steps=plan.steps_per_epoch, rows_per_rank=2, token_budget=1600, num_workers=o.num_workers,
+        )
+    ]  # fmt: skip
     used: list[int] = []
     for row in (row for step in steps for row in step.rows if row.sample_ids):
         used += row.sample_ids
