@@ -37,8 +37,8 @@ def _command_lines() -> list[list[str]]:
     for block in _blocks(""):
         for line in block.replace("\\\n", " ").splitlines():
             words = shlex.split(line, comments=True)
-            if words[:4] == ["accelerate", "launch", "-m", "vlft"]:
-                found.append(words[4:])
+            if words[:2] == ["accelerate", "launch"]:
+                found.append(words[words.index("vlft") + 1 :])
             elif words[:1] == ["vlft"]:
                 found.append(words[1:])
     return found
@@ -69,6 +69,16 @@ def test_command_line_parses(words: list[str], tmp_path: Path, monkeypatch: pyte
         flags = {word.removeprefix("--").removeprefix("no-") for word in words if word.startswith("--")} - {"config"}
         known = run.config.model_fields_set | run.options.model_fields_set
         assert flags <= known, "every flag of the line reached an option"
+
+
+def test_launcher_s_files_are_there() -> None:
+    """In a checkout under the path that the README gives; `vlft --help` ends with their folder anywhere else."""
+    named = re.findall(r"--config_file (\S+\.yaml)", README)
+    assert named
+    assert all((ROOT / name).is_file() for name in named)
+    listed = set(re.search(r"`accelerate_configs/` \(([^)]*)\)", README)[1].replace("`", "").split(", "))  # type: ignore[index]
+    assert listed == {path.stem for path in (ROOT / "accelerate_configs").glob("*.yaml")}
+    assert cli.help_text().splitlines()[-1].strip() == str(ROOT / "accelerate_configs")
 
 
 def test_what_the_text_promises(monkeypatch: pytest.MonkeyPatch) -> None:
