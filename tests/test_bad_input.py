@@ -862,7 +862,7 @@ TABLE: dict[str, list[Case]] = {
         Case("another strategy", "another strategy than the checkpoint's",
              both(strategy("lora_llm_full_vit"), resuming()),
              ("--tuning_strategy was 'lora' and is now 'lora_llm_full_vit'", "start a new --output_dir"), exit=6,
-             problems=4),
+             problems=5),
         Case("another rate", "another rate than the checkpoint's", resuming(learning_rate_llm=3e-4),
              ("--learning_rate_llm was 0.0001 and is now 0.0003", "go on with the old value"), exit=6),
         Case("another global batch", "another global batch than the checkpoint's",
