@@ -275,9 +275,14 @@ CHANGED = {
     "learning_rate_llm": "7e-6",
     "learning_rate_vit": "7e-6",
     "learning_rate_projector": "7e-6",
-    "mixed_precision": "fp16",
 }
-ELSEWHERE = {"per_device_train_batch_size", "gradient_accumulation_steps", "tuning_strategy", "wandb_project"}
+ELSEWHERE = {
+    "mixed_precision",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "tuning_strategy",
+    "wandb_project",
+}
 
 
 def test_every_option_is_tried_on_a_resume() -> None:
@@ -291,16 +296,24 @@ def test_what_a_resume_may_change(name: str, tmp_path: Path) -> None:
     path.write_text(yaml.safe_dump(old))
     new = load_run(path, [f"--{name}", CHANGED[name]])
     if c.options_of(RunConfig)[name].resume == "yes":
-        check_resume(old, new, stored_global_batch=1, world_size=1)
+        check_resume(old, new, stored_global_batch=1, world_size=1, precision=("no", "no"))
     else:
         with pytest.raises(CheckpointError, match=f"--{name} was .* and is now"):
-            check_resume(old, new, stored_global_batch=1, world_size=1)
+            check_resume(old, new, stored_global_batch=1, world_size=1, precision=("no", "no"))
+
+
+def test_the_precision_that_was_used_counts_not_the_word() -> None:
+    """`--mixed_precision` may be left to the device: on another device that would be another run in silence."""
+    old, new = stored(), run("--mixed_precision", "bf16")
+    check_resume(old, new, stored_global_batch=1, world_size=1, precision=("bf16", "bf16"))
+    with pytest.raises(CheckpointError, match="--mixed_precision was 'bf16' and is now 'no'"):
+        check_resume(old, run(), stored_global_batch=1, world_size=1, precision=("bf16", "no"))
 
 
 def test_resume_lists_all_and_strategy_options_too() -> None:
     new = run("--lora_rank", "8", "--seed", "1", "--learning_rate_llm", "1e-3", strategy="lora")
     with pytest.raises(CheckpointError) as caught:
-        check_resume(stored(strategy="lora"), new, stored_global_batch=1, world_size=1)
+        check_resume(stored(strategy="lora"), new, stored_global_batch=1, world_size=1, precision=("no", "no"))
     problems = str(caught.value).split("\n")
     assert len(problems) == 3
     assert all(any(f"--{name} was" in p for p in problems) for name in ("lora_rank", "seed", "learning_rate_llm"))
@@ -308,7 +321,7 @@ def test_resume_lists_all_and_strategy_options_too() -> None:
 
 def test_resume_with_another_strategy() -> None:
     with pytest.raises(CheckpointError, match="--tuning_strategy was 'lora' and is now 'full'"):
-        check_resume(stored(strategy="lora"), run(), stored_global_batch=1, world_size=1)
+        check_resume(stored(strategy="lora"), run(), stored_global_batch=1, world_size=1, precision=("no", "no"))
 
 
 def test_same_words_on_another_number_of_processes() -> None:
@@ -317,7 +330,7 @@ def test_same_words_on_another_number_of_processes() -> None:
     old = stored(*words)
     for world_size, accumulation in ((1, 4), (2, 2), (4, 1), (8, 1), (3, 2)):
         new = run(*words)
-        check_resume(old, new, stored_global_batch=8, world_size=world_size)
+        check_resume(old, new, stored_global_batch=8, world_size=world_size, precision=("no", "no"))
         assert c.accumulation_for(new.config, world_size, 8) == accumulation
 
 
@@ -339,16 +352,16 @@ def test_flags_that_contradict_the_global_batch(words: str, world_size: int, fit
     old = stored("--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "4")
     new = run(*words.split())
     if fits:
-        check_resume(old, new, stored_global_batch=8, world_size=world_size)
+        check_resume(old, new, stored_global_batch=8, world_size=world_size, precision=("no", "no"))
         return
     with pytest.raises(CheckpointError, match="global batch of 8, which stays; give --per_device_train_batch_size 2"):
-        check_resume(old, new, stored_global_batch=8, world_size=world_size)
+        check_resume(old, new, stored_global_batch=8, world_size=world_size, precision=("no", "no"))
 
 
 def test_a_new_option_does_not_end_an_old_run() -> None:
     old = stored()
     del old["on_too_long"]
-    check_resume(old, run("--on_too_long", "drop"), stored_global_batch=1, world_size=1)
+    check_resume(old, run("--on_too_long", "drop"), stored_global_batch=1, world_size=1, precision=("no", "no"))
 
 
 # The folder, bundled files -------------------------------------------------------------------------------------------
@@ -360,6 +373,9 @@ def test_output_dir(tmp_path: Path) -> None:
     (tmp_path / ".keep").touch()
     c.check_output_dir(make(output_dir=tmp_path))
     (tmp_path / "run.yaml").touch()
+    with pytest.raises(ConfigError, match="no run of vlft"):
+        c.check_output_dir(make(output_dir=tmp_path, resume_from_checkpoint="latest"))
+    (tmp_path / "run_card.json").touch()
     with pytest.raises(ConfigError, match="is not empty; give --resume_from_checkpoint latest"):
         c.check_output_dir(make(output_dir=tmp_path))
     c.check_output_dir(make(output_dir=tmp_path, resume_from_checkpoint="latest"))

@@ -64,7 +64,7 @@ def test_held_out_loss_is_the_plain_mean_over_supervised_tokens(
     (job,) = jobs
     data: Data = job.data
     losses = []
-    for row in data.eval_rows(["held"]):
+    for row in (r for s in data.eval_steps(["held"]) for r in s.rows):
         with torch.no_grad():
             losses.append(job.packed.eval()(**job.inputs(row, False)))
     assert metrics(tmp_path / "out", "eval")[0]["eval/held/loss"] == pytest.approx(float(torch.cat(losses).mean()))
@@ -80,11 +80,12 @@ def test_greedy_answers_equal_hugging_faces_generate_one_by_one(
     jobs: list[Job] = []
     monkeypatch.setattr(story, "fit", jobs.append)
     monkeypatch.setattr(story, "hand_over", lambda job: None)
+    monkeypatch.setattr(story.recovery, "judge", lambda job: None)
     train(command(tiny(), two_sets, tmp_path / "out", "full", per_device_eval_batch_size=5))
     job = jobs[0]
     job.packed.eval()
     tokenizer = job.data.chat.tokenizer
-    (row,) = job.data.eval_rows(["held"])
+    (row,) = [r for s in job.data.eval_steps(["held"]) for r in s.rows]
     made = evaluate.generate(job.model, row, job.inputs, tokenizer, 8)
     assert len(made) == 5
     plain: Any = load_hf(tiny(), "cpu")

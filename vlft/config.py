@@ -470,7 +470,9 @@ def accumulation_for(config: RunConfig, world_size: int, stored_global_batch: in
     return max(1, -(-stored_global_batch // (config.per_device_train_batch_size * world_size)))
 
 
-def check_resume(old: Mapping[str, Any], run: Run, *, stored_global_batch: int, world_size: int) -> None:
+def check_resume(
+    old: Mapping[str, Any], run: Run, *, stored_global_batch: int, world_size: int, precision: tuple[str, str]
+) -> None:
     """Refuse a resume that would silently become another run.
 
     Args:
@@ -479,10 +481,12 @@ def check_resume(old: Mapping[str, Any], run: Run, *, stored_global_batch: int, 
         stored_global_batch: G of the checkpoint. It stays: batch size and accumulation may be left out (then
             `accumulation_for` finds the accumulation on this many processes) or repeated; a change must multiply to G.
         world_size: processes now.
+        precision: mixed precision that was used, and that will be; the option may be left to the device.
     Raises:
         CheckpointError: every option that differs and may not, with both values.
     """
     new = resolved(run)
+    old, new["mixed_precision"] = {**old, "mixed_precision": precision[0]}, precision[1]
     options = {**options_of(RunConfig), **options_of(type(run.options))}
     fixed = [name for name in new if name in options and options[name].resume == "no"]
     problems = [
@@ -539,11 +543,21 @@ def output_dir_problem(folder: Path, resume: str | None) -> str:
         return f"--output_dir {folder} is a file; choose another name."
     if found := no_folder(folder, writable=True):
         return f"--output_dir {folder} cannot be made: {found}; choose another."
-    if resume or not folder.is_dir() or all(entry.name.startswith(".") for entry in folder.iterdir()):
+    if not folder.is_dir() or all(entry.name.startswith(".") for entry in folder.iterdir()):
         return ""
+    if resume and (resume != "latest" or _is_run_folder(folder)):
+        return ""
+    if resume:
+        return f"--output_dir {folder} holds something that is no run of vlft; give a new folder, or that of the run."
     return (
         f"--output_dir {folder} is not empty; give --resume_from_checkpoint latest to go on with it, or a new folder."
     )
+
+
+def _is_run_folder(folder: Path) -> bool:
+    """Whether `latest` may start fresh in it: a queue restarts a job that ended before its first checkpoint."""
+    found = {entry.name for entry in folder.iterdir() if not entry.name.startswith(".")}
+    return "run_card.json" in found or found <= {"base"}  # what a run writes first
 
 
 def no_folder(folder: Path, *, writable: bool = False) -> str:

@@ -26,12 +26,12 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from vlft.errors import ModelError
+from vlft.discovery import load_strategy
+from vlft.errors import ModelError, StrategyError, VlftError
 from vlft.models.forward import base_model
-from vlft.models.load import Source, load_hf, open_checkpoint, read_json, resolve_folder, weights_dtype
+from vlft.models.load import META, Source, load_hf, open_checkpoint, read_json, resolve_folder, weights_dtype
 from vlft.strategy import Exporter, Strategy
 
-META = "vlft.json"
 PEFT_PREFIX = "base_model.model."
 _CARRIED = (
     "tokenizer*", "vocab*", "merges*", "special_tokens_map*", "added_tokens*", "chat_template*", "preprocessor_config*",
@@ -177,7 +177,10 @@ def save_result(
         carry_processor(source.checkpoint.folder, beside, min_pixels, max_pixels)
         quantised = getattr(base_model(model), "hf_quantizer", None)
         config = quantised.quantization_config.to_dict() if quantised is not None else None
-        (beside / META).write_text(json.dumps({"quantization": config, **facts}, indent=2, default=str))
+        meta = {"quantization": config, **facts}
+        if isinstance(strategy, Exporter):
+            meta["exported_from"] = _base_name(source)
+        (beside / META).write_text(json.dumps(meta, indent=2, default=str))
 
 
 @contextmanager
@@ -219,6 +222,25 @@ def _meta(folder: Path) -> dict[str, Any]:
     return read_json(folder / META) if (folder / META).exists() else {}
 
 
+def _merged_by_plugin(folder: Path, meta: Mapping[str, Any]) -> nn.Module:
+    """What a strategy with a format of its own makes of its result."""
+    cls, found = load_strategy(str(meta["strategy"]))
+    strategy = cls(cls.Config(**meta["options"]))  # type: ignore[call-arg]  # a protocol says nothing of constructors
+    if not isinstance(strategy, Exporter):
+        raise ModelError(
+            f"{folder} was written by {meta['distribution']}; {found.source} cannot merge it: install that."
+        )
+    try:
+        return strategy.merge(folder, str(resolve_folder(str(meta["exported_from"]))))
+    except VlftError:
+        raise
+    except Exception as error:  # a plugin may raise anything
+        raise StrategyError(
+            f"strategy '{meta['strategy']}' of {found.source} failed to merge {folder}: {type(error).__name__}: "
+            f"{error}; ask its authors."
+        ) from error
+
+
 def merged(folder: Path, base: Literal["trained", "original"] = "trained", device: str = "cpu") -> nn.Module:
     """A whole plain model from an adapter folder.
 
@@ -232,6 +254,8 @@ def merged(folder: Path, base: Literal["trained", "original"] = "trained", devic
     if checkpoint.adapter is None:
         raise ModelError(f"{folder} is already a whole model: there is nothing to merge, use it as it is.")
     meta = _meta(folder)
+    if "exported_from" in meta:
+        return _merged_by_plugin(folder, meta)
     where = resolve_folder(str(checkpoint.adapter["base_model_name_or_path"]))
     quantisation = meta.get("quantization")
     if quantisation and base == "trained":

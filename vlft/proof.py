@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -153,6 +154,17 @@ def render(rows: Sequence[PartRow]) -> str:
     return table(("part", "parameters", "trainable", "dtype", "quantised", "rate"), lines)
 
 
+class Moved(NamedTuple):
+    """What was seen of a part."""
+
+    step: int
+    """The first step in which it had a finite gradient other than zero."""
+    tensors: int
+    """That should train."""
+    moved: int
+    """Of them, in that step."""
+
+
 class Proof:
     """Watches the first steps of a run; `done` once every promise was seen kept."""
 
@@ -166,8 +178,8 @@ class Proof:
         self._frozen = {n: self._sum(n) for n, p in self._named.items() if not p.requires_grad}
         self._before: dict[str, list[int]] = {}
         self._frozen_checked = False
-        self.proved: dict[str, int] = {}
-        """Part -> the step on which its gradient was seen."""
+        self.proved: dict[str, Moved] = {}
+        """Parts that were seen to train."""
 
     def _sum(self, name: str) -> int:
         p = self._named[name]
@@ -183,9 +195,22 @@ class Proof:
         return self._frozen_checked and set(self.proved) == set(self._members)
 
     @property
-    def sentence(self) -> str:
-        seen = ", ".join(f"{part} in step {step}" for part, step in self.proved.items())
-        return f"a finite gradient moved {seen}; {len(self._frozen)} frozen weights stayed as they were."
+    def missing(self) -> list[str]:
+        """Parts that should train and were not seen to."""
+        return [part for part in self._members if part not in self.proved]
+
+    def render(self) -> str:
+        """The table that is printed once every part was seen to train."""
+        rows = [(part, f"{m.tensors:,}", f"{m.moved:,}", str(m.step)) for part, m in self.proved.items()]
+        rows += [("frozen", f"{len(self._frozen):,}", "0", "")] if self._frozen else []
+        return table(("proved", "tensors", "moved", "in step"), rows)
+
+    def state(self) -> dict[str, list[int]]:
+        return {part: [m.step, m.tensors, m.moved] for part, m in self.proved.items()}
+
+    def restore(self, state: Mapping[str, Sequence[int]]) -> None:
+        """Go on with what an earlier part of the run has proved."""
+        self.proved = {part: Moved(*facts) for part, facts in state.items()}
 
     def before_update(self, reached_pictures: bool) -> None:
         """Call with gradients in place. A step without pictures says nothing about ViT and projector.
@@ -204,19 +229,20 @@ class Proof:
                 )
             self._before[part] = [self._sum(n) for n in names]
 
-    def after_update(self, step: int) -> str | None:
-        """Call after a step that was not skipped; returns the proof in a sentence once it is complete.
+    def after_update(self, step: int) -> bool:
+        """Call after a step that was not skipped: its gradient was finite. Returns whether all is proved now.
 
         Raises:
             TrainingError: a frozen weight moved, or a part that had a gradient did not.
         """
         if not self._frozen_checked:
-            moved = [n for n, before in self._frozen.items() if self._sum(n) != before]
-            if moved:
-                raise TrainingError(f"frozen weights moved in step {step}: {_some(moved)}.")
+            changed = [n for n, before in self._frozen.items() if self._sum(n) != before]
+            if changed:
+                raise TrainingError(f"frozen weights moved in step {step}: {_some(changed)}.")
             self._frozen_checked = True
         for part, before in self._before.items():
-            if before == [self._sum(n) for n in self._members[part]]:
+            moved = sum(a != b for a, b in zip(before, [self._sum(n) for n in self._members[part]], strict=True))
+            if not moved:
                 raise TrainingError(f"'{part}' had a gradient in step {step} but none of its weights moved.")
-            self.proved[part] = step
-        return self.sentence if self.done else None
+            self.proved[part] = Moved(step, len(before), moved)
+        return self.done

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import NoReturn
 
 import torch
@@ -126,20 +127,23 @@ class EvaluationStoppedError(Exception):
 
 
 def rows_until_stopped(job: Job, datasets: Sequence[str]) -> Iterator[Row]:
-    """Held-out rows. Raises: EvaluationStoppedError on all ranks, once one of them was asked to end."""
-    for row in job.data.eval_rows(datasets):
-        if agree_to_stop(job):
-            raise EvaluationStoppedError
-        yield row
+    """Held-out rows; samples that cannot be decoded go to the ledger.
 
-
-def agree_to_stop(job: Job, told: float | None = None) -> bool:
-    """Whether any rank was asked to end; a signal may have reached one of them only.
-
-    Args:
-        told: how many ranks were asked, where a reduction that happened anyway has brought it along.
+    Raises:
+        EvaluationStoppedError: on all ranks, once one of them was asked to end.
     """
-    asked = job.engine.sums([float(job.interrupt.asked)])[0] if told is None else told
+    for step in job.data.eval_steps(datasets):
+        asked, failed = job.engine.sums([float(job.interrupt.asked), len(step.failures)])
+        if agree_to_stop(job, asked):
+            raise EvaluationStoppedError
+        if failed:
+            entries = [replace(entry, step=job.done_steps) for entry in job.engine.gather(step.failures)]
+            job.journal.ledger(entry.json() for entry in job.data.account(entries))
+        yield from step.rows
+
+
+def agree_to_stop(job: Job, asked: float) -> bool:
+    """Whether this step is the last. `asked`: the number of ranks, over all, that a signal has reached."""
     job.stopping = job.stopping or asked > 0
     return job.stopping
 
@@ -152,6 +156,24 @@ def warn_of_slow_save(job: Job, seconds: float) -> None:
             f"the save took {seconds:.0f} s, and a launcher kills {LAUNCHER_PATIENCE:.0f} s after a SIGTERM: set "
             f"PET_SHUTDOWN_TIMEOUT={2 * seconds:.0f} (torchrun --shutdown_timeout) so that a preempted run is saved."
         )
+
+
+def judge(job: Job) -> None:
+    """Say which parts were never seen to train; a run that trained none of what it promised is no success.
+
+    Raises:
+        TrainingError: no part was seen to train.
+    """
+    if not (missing := job.proof.missing):
+        return
+    reason = "no step with pictures reached them" if not {"llm", "head"} & {*missing} else "no step moved them"
+    text = f"not proved to have trained: {', '.join(missing)}; {reason}."
+    if not job.proof.proved and job.total_steps:
+        raise TrainingError(
+            f"{text} Nothing of what '{job.run.config.tuning_strategy}' promises was trained, so no model is written; "
+            "look at the data, or choose a strategy that fits them."
+        )
+    job.journal.say(f"WARNING: {text} Their weights in the result are not the data's.")
 
 
 def stop(job: Job) -> NoReturn:

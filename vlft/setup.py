@@ -21,7 +21,7 @@ from vlft.data.budget import Budget
 from vlft.data.loader import Step
 from vlft.data.prepare import Data, DataOptions, prepare_data
 from vlft.engine import Engine, seed_start
-from vlft.errors import ConfigError, StrategyError, VlftError
+from vlft.errors import CheckpointError, ConfigError, StrategyError, VlftError
 from vlft.interrupt import Interrupt
 from vlft.metrics import Metric, load_script
 from vlft.models.forward import PackedVLM, base_model
@@ -79,14 +79,14 @@ class Job:
         return {
             "global_batch": self.global_batch, "options": resolved(self.run), "bad": self.data.bad,
             "scaler": self.engine.scaler_state(), "skipped": self.skipped, "budget": self.budget.json(),
+            "proved": self.proof.state(), "data": self.data.fingerprint, "precision": self.engine.precision,
         }  # fmt: skip
 
 
 def setup(run: Run, engine: Engine) -> Job:
     config, folder = run.config, RunFolder(run.config.output_dir)
-    if engine.is_main:
-        check_output_dir(config)
-    resume = engine.from_main(checkpoints.find(config.resume_from_checkpoint, folder.checkpoints))
+    engine.on_main(lambda: check_output_dir(config))
+    resume = engine.on_main(lambda: checkpoints.find(config.resume_from_checkpoint, folder.checkpoints))
     # Once, not on every rank: the checksums of a large model's states take a while.
     state = engine.on_main(lambda: checkpoints.read_state(resume)) if resume else None
     metrics = {d: dict(load_script(s) for s in scripts) for d, scripts in config.eval_dataset_scripts.items()}
@@ -95,8 +95,14 @@ def setup(run: Run, engine: Engine) -> Job:
 
     batch = int(state["global_batch"]) if state else global_batch(config, engine.world_size)
     if state:
-        check_resume(state["options"], run, stored_global_batch=batch, world_size=engine.world_size)
+        check_resume(state["options"], run, stored_global_batch=batch, world_size=engine.world_size,
+                     precision=(state["precision"], engine.precision))  # fmt: skip
     data = engine.main_first(lambda: prepare_data(data_options(run, engine, checkpoint, batch)))
+    if state and state["data"] != data.fingerprint:
+        raise CheckpointError(
+            f"the data are not those of {resume} (now {data.plan.samples_per_epoch} training samples an epoch); go on "
+            "with the data as they were, or start a new --output_dir from the result."
+        )
     if unknown := sorted(set(metrics) - set(data.eval_datasets)):
         raise ConfigError(
             f"--eval_dataset_scripts names {', '.join(unknown)}, which has no held-out samples; "
@@ -113,6 +119,7 @@ def setup(run: Run, engine: Engine) -> Job:
         base_model(model).gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
     optimizer = build_optimizer(model, groups, run.rates, config.weight_decay)
     table = part_table(model, groups, source.parts, run.rates, source.tied_head)
+    proof = Proof(model, groups, engine)
     saved = checkpoints.load_weights(resume, model) if resume else {}
     if resume:
         engine.restore_weights(model, saved)
@@ -121,6 +128,7 @@ def setup(run: Run, engine: Engine) -> Job:
         engine.restore_state(optimizer, saved, checkpoints.load_tensors(resume, "optimizer"))
         engine.restore_scaler(state["scaler"])
         data.restore(state["bad"])
+        proof.restore(state["proved"])
 
     warmup = math.ceil(0.03 * total) if config.warmup_steps is None else config.warmup_steps
     done = int(state["step"]) if state else 0
@@ -129,7 +137,7 @@ def setup(run: Run, engine: Engine) -> Job:
                         run_name=config.wandb_run_name, options=resolved(run))  # fmt: skip
     job = Job(
         run, engine, folder, source, strategy, model, packed, optimizer,
-        schedule(config.lr_scheduler_type, warmup, total), Proof(model, groups, engine), data,
+        schedule(config.lr_scheduler_type, warmup, total), proof, data,
         ToInputs(checkpoint.pictures, config.augmentation, engine.device), metrics,
         Journal(folder, trackers, is_main=engine.is_main, total_steps=total), Interrupt(speaks=engine.is_main),
         part_costs(table), batch, total, done, int(state["skipped"]) if state else 0, budget, budget,
@@ -220,6 +228,16 @@ def open_folder(job: Job) -> None:
         return
     folder = job.folder
     folder.root.mkdir(parents=True, exist_ok=True)
+    config, engine = job.run.config, job.engine
+    card = run_card(
+        strategy=config.tuning_strategy, distribution=job.run.distribution, seed=config.seed,
+        mixed_precision=engine.precision, world_size=engine.world_size, distributed_type=engine.kind,
+        global_batch=job.global_batch,
+        trust_remote_code=config.trust_remote_code, dtypes=sorted({str(p.dtype) for p in job.model.parameters()}),
+    )  # fmt: skip
+    write_json(folder.root / "run_card.json", card)
+    for aside in checkpoints.set_aside(folder.checkpoints, job.done_steps):
+        job.journal.say(f"{aside} is of a course that this run leaves; it is kept until you delete it.")
     cut_back(folder.metrics, job.done_steps)
     cut_back(folder.ledger, job.done_steps)
     if not job.done_steps:
@@ -229,11 +247,3 @@ def open_folder(job: Job) -> None:
     unfit = job.data.account([job.data.unfit(i, job.done_steps) for i in job.budget.without])
     job.journal.ledger(entry.json() for entry in unfit)
     (folder.root / "run.yaml").write_text(resolved_yaml(job.run))
-    config, engine = job.run.config, job.engine
-    card = run_card(
-        strategy=config.tuning_strategy, distribution=job.run.distribution, seed=config.seed,
-        mixed_precision=engine.precision, world_size=engine.world_size, distributed_type=engine.kind,
-        global_batch=job.global_batch,
-        trust_remote_code=config.trust_remote_code, dtypes=sorted({str(p.dtype) for p in job.model.parameters()}),
-    )  # fmt: skip
-    write_json(folder.root / "run_card.json", card)

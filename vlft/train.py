@@ -28,6 +28,7 @@ def main(run: Run) -> None:
     try:
         job = setup(run, engine)
         fit(job)
+        recovery.judge(job)
         hand_over(job)
     except torch.OutOfMemoryError as error:
         raise recovery.end_of_memory(error) from error
@@ -90,8 +91,8 @@ def train_step(job: Job, step: Step) -> dict[str, Any]:
         norm = update.norm
         if update.applied:
             job.skipped = 0
-            if not job.proof.done and (proved := job.proof.after_update(step.number + 1)):
-                job.journal.say(f"proved: {proved}")
+            if not job.proof.done and job.proof.after_update(step.number + 1):
+                job.journal.say(job.proof.render())
         elif update.scaling and math.isfinite(loss_sum):
             skipped = "loss_scaling"
         else:
@@ -184,7 +185,8 @@ def hand_over(job: Job) -> None:
     whole = job.engine.weights(job.model, export.needed(job.strategy, job.model, job.source))
     if job.engine.is_main:
         limits = {"min_pixels": job.data.options.min_pixels, "max_pixels": job.data.options.max_pixels}
-        facts = {"strategy": job.run.config.tuning_strategy, "distribution": job.run.distribution}
+        facts = {"strategy": job.run.config.tuning_strategy, "options": job.run.options.model_dump(mode="json"),
+                 "distribution": job.run.distribution, "unproved": job.proof.missing}  # fmt: skip
         export.save_result(job.strategy, job.model, job.source, whole, job.folder.model, facts=facts, **limits)
         job.journal.say(f"model: {job.folder.model}")
         if (job.folder.model / "adapter_config.json").exists():

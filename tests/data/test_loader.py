@@ -14,7 +14,7 @@ from conftest_data import image_record, picture
 from vlft.data import images
 from vlft.data.collate import Row, collate, empty_row, sample_seed
 from vlft.data.index import Index
-from vlft.data.loader import Step, eval_rows, step_loader
+from vlft.data.loader import Step, eval_steps, step_loader
 from vlft.data.plan import Plan
 from vlft.data.sample import Fitted, Limits, build_sample, fit, split
 from vlft.data.tokens import Chat
@@ -186,7 +186,7 @@ def test_a_step_that_lost_everything_still_has_its_rows(build: Build, tmp_path: 
 def test_evaluation_uses_every_held_out_sample_once(setup: Setup, world: int) -> None:
     shares = [
         list(
-            eval_rows(
+            eval_steps(
                 setup.index,
                 setup.fitted,
                 setup.chat,

@@ -186,7 +186,7 @@ def step_loader(
     return _loader(steps, range(start_step, total_steps), num_workers, pin_memory)
 
 
-def eval_rows(
+def eval_steps(
     index: Index,
     fitted: Fitted,
     chat: Chat,

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
+import xxhash
 
 from vlft.data.budget import Budget
-from vlft.data.collate import Row
 from vlft.data.formats import Record, TextPart
 from vlft.data.index import Index, open_index
 from vlft.data.index import summary as index_summary
 from vlft.data.ledger import LedgerEntry, check_bad_fraction
-from vlft.data.loader import Step, eval_rows, step_loader, surviving
+from vlft.data.loader import Step, eval_steps, step_loader, surviving
 from vlft.data.plan import Plan
 from vlft.data.registry import read_registry
 from vlft.data.sample import Fitted, Limits, fit, split
@@ -127,20 +128,18 @@ class Data:
             start,
         )  # fmt: skip
 
-    def eval_rows(self, datasets: Sequence[str]) -> Iterator[Row]:
+    def eval_steps(self, datasets: Sequence[str]) -> Iterator[Step]:
         """Held-out rows of this rank; over all ranks each sample once, and the same number of rows everywhere."""
         o = self.options
         wanted = [n for n, name in enumerate(self._names) if name in datasets]
         ids = self._held_out[np.isin(self.index.dataset[self._held_out], wanted)]
-        steps = surviving(
-            lambda first: eval_rows(
+        return surviving(
+            lambda first: eval_steps(
                 self.index, self.fitted, self.chat, ids, rank=o.rank, world_size=o.world_size,
                 batch_size=o.eval_batch_size, start_step=first, num_workers=min(o.num_workers, 2),
                 pin_memory=o.pin_memory,
             )
         )  # fmt: skip
-        for step in steps:
-            yield from step.rows
 
     def unfit(self, i: int, step: int) -> LedgerEntry:
         """The ledger's line about sample `i`, which does not fit into the device's memory even alone in a row."""
@@ -171,6 +170,15 @@ class Data:
         self._bad |= {(e.dataset, e.message): e for e in new}
         check_bad_fraction([*self.ledger, *self._bad.values()], self.index.total, self.options.max_bad_fraction)
         return new
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Of what membership depends on: which samples train, with their content, and what became of their size."""
+        ids = self.plan.ids
+        digest = xxhash.xxh3_128()
+        for array in (self.index.identity, self.index.split_hash, self.fitted.length, self.fitted.patches):
+            digest.update(np.ascontiguousarray(array[ids]).tobytes())
+        return digest.hexdigest()
 
     @property
     def bad(self) -> list[dict[str, Any]]:

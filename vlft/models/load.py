@@ -20,6 +20,8 @@ from torch import nn
 from vlft.errors import ModelError
 from vlft.family import Family, Parts, family_of
 
+META = "vlft.json"
+"""Beside a result: what merging it needs to know."""
 WANTED_FILES = ("*.json", "*.safetensors", "*.txt", "*.jinja", "*.model", "*.tiktoken")
 
 
@@ -153,6 +155,8 @@ def open_checkpoint(name: str, *, trust_remote_code: bool = False) -> Checkpoint
     """
     folder = resolve_folder(name, trust_remote_code=trust_remote_code)
     adapter = read_json(folder / "adapter_config.json") if (folder / "adapter_config.json").exists() else None
+    if adapter is None and (folder / META).exists() and "exported_from" in (meta := read_json(folder / META)):
+        adapter = {"base_model_name_or_path": meta["exported_from"]}  # a strategy with a format of its own
     where = _base_folder(folder / "adapter_config.json", adapter, trust_remote_code) if adapter else folder
     if not (where / "config.json").exists():
         raise ModelError(f"{where} has no config.json, so it is not a model folder; give output_dir/model of a run.")
