@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 import torch
-from runs import command, metrics, train, write_data
+from runs import command, ledger, metrics, train, write_data
 
 from vlft.data.prepare import Data
-from vlft.errors import ConfigError
+from vlft.errors import ConfigError, TrainingError
 from vlft.export import merged
 from vlft.metrics import Prediction
 from vlft.metrics.exact_match import evaluate as exact_match
@@ -108,6 +108,36 @@ def test_greedy_answers_equal_hugging_faces_generate_one_by_one(
         assert tokenizer.decode(out[0, first:], skip_special_tokens=True) == made[i][1]
     references = [reference for _, _, reference in made]
     assert sorted(references)[0] in ("blue square", "describe", "green square", "red square", "grey square")
+
+
+def test_a_held_out_sample_that_cannot_be_decoded_is_in_the_ledger(
+    tiny: Callable[..., Path], tmp_path: Path, two_sets: Path
+) -> None:
+    out = tmp_path / "out"
+    options = {"max_steps": 2, "eval_steps": 1, "max_bad_fraction": 0.5}
+    train(command(tiny(), two_sets, tmp_path / "first", "lora", **options))
+    broken = tmp_path / "images" / "held-0-0.png"
+    broken.write_bytes(broken.read_bytes()[: broken.stat().st_size // 2])  # the header is whole
+    train(command(tiny(), two_sets, out, "lora", **options))
+    (line,) = ledger(out)  # once, though two evaluations met it
+    assert (line["dataset"], line["id"], line["step"]) == ("held", "r0", 1)
+    assert "eval/held/loss" in metrics(out, "eval")[0]
+
+
+def test_a_part_that_no_data_reached_is_told(
+    tiny: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Text alone: the vision tower cannot train, whatever the strategy promises."""
+    turns = [{"role": "user", "content": "what"}, {"role": "assistant", "content": "red square"}]
+    (tmp_path / "text.jsonl").write_text("".join(json.dumps({"messages": turns}) + "\n" for _ in range(8)))
+    registry = tmp_path / "registry.json"
+    registry.write_text(json.dumps({"datasets": {"text": {"json_path": "text.jsonl"}}}))
+    with pytest.raises(TrainingError, match="not proved to have trained: vit"):
+        train(command(tiny(), registry, tmp_path / "vit", "vit_only", max_steps=2))
+    assert not (tmp_path / "vit/model").exists()
+    train(command(tiny(), registry, tmp_path / "full", "full", max_steps=2))
+    assert "WARNING: not proved to have trained: vit, projector" in capsys.readouterr().out
+    assert json.loads((tmp_path / "full/model/vlft.json").read_text())["unproved"] == ["vit", "projector"]
 
 
 def test_scripts_that_cannot_work_end_the_run_before_its_first_step(

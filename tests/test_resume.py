@@ -207,3 +207,33 @@ def test_run_yaml_repeats_the_run(tiny: Callable[..., Path], tmp_path: Path) -> 
     assert metrics(tmp_path / "first") == metrics(tmp_path / "second")
     a, b = (json.loads((tmp_path / r / "run_card.json").read_text())["strategy"] for r in ("first", "second"))
     assert a == b == "lora_llm_full_vit"
+
+
+def test_going_back_leaves_the_later_checkpoints_aside(tiny: Callable[..., Path], tmp_path: Path) -> None:
+    """Otherwise `latest` would mean the course that was left."""
+    registry, out = write_data(tmp_path, 20), tmp_path / "out"
+    options = {"save_steps": 1, "lr_scheduler_type": "constant", "warmup_steps": 0}
+    train(command(tiny(), registry, out, "lora", max_steps=3, **options))
+    back = out / "checkpoints/step-000001"
+    train(command(tiny(), registry, out, "lora", max_steps=2, resume_from_checkpoint=back, **options))
+    found = sorted(p.name for p in (out / "checkpoints").iterdir())
+    assert found == ["left-1-step-000002", "left-1-step-000003", "step-000001", "step-000002"]
+    assert [line["step"] for line in metrics(out)] == [1, 2]
+
+
+def test_a_checkpoint_of_another_run_is_refused_beside_own_ones(tiny: Callable[..., Path], tmp_path: Path) -> None:
+    registry = write_data(tmp_path, 20)
+    for name in ("a", "b"):
+        train(command(tiny(), registry, tmp_path / name, "lora", max_steps=2))
+    other = tmp_path / "a/checkpoints/step-000002"
+    with pytest.raises(CheckpointError, match="is of another run"):
+        train(command(tiny(), registry, tmp_path / "b", "lora", max_steps=4, resume_from_checkpoint=other))
+
+
+def test_other_data_are_noticed(tiny: Callable[..., Path], tmp_path: Path) -> None:
+    registry = write_data(tmp_path, 20)
+    train(command(tiny(), registry, tmp_path / "out", "lora", max_steps=2))
+    lines = (tmp_path / "toy.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "toy.jsonl").write_text("".join(lines[:15]))
+    with pytest.raises(CheckpointError, match="the data are not those"):
+        train(command(tiny(), registry, tmp_path / "out", "lora", max_steps=4, resume_from_checkpoint="latest"))

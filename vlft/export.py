@@ -286,12 +286,13 @@ def merge(model: Path, output: Path, base: Literal["trained", "original"] = "tra
     whole: Any = merged(model, base, "cuda" if torch.cuda.is_available() else "cpu")
     meta = _meta(model)
     quantised = bool(meta.get("quantization"))
+    plain = {key: value for key, value in meta.items() if key != "exported_from"}
     with _replacing(output) as beside:
         whole.save_pretrained(beside)
         for pattern in _CARRIED:
             for file in model.glob(pattern):
                 shutil.copyfile(file, beside / file.name)
-        (beside / META).write_text(json.dumps(meta | {"quantization": None, "merged_onto": base}, indent=2))
+        (beside / META).write_text(json.dumps(plain | {"quantization": None, "merged_onto": base}, indent=2))
     if quantised and base == "original":
         return f"merged onto the original weights into {output}; logits differ from training's by the NF4 rounding."
     onto = "the dequantised NF4 base, as trained" if quantised else "the base"

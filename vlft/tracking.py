@@ -183,7 +183,9 @@ class Journal:
             path = self.folder.predictions(step, dataset)
             with _writable(path):
                 path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_text("".join(json.dumps(p.json(), ensure_ascii=False) + "\n" for p in made))
+                text = "".join(json.dumps(p.json(), ensure_ascii=False) + "\n" for p in made)
+                # A path that is no UTF-8 holds half surrogates, which JSON writes as such an escape.
+                path.write_bytes(text.encode("utf-8", "backslashreplace"))
 
     def metrics(self, line: dict[str, Any]) -> None:
         if not self.is_main:

@@ -36,6 +36,11 @@ MAX_IMAGE_PIXELS = 178_956_970
 """Pixels of the stored picture above which it is refused as a decompression bomb: twice Pillow's warning limit, as
 Pillow.
 """
+FORMATS = (
+    "JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "AVIF", "HEIF", "JPEG2000", "MPO", "PPM", "ICO", "TGA", "PCX",
+    "SGI", "QOI",
+)  # fmt: skip
+"""Formats that are pictures and nothing else: for EPS, Pillow would start Ghostscript on a stranger's program."""
 MAX_ASPECT = 200
 """Longer side by shorter side; Qwen-VL's processors refuse more."""
 MAX_DOWNLOAD = 64 * 2**20
@@ -126,6 +131,15 @@ def _stream(source: Source) -> IO[bytes]:
     return io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb")
 
 
+@lru_cache(maxsize=1)
+def _formats() -> tuple[str, ...]:
+    """Those of FORMATS that are there, extensions like pillow-heif's included."""
+    from PIL import Image
+
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
+
+
 @contextlib.contextmanager
 def _opened(source: Source) -> Iterator[Any]:
     """The picture as Pillow opens it (headers only), its errors as RecordError."""
@@ -136,7 +150,7 @@ def _opened(source: Source) -> Iterator[Any]:
         with warnings.catch_warnings():
             # Our own limit applies; Pillow's warning would count a merely large picture as a bomb.
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with _stream(source) as stream, Image.open(stream) as picture:
+            with _stream(source) as stream, Image.open(stream, formats=_formats()) as picture:
                 yield picture
     except RecordError:
         raise

@@ -127,6 +127,10 @@ def read_registry(path: Path, names: Sequence[str] | None = None) -> list[Datase
             near = _nearest(name, list(entries))
             problems.append(f"{path}: there is no data set '{name}'{near or '.'} It has: {', '.join(entries)}.")
             continue
+        if "/" in name or name.startswith(".") or ":" in name:
+            # It names a file of predictions, and stands before the colon of --eval_dataset_scripts.
+            problems.append(f"{path}: data set '{name}': a name has no '/' or ':' and no dot at its start; rename it.")
+            continue
         spec, found = _read_spec(name, entries[name], path)
         problems += found
         if spec is not None:
