@@ -443,6 +443,8 @@ def test_output_dir_is_refused_on_the_main_process_only(work: Path, monkeypatch:
     (work / "out").mkdir()
     (work / "out" / "run.yaml").touch()
     assert "is not empty" in problems(words(""))[0]
+    assert "no run of vlft" in problems(words("--resume_from_checkpoint latest"))[0]
+    (work / "out" / "run_card.json").touch()
     assert parse(words("--resume_from_checkpoint latest"))
     assert parse(words(""), start=False)
     monkeypatch.setenv("RANK", "0")

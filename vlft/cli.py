@@ -783,7 +783,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             # A launcher ends all processes when the first one does: leave the one that speaks the time to do so.
             time.sleep(SILENT_SECONDS)
-        return error.exit_code
+        return _leave_group(error.exit_code)
     except KeyboardInterrupt:
         return 130
     except RuntimeError as error:
@@ -792,7 +792,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         text = "another process of this run ended, so the others cannot go on; its own words say why."
         if _first_to_say(text):
             print(f"vlft (rank {os.environ.get('RANK', '0')}): {text}", file=sys.stderr, flush=True)
-        return 1
+        return _leave_group(1)
     except BrokenPipeError:
         # `vlft plugins | head`: the reader has seen enough. Python would complain once more when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -843,6 +843,21 @@ def _report(error: VlftError) -> str:
     if len(problems) == 1:
         return head + problems[0]
     return "\n".join([f"{head}{len(problems)} problems:", *(f"  * {problem}" for problem in problems)])
+
+
+def _leave_group(code: int) -> int:
+    """The exit code; a process of several ends here and now.
+
+    Unwinding a process group whose other members are gone, or wait in a collective, aborts or hangs.
+    """
+    distributed = getattr(sys.modules.get("torch"), "distributed", None)
+    if distributed is None or not distributed.is_available() or not distributed.is_initialized():
+        return code
+    if distributed.get_world_size() > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
 
 
 def _lost_another(error: RuntimeError) -> bool:
