@@ -81,19 +81,22 @@ def _left_padded(prompts: Sequence[Tensor], pad: int) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def generate(
-    model: nn.Module, row: Row, inputs: Inputs, tokenizer: Any, max_new_tokens: int
+    model: nn.Module, row: Row, inputs: Inputs, tokenizer: Any, max_new_tokens: int, *, together: bool = False
 ) -> list[tuple[int, str, str]]:
     """Greedy answers to the last question of each sample: (sample, prediction, reference).
 
     Args:
         model: the prepared model itself, not the packed wrapper.
+        together: every rank runs as many forwards as the longest answer of all needs, and one that has no question runs
+            them too: where weights are sharded, all must call every layer alike.
     """
     prompts = _prompts(row)
-    if not prompts:
+    if not prompts and not together:
         return []
+    asked = [p for _, p, _ in prompts] or [torch.tensor([tokenizer.pad_token_id])]
     hf: Any = base_model(model)
     device = next(hf.parameters()).device
-    ids, mask = _left_padded([p for _, p, _ in prompts], tokenizer.pad_token_id)
+    ids, mask = _left_padded(asked, tokenizer.pad_token_id)
     packed = inputs(row, False)
     pictures = {}
     if packed["pixel_values"] is not None:
@@ -106,10 +109,13 @@ def generate(
             **pictures,
             max_new_tokens=max_new_tokens,
             do_sample=False,
+            synced_gpus=together,
             pad_token_id=tokenizer.pad_token_id,
         )
     # Stale deltas would shift the positions of the next forward.
     hf.model.rope_deltas = None
+    if not prompts:
+        return []
     texts = tokenizer.batch_decode(out[:, ids.shape[1] :].cpu(), skip_special_tokens=True)
     references = tokenizer.batch_decode([r for _, _, r in prompts], skip_special_tokens=True)
     return [(row.sample_ids[i], t, r) for (i, _, _), t, r in zip(prompts, texts, references, strict=True)]
@@ -126,8 +132,10 @@ def predictions(
 ) -> list[Prediction]:
     """Answers of all ranks, in the order of the samples."""
     found: list[tuple[int, str, str]] = []
-    for row in rows:
-        found += generate(model, row, inputs, tokenizer, max_new_tokens)
+    together = engine.shards_weights and engine.world_size > 1
+    with engine.generating():
+        for row in rows:
+            found += generate(model, row, inputs, tokenizer, max_new_tokens, together=together)
     made = []
     for sample, text, reference in sorted(engine.gather(found)):
         about = describe(sample)

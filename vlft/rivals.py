@@ -118,7 +118,7 @@ _TOLD: dict[str, str] = {
         "attn_implementation attn_impl flash_attn flash_attention disable_flash_attn2 use_flash_attention"
     ),
     "leave it out: the optimizer is AdamW": "optim optimizer adam_beta1 adam_beta2 adam_epsilon",
-    "give it to accelerate launch --config_file": "fsdp fsdp_config",
+    "use accelerate launch --config_file accelerate_configs/fsdp2.yaml": "fsdp fsdp_config",
     "give --gradient_checkpointing or --no-gradient_checkpointing": "gradient_checkpointing_kwargs",
     "leave it out: there is nothing to set": (
         "remove_unused_columns dataloader_pin_memory dataloader_drop_last ddp_find_unused_parameters lazy_preprocess"

@@ -119,11 +119,11 @@ def setup(run: Run, engine: Engine) -> Job:
         base_model(model).gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
     optimizer = build_optimizer(model, groups, run.rates, config.weight_decay)
     table = part_table(model, groups, source.parts, run.rates, source.tied_head)
-    proof = Proof(model, groups, engine)
     saved = checkpoints.load_weights(resume, model) if resume else {}
     if resume:
         engine.restore_weights(model, saved)
     packed = engine.prepare(PackedVLM(model, source.parts, source.config.image_token_id), optimizer)
+    proof = Proof(model, groups, engine)  # FSDP puts other parameters in the place of those before `prepare`
     if resume and state:
         engine.restore_state(optimizer, saved, checkpoints.load_tensors(resume, "optimizer"))
         engine.restore_scaler(state["scaler"])

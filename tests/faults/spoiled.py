@@ -1,4 +1,7 @@
-"""vlft with a fault in it: `python tests/faults/spoiled.py WORDS`, in as many processes as a launcher starts.
+"""vlft with a fault in it, or with what this machine lacks, in as many processes as a launcher starts.
+
+    python tests/faults/spoiled.py WORDS
+
 
 FAULT is a JSON object: {"kind": ..., "rank": which rank has it (default all), and what the kind needs}.
 """
@@ -83,7 +86,45 @@ def kills_workers(self: Any, *, call: int, **row: Any) -> Tensor:
 KINDS = {f.__name__: f for f in (small_memory, not_finite, slow, dies, kills_workers)}
 
 
+def fsdp_on_cpu() -> None:
+    """FSDP2 where Accelerate ignores it: PyTorch's `fully_shard` by hand, all the rest is vlft's engine."""
+    from accelerate import Accelerator
+    from torch.distributed.fsdp import fully_shard
+
+    from vlft.engine import fsdp
+
+    def accelerator(self: Any) -> Accelerator:
+        os.environ.pop("ACCELERATE_USE_FSDP")
+        return Accelerator(mixed_precision=self.precision)
+
+    def shard(_: Any, model: Any, optimizer: Any) -> tuple[Any, Any]:
+        before = {id(p): name for name, p in model.named_parameters()}
+        names = fsdp.layer_names(model)
+        for module in list(model.modules()):
+            if type(module).__name__ in names:
+                fully_shard(module)
+        fully_shard(model)
+        after = dict(model.named_parameters())
+        for group in optimizer.param_groups:
+            group["params"] = [after[before[id(p)]] for p in group["params"]]
+        return model, optimizer
+
+    fsdp.FsdpEngine._accelerator = accelerator  # type: ignore[method-assign]
+    fsdp.FsdpEngine._shard = shard  # type: ignore[method-assign]
+
+
+def gpu_share(gib: float) -> None:
+    """The process may hold that much of the GPU; beyond, PyTorch's allocator really is out of memory."""
+    torch.cuda.set_per_process_memory_fraction(gib * 2**30 / torch.cuda.get_device_properties(0).total_memory)
+
+
 def spoil(fault: dict[str, Any]) -> None:
+    if fault["kind"] == "fsdp_on_cpu":
+        fsdp_on_cpu()
+        return
+    if fault["kind"] == "gpu_share":
+        gpu_share(fault["gib"])
+        return
     options = {k: v for k, v in fault.items() if k not in ("kind", "rank")}
     kind = KINDS[fault["kind"]]
     PackedVLM.forward = lambda self, **row: kind(self, **options, **row)  # type: ignore[method-assign]

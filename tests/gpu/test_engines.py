@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-from runs import command, final_weights, metrics, start, write_data
+from runs import command, final_weights, ledger, metrics, start, write_data
+from safetensors.torch import load_file
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 RATES = {f"learning_rate_{p}": 4e-4 for p in ("llm", "vit", "projector")}
@@ -53,6 +54,53 @@ def test_a_layout_trains_saves_and_resumes_in_bf16(
     assert whole == pytest.approx(cut, rel=0.01)
     a, b = final_weights(tmp_path / "whole"), final_weights(tmp_path / "cut")
     assert a.keys() == b.keys()
+
+
+FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+
+
+@pytest.mark.parametrize("strategy", ["full", "lora_llm_full_vit", "qlora"])
+def test_fsdp2_trains_saves_resumes_and_exports_in_bf16(
+    tiny: Callable[..., Path], tmp_path: Path, strategy: str
+) -> None:
+    registry = write_data(tmp_path)
+    rates = RATES if strategy != "qlora" else {"learning_rate_llm": 4e-4}
+    more = {} if strategy == "full" else {"lora_dropout": 0.0}
+    model = tiny(dtype="bfloat16")
+    fixed = {"save_steps": 3, "lr_scheduler_type": "constant", "warmup_steps": 0, "max_steps": 6} | rates | more
+    start(command(model, registry, tmp_path / "plain", strategy, **fixed))
+    start(command(model, registry, tmp_path / "whole", strategy, **fixed), **FSDP)
+    start(command(model, registry, tmp_path / "cut", strategy, **(fixed | {"max_steps": 3})), **FSDP)
+    start(command(model, registry, tmp_path / "cut", strategy, **fixed, resume_from_checkpoint="latest"), **FSDP)
+    plain, whole, cut = ([line["loss"] for line in metrics(tmp_path / out)] for out in ("plain", "whole", "cut"))
+    card = json.loads((tmp_path / "whole/run_card.json").read_text())
+    print("fsdp2", strategy, card["distributed_type"], plain, whole, cut)
+    assert card["distributed_type"] == "FSDP"
+    assert whole == pytest.approx(plain, rel=0.02)
+    assert whole == pytest.approx(cut, rel=0.01)
+    a, b = (load_file(next((tmp_path / run / "model").glob("*model.safetensors"))) for run in ("plain", "whole"))
+    assert a.keys() == b.keys()
+    assert all(torch.allclose(a[n].float(), b[n].float(), atol=0.02) for n in a)
+
+
+def test_a_real_out_of_memory_is_recovered(tiny: Callable[..., Path], tmp_path: Path) -> None:
+    """The process may use a small part of the GPU: rows of some samples do not fit, and one sample not even alone."""
+    registry = write_data(tmp_path, 40)
+    lines = (tmp_path / "toy.jsonl").read_text().splitlines()
+    giant = json.loads(lines[5])
+    giant["id"] = "giant"
+    giant["messages"][-1]["content"] = "the picture is red " * 9000
+    (tmp_path / "toy.jsonl").write_text("\n".join([*lines, json.dumps(giant)]) + "\n")
+    limited = {"kind": "gpu_share", "gib": 0.9}
+    options = {"per_device_train_batch_size": 8, "max_seq_length": 60_000}
+    options |= {"epochs": 2, "max_steps": None, "max_bad_fraction": 0.1, "mixed_precision": "bf16"}
+    words = command(tiny(), registry, tmp_path / "out", "full", **options, **RATES)
+    done = start([*words, "--no-gradient_checkpointing"], fault=limited)
+    print(done.stdout)
+    assert "out of memory in step" in done.stdout
+    found = ledger(tmp_path / "out")
+    assert [(line["id"], line["reason"]) for line in found] == [("giant", "out_of_memory")]
+    assert sum(line["samples"] for line in metrics(tmp_path / "out")) == 2 * 40
 
 
 @pytest.mark.parametrize("kind", ["photometric", "geometric"])

@@ -10,7 +10,8 @@ from __future__ import annotations
 import math
 import os
 import random
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+import socket
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -192,7 +193,7 @@ class Engine:
 
     def update(self) -> Update:
         """Clip and step, unless a gradient is not finite; gradients are cleared."""
-        norm = float(self.accelerator.clip_grad_norm_(self._parameters, self.max_grad_norm or float("inf")))
+        norm = self._clip()
         scaler = self.accelerator.scaler
         scale = scaler.get_scale() if scaler is not None else 1.0
         applied = scaler is not None or math.isfinite(norm)
@@ -201,6 +202,10 @@ class Engine:
             applied = not self.accelerator.optimizer_step_was_skipped
         self.optimizer.zero_grad()
         return Update(applied, norm, scaling=not applied and scale > 1.0)
+
+    def _clip(self) -> float:
+        """Unscale and clip; the norm of the whole gradient before."""
+        return float(self.accelerator.clip_grad_norm_(self._parameters, self.max_grad_norm or float("inf")))
 
     # -- whole tensors, wherever their shards lie: collective, so call on all ranks -----------------------------------
 
@@ -213,8 +218,8 @@ class Engine:
         return p.detach()
 
     @contextmanager
-    def gathered(self, _: Iterable[nn.Parameter]) -> Iterator[None]:
-        """Parameters are whole inside the block, for reading."""
+    def generating(self) -> Iterator[None]:
+        """Around Hugging Face's `generate`, which calls the model inside the wrapped module."""
         yield
 
     def weights(self, model: nn.Module, names: Collection[str]) -> dict[str, Tensor]:
@@ -302,6 +307,17 @@ def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
         size += tensor.numel()
     if bucket:
         yield bucket
+
+
+def alone() -> None:
+    """Started without a launcher, be a group of one all the same: sharding engines want a group."""
+    if "RANK" in os.environ:
+        return
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = int(probe.getsockname()[1])
+    group = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in group.items()})
 
 
 def seed_row(seed: int, step: int, row: int) -> None:

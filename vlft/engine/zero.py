@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-import socket
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,7 +20,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from vlft.engine.alarm import Alarm
-from vlft.engine.base import MOMENTS, Engine, Update
+from vlft.engine.base import MOMENTS, Engine, Update, alone
 from vlft.errors import ConfigError
 
 OWNED = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping",
@@ -64,12 +62,6 @@ def read_config(path: Path) -> dict[str, Any]:
     return dict(config)
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 class ZeroEngine(Engine):
     keeps_masters = True
     shards_states = True
@@ -95,16 +87,7 @@ class ZeroEngine(Engine):
             handlers = [InitProcessGroupKwargs(backend="gloo")]
             # DeepSpeed would compile a shared-memory reduction for a minute, which needs a compiler and gains nothing.
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        if "RANK" not in os.environ:
-            # Started without a launcher: DeepSpeed wants a group of one all the same.
-            alone = {
-                "RANK": 0,
-                "LOCAL_RANK": 0,
-                "WORLD_SIZE": 1,
-                "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": _free_port(),
-            }
-            os.environ.update({name: str(value) for name, value in alone.items()})
+        alone()
         os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
         self.config |= {
             "train_micro_batch_size_per_gpu": 1,
@@ -157,20 +140,14 @@ class ZeroEngine(Engine):
         return found
 
     def whole(self, p: nn.Parameter) -> Tensor:
+        import deepspeed
         from deepspeed.utils import safe_get_full_fp32_param
 
         master: Tensor | None = safe_get_full_fp32_param(p) if p.requires_grad else None
         if master is not None:
             return master.detach()
-        with self.gathered([p]):
+        with deepspeed.zero.GatheredParameters([p], enabled=self.shards_weights):
             return p.detach().clone()
-
-    @contextmanager
-    def gathered(self, parameters: Iterable[nn.Parameter]) -> Iterator[None]:
-        import deepspeed
-
-        with deepspeed.zero.GatheredParameters(list(parameters), enabled=self.shards_weights):
-            yield
 
     def _readers(self, model: nn.Module, optimizer: Optimizer) -> Iterator[tuple[str, str, Callable[[], Tensor]]]:
         from deepspeed.utils import safe_get_full_optimizer_state
