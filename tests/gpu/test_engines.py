@@ -91,7 +91,7 @@ def test_a_real_out_of_memory_is_recovered(tiny: Callable[..., Path], tmp_path: 
     giant["id"] = "giant"
     giant["messages"][-1]["content"] = "the picture is red " * 9000
     (tmp_path / "toy.jsonl").write_text("\n".join([*lines, json.dumps(giant)]) + "\n")
-    limited = {"kind": "gpu_share", "gib": 0.9}
+    limited = {"kind": "gpu_share", "gib": 0.12}
     options = {"per_device_train_batch_size": 8, "max_seq_length": 60_000}
     options |= {"epochs": 2, "max_steps": None, "max_bad_fraction": 0.1, "mixed_precision": "bf16"}
     words = command(tiny(), registry, tmp_path / "out", "full", **options, **RATES)
