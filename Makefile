@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 STAMP = $(VENV)/.installed
 
-.PHONY: install demo test lint types check bench base clean
+.PHONY: install demo test lint types check matrix bench base clean
 
 install: $(STAMP)  ## the project and all that tests need, into .venv
 
@@ -34,6 +34,9 @@ check: lint types test  ## everything that CI asks
 
 base: $(STAMP)  ## draw and train the demo's base model again
 	$(BIN)/python demo/make_base.py
+
+matrix: $(STAMP)  ## every layout against one process, about ten minutes; writes the table in docs/distributed.md
+	OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python tests/matrix.py
 
 bench: $(STAMP)  ## what the performance pages are made with, the part that runs on a CPU
 	$(BIN)/python bench/index.py

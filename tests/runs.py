@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +18,16 @@ from safetensors.torch import load_file
 COLOURS = {"red": (220, 40, 40), "green": (40, 200, 60), "blue": (50, 70, 220), "grey": (128, 128, 128)}
 
 
-def write_data(folder: Path, n: int = 24, *, name: str = "toy", seed: int = 0, **spec: Any) -> Path:
-    """Records with 0 to 3 pictures each, one or two turns, of different lengths; returns the registry's path."""
+def write_data(
+    folder: Path, n: int = 24, *, name: str = "toy", seed: int = 0, counts: Sequence[int] = (1, 0, 3, 2), **spec: Any
+) -> Path:
+    """Records with `counts` pictures, in turn, one or two turns, of different lengths; returns the registry's path."""
     rng = np.random.default_rng(seed)
     pictures = folder / "images"
     pictures.mkdir(parents=True, exist_ok=True)
     with (folder / f"{name}.jsonl").open("w") as out:
         for i in range(n):
-            count, colour = (1, 0, 3, 2)[i % 4], list(COLOURS)[i % len(COLOURS)]
+            count, colour = counts[i % len(counts)], list(COLOURS)[i % len(COLOURS)]
             names = []
             for k in range(count):
                 height, width = rng.integers(40, 150, 2)
