@@ -256,6 +256,11 @@ def merged(folder: Path, base: Literal["trained", "original"] = "trained", devic
     meta = _meta(folder)
     if "exported_from" in meta:
         return _merged_by_plugin(folder, meta)
+    if not (checkpoint.folder / "adapter_model.safetensors").exists():
+        # PEFT would read a pickle instead, or look for the folder's name at the hub.
+        raise ModelError(
+            f"{folder} has no adapter_model.safetensors; pickles (adapter_model.bin) are not read: copy it."
+        )
     where = resolve_folder(str(checkpoint.adapter["base_model_name_or_path"]))
     quantisation = meta.get("quantization")
     if quantisation and base == "trained":

@@ -71,7 +71,8 @@ class Chat:
         from transformers import AutoTokenizer
 
         try:
-            tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+            # Said, not left out: transformers would ask the terminal whether to run a tokenizer's own code.
+            tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
         except Exception as error:  # the tokenizers library raises bare exceptions
             what = (str(error).splitlines() or [type(error).__name__])[0][:200].rstrip(".")
             raise ModelError(

@@ -235,11 +235,12 @@ def load_hf(folder: Path, device: torch.device | str, trust_remote_code: bool = 
     Raises:
         ModelError: the weights cannot be loaded, or not all of them are there; the cause is kept.
     """
+    check_files(folder)
     _quieten()
     from transformers import AutoModelForImageTextToText
 
     options: dict[str, Any] = {"dtype": "auto", "attn_implementation": "sdpa", "device_map": {"": str(device)}}
-    options |= {"trust_remote_code": trust_remote_code, "local_files_only": True} | overrides
+    options |= {"trust_remote_code": trust_remote_code, "local_files_only": True, "use_safetensors": True} | overrides
     options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
     try:
         model, info = AutoModelForImageTextToText.from_pretrained(folder, **options)
@@ -249,6 +250,49 @@ def load_hf(folder: Path, device: torch.device | str, trust_remote_code: bool = 
     assert isinstance(model, nn.Module)
     _keep_packing(model)
     return model
+
+
+def check_files(folder: Path) -> None:
+    """A model folder may come from anyone: weights are read from its safetensors files alone, and it brings no code.
+
+    transformers would read pickles, load an adapter that lies beside the model, and fetch a kernel that config.json
+    names even where another attention is asked for.
+
+    Raises:
+        ModelError: what is found instead.
+    """
+    config = read_json(folder / "config.json")
+    for section in (config, *(part for part in config.values() if isinstance(part, dict))):
+        for key in ("_attn_implementation", "attn_implementation"):
+            if "/" in str(section.get(key)):
+                raise ModelError(
+                    f"{folder / 'config.json'} asks for the kernel '{section[key]}', which is code from the hub; "
+                    f"remove '{key}' there."
+                )
+    if (folder / "adapter_config.json").exists():
+        raise ModelError(
+            f"{folder} holds an adapter beside its model; merge it, or move its files to their own folder."
+        )
+    indices = sorted(folder.glob("*.safetensors.index.json"))
+    named = [(path, name) for path in indices for name in _weight_files(read_json(path))]
+    if "transformers_weights" in config:
+        named.append((folder / "config.json", config["transformers_weights"]))
+    for path, name in named:
+        inside = isinstance(name, str) and Path(name).name == name
+        if not inside or not name.endswith((".safetensors", ".safetensors.index.json")):
+            raise ModelError(f"{path} names {name} for weights, which is no safetensors file of {folder}; correct it.")
+    if not any(folder.glob("*.safetensors")):
+        pickles = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
+        found = f", only {pickles[0]}, which could run code when it is read" if pickles else ""
+        raise ModelError(
+            f"{folder} has no weights in safetensors{found}; copy them, or convert them with save_pretrained where you "
+            "trust them."
+        )
+
+
+def _weight_files(index: Mapping[str, Any]) -> set[Any]:
+    names = index.get("weight_map")
+    return set(names.values()) if isinstance(names, dict) else set()
 
 
 def _check_complete(folder: Path, info: Mapping[str, Any]) -> None:
