@@ -83,6 +83,92 @@ def kills_workers(self: Any, *, call: int, **row: Any) -> Tensor:
     return forward(self, **row)
 
 
+def told(path: str, seconds: float, slow: str | None) -> None:
+    """Main says in a file, a word a line, which part of the run it is in.
+
+    In the part `slow` (None: in all) everything that is done to a file pauses, so that there is time to be killed in;
+    texts are written in two halves with a pause between, so that a kill tears them.
+    """
+    import pathlib
+    import shutil
+    from collections.abc import Callable, Iterable, Mapping
+
+    from vlft import checkpoint, tracking, train
+    from vlft.data import index
+
+    where = ["start"]
+
+    def say() -> None:
+        if os.environ.get("RANK", "0") == "0":
+            with open(path, "a") as file:
+                file.write(where[-1] + "\n")
+
+    def part(owner: Any, name: str, word: str) -> None:
+        real = getattr(owner, name)
+
+        def wrapped(*args: Any, **options: Any) -> Any:
+            where.append(word)
+            say()
+            try:
+                return real(*args, **options)
+            finally:
+                where.pop()
+                if word == "hand-over":
+                    where[:] = ["end"]
+                say()
+
+        setattr(owner, name, wrapped)
+
+    def pause(share: float = 1.0) -> None:
+        if slow in (None, where[-1]):
+            time.sleep(seconds * share)
+
+    def pausing(owner: Any, name: str, share: float = 1.0) -> None:
+        real = getattr(owner, name)
+
+        def wrapped(*args: Any, **options: Any) -> Any:
+            pause(share)
+            return real(*args, **options)
+
+        setattr(owner, name, wrapped)
+
+    def torn(write: Callable[[str], Any], flush: Callable[[], Any], text: str) -> None:
+        for half in (text[: len(text) // 2], text[len(text) // 2 :]):
+            write(half)
+            flush()
+            pause(0.5)
+
+    def append(path: pathlib.Path, lines: Iterable[Mapping[str, Any]]) -> None:
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        if text:
+            with path.open("a") as file:
+                torn(file.write, file.flush, text)
+
+    def write_text(self: pathlib.Path, data: str, *args: Any, **options: Any) -> int:
+        with self.open("w") as file:
+            torn(file.write, file.flush, data)
+        return len(data)
+
+    say()
+    part(index, "_build", "index")
+    part(train, "fit", "step")
+    part(train, "train_step", "step")
+    part(train, "save_checkpoint", "save")
+    part(train, "run_evaluation", "evaluation")
+    part(train, "hand_over", "hand-over")
+    pausing(PackedVLM, "forward")
+    pausing(index, "_publish")
+    pausing(checkpoint, "save_file")
+    pausing(checkpoint, "_sync")
+    pausing(os, "replace")
+    pausing(pathlib.Path, "rename")
+    pausing(shutil, "rmtree")
+    pausing(shutil, "copyfile")
+    pausing(os, "unlink", 0.1)
+    tracking.append = append
+    pathlib.Path.write_text = write_text  # type: ignore[method-assign,assignment]
+
+
 KINDS = {f.__name__: f for f in (small_memory, not_finite, slow, dies, kills_workers)}
 
 
@@ -121,6 +207,9 @@ def gpu_share(gib: float) -> None:
 def spoil(fault: dict[str, Any]) -> None:
     if fault["kind"] == "fsdp_on_cpu":
         fsdp_on_cpu()
+        return
+    if fault["kind"] == "told":
+        told(fault["path"], fault["seconds"], fault["slow"])
         return
     if fault["kind"] == "gpu_share":
         gpu_share(fault["gib"])
