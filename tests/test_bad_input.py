@@ -363,6 +363,15 @@ def without_weight(w: Work) -> None:
     save_file(tensors, path, {"format": "pt"})
 
 
+def pickled(w: Work) -> None:
+    import torch
+    from safetensors.torch import load_file
+
+    path = w.own_model() / "model.safetensors"
+    torch.save(load_file(path), path.with_name("pytorch_model.bin"))
+    path.unlink()
+
+
 def wrong_shape(w: Work) -> None:
     from safetensors.torch import load_file, save_file
 
@@ -786,7 +795,9 @@ TABLE: dict[str, list[Case]] = {
              model_file("config.json", in_json(text_config={"hidden_size": "wide"})),
              ("config.json", "copy"), exit=4),
         Case("no weights", "no weights", model_file("model.safetensors", None),
-             ("the model in", "cannot be loaded", "copy"), exit=4, loads=True),
+             ("has no weights in safetensors", "copy them"), exit=4, loads=True),
+        Case("weights pickled", "weights in a pickle alone", pickled,
+             ("has no weights in safetensors", "only pytorch_model.bin", "save_pretrained"), exit=4, loads=True),
         Case("weights truncated", "weights that break off", model_file("model.safetensors", lambda old: old[:90000]),
              ("the model in", "cannot be loaded", "copy"), exit=4, loads=True),
         Case("weight missing", "weights of which one is missing", without_weight,

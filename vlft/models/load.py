@@ -283,10 +283,11 @@ def check_files(folder: Path) -> None:
             raise ModelError(f"{path} names {name} for weights, which is no safetensors file of {folder}; correct it.")
     if not any(folder.glob("*.safetensors")):
         pickles = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
-        found = f", only {pickles[0]}, which could run code when it is read" if pickles else ""
+        if not pickles:
+            raise ModelError(f"{folder} has no weights in safetensors; copy them.")
         raise ModelError(
-            f"{folder} has no weights in safetensors{found}; copy them, or convert them with save_pretrained where you "
-            "trust them."
+            f"{folder} has no weights in safetensors, only {pickles[0]}, which could run code when it is read; if you "
+            "trust it, load it with transformers and write it again with save_pretrained."
         )
 
 
