@@ -190,13 +190,16 @@ def _replacing(folder: Path) -> Iterator[Path]:
     Raises:
         ModelError: it cannot be written.
     """
-    beside = folder.with_name(f".writing-{folder.name}")
+    beside, old = (folder.with_name(f".{word}-{folder.name}") for word in ("writing", "old"))
     try:
         shutil.rmtree(beside, ignore_errors=True)
         beside.mkdir(parents=True)
         yield beside
-        shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+        if folder.exists():
+            folder.rename(old)
         beside.rename(folder)
+        shutil.rmtree(old, ignore_errors=True)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(beside, ignore_errors=True)
         raise ModelError(

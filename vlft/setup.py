@@ -29,7 +29,7 @@ from vlft.models.load import Checkpoint, Source, cast, open_checkpoint, read_jso
 from vlft.optim import Multiplier, build_optimizer, schedule
 from vlft.proof import PartRow, Proof, check_groups, part_table, render
 from vlft.strategy import ParamGroup, Strategy
-from vlft.tracking import Journal, RunFolder, Trackers, cut_back, run_card, write_json
+from vlft.tracking import Journal, RunFolder, Trackers, cut_back, run_card, told, write_json
 
 
 @dataclass
@@ -127,7 +127,7 @@ def setup(run: Run, engine: Engine) -> Job:
     if resume and state:
         engine.restore_state(optimizer, saved, checkpoints.load_tensors(resume, "optimizer"))
         engine.restore_scaler(state["scaler"])
-        data.restore(state["bad"])
+        data.restore([*state["bad"], *told_since_save(engine, folder, int(state["step"]))])
         proof.restore(state["proved"])
 
     warmup = math.ceil(0.03 * total) if config.warmup_steps is None else config.warmup_steps
@@ -173,6 +173,12 @@ def known_budget(state: Mapping[str, Any] | None, folder: RunFolder, engine: Eng
     budget = Budget.from_json(state["budget"]) if state else Budget()
     left = engine.from_main(read_json(folder.budget) if engine.is_main and folder.budget.exists() else None)
     return budget.meet(Budget.from_json(left)) if left else budget
+
+
+def told_since_save(engine: Engine, folder: RunFolder, step: int) -> list[dict[str, Any]]:
+    """Ledger entries of the evaluation that follows the checkpoint's save: the checkpoint does not know of them."""
+    lines = engine.from_main(told(folder.ledger, step) if engine.is_main else [])
+    return [line for line in lines if line["step"] == step and line["reason"] != "not_finite"]
 
 
 def part_costs(rows: list[PartRow]) -> tuple[float, float]:

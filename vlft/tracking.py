@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -79,6 +79,17 @@ def cut_back(path: Path, step: int) -> None:
     beside = path.with_suffix(".cutting")
     beside.write_text("".join(kept))
     beside.replace(path)
+
+
+def told(path: Path, step: int) -> list[dict[str, Any]]:
+    """Ledger lines of training and evaluation up to `step`; none for a line cut by a kill."""
+    found = []
+    for line in path.read_text().splitlines() if path.exists() else ():
+        with suppress(ValueError, KeyError):
+            entry = json.loads(line)
+            if 0 < entry["step"] <= step:
+                found.append(entry)
+    return found
 
 
 def append(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:
@@ -225,7 +236,8 @@ def peak_memory_gib(device: torch.device) -> float:
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    beside = path.with_suffix(".writing")
+    # Hidden: a run that is killed here has not begun its folder, and its repetition may.
+    beside = path.with_name(f".writing-{path.name}")
     with _writable(path):
         beside.write_text(json.dumps(content, indent=2, default=str))
         os.replace(beside, path)

@@ -11,6 +11,7 @@ Legend: N samples, I images, T tokens with ONE image token per picture.
 from __future__ import annotations
 
 import contextlib
+import glob
 import itertools
 import json
 import multiprocessing
@@ -49,6 +50,8 @@ _LEARNT = np.uint32(1 << 31)
 """Bit of a stored token id: it is supervised."""
 _INLINE, _PATH = "inline:", "path:"
 _LONGEST_MESSAGE = 500
+_LEFT_SECONDS = 24 * 3600
+"""A half-built index to which nobody has written for so long is one whose builder was killed."""
 _RETRY_SECONDS = 60
 """Age of an index from which failed downloads are tried again; the other ranks of a run open it sooner than that."""
 
@@ -352,6 +355,7 @@ def _open_one(
     folder = base / f"{name}-{key}"
     if not _is_current(folder):
         base.mkdir(parents=True, exist_ok=True)
+        _remove_left(base, name)
         made = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=base))
         try:
             _build(job, made, workers, progress)
@@ -359,6 +363,14 @@ def _open_one(
         finally:
             shutil.rmtree(made, ignore_errors=True)
     return Shard(folder, spec, source)
+
+
+def _remove_left(base: Path, name: str) -> None:
+    """What builders that were killed left."""
+    for left in (*base.glob(f".{glob.escape(name)}-*"), *base.glob(".old-*")):
+        with contextlib.suppress(OSError):  # another process may remove it, or finish it
+            if time.time() - max(path.stat().st_mtime for path in (*left.iterdir(), left)) > _LEFT_SECONDS:
+                shutil.rmtree(left)
 
 
 def _publish(made: Path, folder: Path) -> None:
