@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 STAMP = $(VENV)/.installed
 
-.PHONY: install demo test lint types check matrix bench base clean
+.PHONY: install demo test lint types check matrix bench soak fuzz base clean
 
 install: $(STAMP)  ## the project and all that tests need, into .venv
 
@@ -40,6 +40,13 @@ matrix: $(STAMP)  ## every layout against one process, about ten minutes; writes
 
 bench: $(STAMP)  ## what the performance pages are made with, the part that runs on a CPU
 	$(BIN)/python bench/index.py
+
+soak: $(STAMP)  ## 120 kills, then two hosts (network namespaces: needs root) whose link is cut; half an hour
+	VLFT_SOAK=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/faults/test_kills.py -s
+	$(BIN)/python tests/faults/soak_two_hosts.py
+
+fuzz: $(STAMP)  ## 10,000 mutated records and pictures
+	VLFT_FUZZ=10000 $(BIN)/python -m pytest tests/faults/test_fuzz.py -s
 
 clean:
 	rm -rf $(VENV) runs build dist

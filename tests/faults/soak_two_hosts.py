@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -124,8 +126,8 @@ def soak(folder: Path) -> None:
                 if run.poll() is not None and host.name not in when:
                     when[host.name] = time.monotonic() - began
                     said = (folder / host.name).read_text(errors="replace")
-                    why = [line for line in said.splitlines() if "Error" in line and "vlft" not in line][:1]
-                    print(f"  {host.name}: exit {run.returncode} after {when[host.name]:.0f} s {why}", flush=True)
+                    why = next((line[:160] for line in said.splitlines() if re.match(r".*\]: \w*Error: ", line)), "")
+                    print(f"  {host.name}: exit {run.returncode} after {when[host.name]:.0f} s  {why}", flush=True)
             return len(when) == len(runs)
 
         runs = launch(seconds=0.3)
@@ -161,6 +163,8 @@ def soak(folder: Path) -> None:
 
 
 if __name__ == "__main__":
+    if os.geteuid() or shutil.which("ip") is None:
+        sys.exit("soak_two_hosts.py makes network namespaces: run it as root, with iproute2 installed.")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     with tempfile.TemporaryDirectory(prefix="vlft-hosts-") as made:
         soak(Path(made))
