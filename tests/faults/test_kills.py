@@ -276,7 +276,8 @@ def test_soak(
         for strategy in strategies:
             whole = chain(strategy, strategy)
             whole.survive([])
-            assert_untouched(wholes[strategy] / "out", whole, bits=False)
+            if strategy == "full":  # the other one's dropout is drawn by row
+                assert_untouched(wholes[strategy] / "out", whole, bits=False)
             alike[strategy] = whole.out
 
     def run(number: int) -> Chain:
