@@ -140,3 +140,15 @@ def test_an_evaluation_is_left_and_made_again(tiny: Callable[..., Path], tmp_pat
     train([*line, "--resume_from_checkpoint", "latest"])
     assert metrics(out, "eval") == metrics(tmp_path / "whole", "eval")
     assert metrics(out) == metrics(tmp_path / "whole")
+
+
+def test_a_save_that_outlasts_the_launcher_is_told_once(
+    tiny: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from vlft import recovery
+
+    monkeypatch.setattr(recovery, "LAUNCHER_PATIENCE", 0.0)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    train(words(tiny(), write_data(tmp_path), tmp_path / "out", max_steps=3, save_steps=1))
+    said = capsys.readouterr().out
+    assert said.count("PET_SHUTDOWN_TIMEOUT=") == 1
