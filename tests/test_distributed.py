@@ -66,3 +66,17 @@ def test_a_run_goes_on_under_another_layout(tiny: Callable[..., Path], tmp_path:
     assert all(a["loss"] == pytest.approx(b["loss"], rel=1e-5) for a, b in pairs)
     assert all(a["supervised_tokens"] == b["supervised_tokens"] for a, b in pairs)
     assert len(pairs) == 6
+
+
+@pytest.mark.skipif(
+    not list(Path("~/.cache/torch_extensions").expanduser().glob("*/cpu_adam/cpu_adam.so")),
+    reason="DeepSpeed compiles its CPU Adam at first use, for minutes",
+)
+def test_a_resume_with_offload_has_adams_states(tiny: Callable[..., Path], tmp_path: Path) -> None:
+    """Under offload another optimizer steps than the one that was prepared: its states are what a checkpoint holds."""
+    registry = write_data(tmp_path, 21)
+    common = {"lr_scheduler_type": "constant", "warmup_steps": 0, "per_device_train_batch_size": 4}
+    train(words(tiny(), registry, tmp_path / "whole", "full", **common))
+    for more in ({"max_steps": 3}, {"resume_from_checkpoint": "latest"}):
+        start(words(tiny(), registry, tmp_path / "cut", "full", deepspeed="zero3_offload", **(common | more)))
+    assert distance(final_weights(tmp_path / "whole"), final_weights(tmp_path / "cut")) < 1e-5

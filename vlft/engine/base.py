@@ -261,11 +261,11 @@ class Engine:
                 if p.requires_grad:
                     p.copy_(saved[name])
 
-    def restore_state(self, optimizer: Optimizer, _: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> None:
+    def restore_state(self, optimizer: Optimizer, weights: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> None:  # noqa: ARG002
         """Put Adam's state back (and fp32 masters, where the engine has its own), after `prepare`.
 
         Args:
-            _: the saved weights, by name.
+            weights: the saved weights, by name.
             saved: what `moments` gave.
         """
         for group in optimizer.param_groups:

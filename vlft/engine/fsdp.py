@@ -97,7 +97,7 @@ class FsdpEngine(Engine):
         for stem, name, read in super()._readers(model, optimizer):
             yield stem, name, lambda read=read: _whole(read())  # type: ignore[misc]
 
-    def restore_state(self, optimizer: Optimizer, _: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> None:
+    def restore_state(self, optimizer: Optimizer, weights: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> None:  # noqa: ARG002
         from torch.distributed.tensor import DTensor, distribute_tensor
 
         for group in optimizer.param_groups:

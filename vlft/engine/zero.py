@@ -149,13 +149,13 @@ class ZeroEngine(Engine):
         with deepspeed.zero.GatheredParameters([p], enabled=self.shards_weights):
             return p.detach().clone()
 
-    def _readers(self, model: nn.Module, optimizer: Optimizer) -> Iterator[tuple[str, str, Callable[[], Tensor]]]:
+    def _readers(self, model: nn.Module, _: Optimizer) -> Iterator[tuple[str, str, Callable[[], Tensor]]]:
         from deepspeed.utils import safe_get_full_optimizer_state
 
         for name, p in model.named_parameters():
             if p.requires_grad:
                 yield "weights", name, partial(self.whole, p)
-        step = self._step_count(optimizer)
+        step = self._step_count()
         if step is None:
             return
         self._link_states()
@@ -164,8 +164,13 @@ class ZeroEngine(Engine):
                 yield "optimizer", f"{moment}/{name}", partial(safe_get_full_optimizer_state, p, moment)
             yield "optimizer", f"step/{name}", partial(torch.tensor, float(step))
 
-    def _step_count(self, optimizer: Optimizer) -> float | None:
-        steps = [float(state["step"]) for state in optimizer.state.values() if "step" in state]
+    @property
+    def _adam(self) -> Any:
+        """The optimizer that really steps: under offload, Accelerate puts DeepSpeed's CPU Adam over the same groups."""
+        return self.zero.optimizer
+
+    def _step_count(self) -> float | None:
+        steps = [float(state["step"]) for state in self._adam.state.values() if "step" in state]
         return steps[0] if steps else None
 
     def restore_weights(self, model: nn.Module, saved: Mapping[str, Tensor]) -> None:
@@ -179,7 +184,7 @@ class ZeroEngine(Engine):
                         if not cut or self.is_main:
                             p.copy_(saved[name])
 
-    def restore_state(self, optimizer: Optimizer, weights: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> None:
+    def restore_state(self, optimizer: Optimizer, weights: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> None:  # noqa: ARG002
         from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
         for name, p in self._by_name.items():
@@ -187,19 +192,21 @@ class ZeroEngine(Engine):
             safe_set_full_fp32_param(p, weights[name].to(self.device))
         if not saved:
             return  # every step so far was skipped
-        self._make_states(optimizer, float(saved[next(k for k in saved if k.startswith("step/"))]))
+        self._make_states(float(saved[next(k for k in saved if k.startswith("step/"))]))
         for name, p in self._by_name.items():
             for moment in MOMENTS[:2]:
                 safe_set_full_optimizer_state(p, saved[f"{moment}/{name}"].to(self.device), moment)
 
-    def _make_states(self, optimizer: Optimizer, step: float) -> None:
+    def _make_states(self, step: float) -> None:
         """DeepSpeed's setters write into states that exist; Adam makes them with its first step only."""
         flats = (
             self.zero.fp32_partitioned_groups_flat if self.shards_weights else self.zero.single_partition_of_fp32_groups
         )
         for flat in flats:
             moments = {m: torch.zeros_like(flat.data) for m in MOMENTS[:2]}
-            optimizer.state[flat] = {"step": torch.tensor(step, device=flat.device), **moments}
+            # DeepSpeed's own Adams count in plain numbers.
+            count = torch.tensor(step, device=flat.device) if isinstance(self._adam, torch.optim.AdamW) else int(step)
+            self._adam.state[flat] = {"step": count, **moments}
         self._link_states()
 
     def _link_states(self) -> None:
