@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from runs import command, ledger, metrics, train, write_data
+from runs import command, ledger, metrics, start, train, write_data
 
 from vlft.data.prepare import Data
 from vlft.errors import ConfigError, TrainingError
@@ -91,8 +91,8 @@ def test_greedy_answers_equal_hugging_faces_generate_one_by_one(
     plain: Any = load_hf(tiny(), "cpu")
     borders, pixels = row.cu_seqlens.tolist(), job.inputs(row, False)["pixel_values"]
     patches = [int(g.prod()) for g in row.image_grid_thw]
-    for i, (start, end) in enumerate(pairwise(borders)):
-        ids, labels = row.input_ids_T[:, start:end], row.labels_T[0, start:end]
+    for i, (begins, end) in enumerate(pairwise(borders)):
+        ids, labels = row.input_ids_T[:, begins:end], row.labels_T[0, begins:end]
         first, _ = evaluate._last_answer(labels)
         mine = [k for k, s in enumerate(row.image_sample.tolist()) if s == i]
         own = {}
@@ -225,3 +225,21 @@ def test_a_second_stage_starts_from_the_merged_result_of_the_first(tiny: Callabl
     assert all(torch.equal(a, b) for (_, a), (_, b) in pairs)
     source = source_of(open_checkpoint(str(second / "base")), "no", torch.device("cpu"))
     assert PackedVLM(merged(second / "model"), source.parts, source.config.image_token_id)
+
+
+@pytest.mark.parametrize("layout", [None, "zero3"])
+def test_two_processes_answer_as_one_does(
+    tiny: Callable[..., Path], tmp_path: Path, two_sets: Path, layout: str | None
+) -> None:
+    """Five questions on two ranks: one has a turn without any, and under ZeRO-3 must call every layer all the same."""
+    options = {"max_steps": 1, "eval_dataset_scripts": "held:exact_match", "mixed_precision": "no"}
+    train(command(tiny(), two_sets, tmp_path / "one", "full", per_device_eval_batch_size=2, **options))
+    more = {"per_device_train_batch_size": 2, "per_device_eval_batch_size": 1, "deepspeed": layout}
+    start(command(tiny(), two_sets, tmp_path / "two", "full", **options, **more), processes=2)
+    for name in ("one", "two"):
+        assert len((tmp_path / name / "eval/step-000001/held.jsonl").read_text().splitlines()) == 5
+    a, b = (metrics(tmp_path / name, "eval")[0] for name in ("one", "two"))
+    assert a.keys() == b.keys()
+    assert all(a[key] == pytest.approx(b[key], rel=1e-4) for key in a if key.startswith("eval/"))
+    answers = [(tmp_path / name / "eval/step-000001/held.jsonl").read_text() for name in ("one", "two")]
+    assert answers[0] == answers[1]

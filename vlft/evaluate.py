@@ -79,6 +79,13 @@ def _left_padded(prompts: Sequence[Tensor], pad: int) -> tuple[Tensor, Tensor]:
     return ids, mask
 
 
+def _blank_picture(vision: Any, device: torch.device) -> dict[str, Tensor]:
+    width = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+    side = vision.spatial_merge_size
+    grid = torch.tensor([[1, side, side]], device=device)
+    return {"pixel_values": torch.zeros(side * side, width, device=device), "image_grid_thw": grid}
+
+
 @torch.no_grad()
 def generate(
     model: nn.Module, row: Row, inputs: Inputs, tokenizer: Any, max_new_tokens: int, *, together: bool = False
@@ -93,14 +100,18 @@ def generate(
     prompts = _prompts(row)
     if not prompts and not together:
         return []
-    asked = [p for _, p, _ in prompts] or [torch.tensor([tokenizer.pad_token_id])]
+    asked = [p for _, p, _ in prompts]
     hf: Any = base_model(model)
     device = next(hf.parameters()).device
-    ids, mask = _left_padded(asked, tokenizer.pad_token_id)
     packed = inputs(row, False)
     pictures = {}
     if packed["pixel_values"] is not None:
         pictures = {"pixel_values": packed["pixel_values"], "image_grid_thw": row.image_grid_thw.to(device)}
+    elif together:
+        # The other ranks' prompts may hold pictures: a blank one of one token calls the vision tower here too.
+        asked.append(torch.tensor([hf.config.image_token_id]))
+        pictures = _blank_picture(hf.config.vision_config, device)
+    ids, mask = _left_padded(asked, tokenizer.pad_token_id)
     with plain_attention(hf):
         out = hf.generate(
             input_ids=ids.to(device),
@@ -116,7 +127,7 @@ def generate(
     hf.model.rope_deltas = None
     if not prompts:
         return []
-    texts = tokenizer.batch_decode(out[:, ids.shape[1] :].cpu(), skip_special_tokens=True)
+    texts = tokenizer.batch_decode(out[: len(prompts), ids.shape[1] :].cpu(), skip_special_tokens=True)
     references = tokenizer.batch_decode([r for _, _, r in prompts], skip_special_tokens=True)
     return [(row.sample_ids[i], t, r) for (i, _, _), t, r in zip(prompts, texts, references, strict=True)]
 
