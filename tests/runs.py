@@ -78,7 +78,7 @@ def train(words: list[str]) -> None:
     from accelerate.state import AcceleratorState
 
     from vlft import train as story
-    from vlft.cli import parse
+    from vlft.parse import parse
 
     AcceleratorState._reset_state(reset_partial_state=True)
     try:

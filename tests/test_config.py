@@ -11,9 +11,9 @@ import yaml
 from pydantic import ValidationError
 
 from vlft import config as c
-from vlft.cli import load_run, parse
 from vlft.config import RunConfig, check_resume
 from vlft.errors import CheckpointError, ConfigError
+from vlft.parse import load_run, parse
 
 ISSUE = shlex.split("""model_name_or_path output_dir resume_from_checkpoint dataset_config_path dataset_names
 train_split_ratio use_data_augmentation augmentation epochs max_steps per_device_train_batch_size

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 from torch.distributed.run import get_args_parser
 
-from vlft import cli, discovery
+from vlft import discovery
 from vlft.config import Run, global_batch
+from vlft.parse import parse
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 SCRIPTS = sorted(EXAMPLES.glob("*.sh"))
@@ -54,7 +55,7 @@ class Ran:
 
 def parsed(launch: list[str]) -> Run:
     words = launch[launch.index("vlft") + 1 :]
-    run = cli.parse(words, start=False)
+    run = parse(words, start=False)
     flags = {word.removeprefix("--").removeprefix("no-") for word in words if word.startswith("--")}
     assert flags <= run.config.model_fields_set | run.options.model_fields_set, "every flag reached an option"
     assert not run.notes

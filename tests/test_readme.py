@@ -15,7 +15,9 @@ import pytest
 import yaml
 from runs import command, environment, start, write_data
 
-from vlft import cli
+from vlft.commands import COMMANDS, parse_command, plugins_table
+from vlft.manual import help_text
+from vlft.parse import parse
 from vlft.testing import make_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -59,13 +61,13 @@ def test_command_line_parses(words: list[str], tmp_path: Path, monkeypatch: pyte
         yaml.safe_dump({"model_name_or_path": "a/b", "output_dir": "output/qlora", "tuning_strategy": "qlora"})
     )
     if words[0] == "merge":
-        assert cli.parse_merge(words[1:]).model == Path("output/qlora/model")
+        assert parse_command(COMMANDS["merge"], words[1:]).model == Path("output/qlora/model")
     elif words == ["plugins"]:
-        assert "exact_match" in cli.plugins_table()
+        assert "exact_match" in plugins_table()
     elif "--help" in words:
-        assert "--lora_rank" in cli.help_text(words)
+        assert "--lora_rank" in help_text(words)
     else:
-        run = cli.parse(words, start=False)
+        run = parse(words, start=False)
         flags = {word.removeprefix("--").removeprefix("no-") for word in words if word.startswith("--")} - {"config"}
         known = run.config.model_fields_set | run.options.model_fields_set
         assert flags <= known, "every flag of the line reached an option"
@@ -78,13 +80,13 @@ def test_launcher_s_files_are_there() -> None:
     assert all((ROOT / name).is_file() for name in named)
     listed = set(re.search(r"`accelerate_configs/` \(([^)]*)\)", README)[1].replace("`", "").split(", "))  # type: ignore[index]
     assert listed == {path.stem for path in (ROOT / "accelerate_configs").glob("*.yaml")}
-    assert cli.help_text().splitlines()[-1].strip() == str(ROOT / "accelerate_configs")
+    assert help_text().splitlines()[-1].strip() == str(ROOT / "accelerate_configs")
 
 
 def test_what_the_text_promises(monkeypatch: pytest.MonkeyPatch) -> None:
     """The recipe of the Qwen authors trains the LLM and the projector, and not the vision tower."""
     (line,) = [words for words in _command_lines() if "--no-train_vit" in words]
-    assert set(cli.parse(line, start=False).rates) == {"llm", "projector"}
+    assert set(parse(line, start=False).rates) == {"llm", "projector"}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

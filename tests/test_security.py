@@ -26,11 +26,11 @@ import yaml
 from runs import command, environment, train, write_data
 from safetensors.torch import load_file
 
-from vlft import cli, metrics
+from vlft import metrics, words
 from vlft.data import images
 from vlft.data.formats import ImageRef
 from vlft.data.tokens import Chat
-from vlft.errors import CheckpointError, ModelError, RecordError
+from vlft.errors import CheckpointError, ConfigError, ModelError, RecordError
 from vlft.export import merged
 from vlft.models.load import load_config, load_hf, open_checkpoint
 
@@ -237,8 +237,8 @@ def test_a_metric_by_path_runs_when_it_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize("word", ["!!python/object/apply:os.mkdir ['{ran}']", "!!python/name:os.mkdir"])
 def test_yaml_makes_no_objects(tmp_path: Path, ran: Path, word: str) -> None:
     (tmp_path / "run.yaml").write_text(f"seed: {word.format(ran=ran)}\n")
-    with pytest.raises(cli.ConfigError, match="not valid YAML"):
-        cli.read_yaml(tmp_path / "run.yaml")
+    with pytest.raises(ConfigError, match="not valid YAML"):
+        words.read_yaml(tmp_path / "run.yaml")
 
 
 # ------------------------------------------------------------------ pictures
@@ -313,7 +313,7 @@ LOADERS = {"torch": {"load"}, "np": {"load"}, "numpy": {"load"}, "os": {"system"
 EXECUTES = {
     ("vlft/metrics/__init__.py", "exec_module"),  # a metric that the command line names
     ("vlft/discovery.py", "EntryPoint.load"),  # a plugin that is installed
-    ("vlft/cli.py", "yaml.load"),  # with a SafeLoader: see the test below
+    ("vlft/words.py", "yaml.load"),  # with a SafeLoader: see the test below
 }
 """The only places that may run code or build objects from what they read."""
 
@@ -367,7 +367,7 @@ def test_nothing_in_the_source_runs_what_it_reads() -> None:
     for path in files:
         found |= findings(str(path.relative_to(ROOT)), path.read_text(encoding="utf-8"))
     assert found == EXECUTES
-    assert issubclass(cli._Loader, yaml.SafeLoader)
+    assert issubclass(words._Loader, yaml.SafeLoader)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,324 @@
+"""Words -> a valid `Run`, or every problem at once.
+
+Two sources: the file of `--config`, then flags. Two phases: core options are known at once, the options of the strategy
+after its plugin was found. Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from vlft import discovery
+from vlft.config import (
+    RATE_PARTS,
+    Option,
+    Run,
+    RunConfig,
+    deepspeed_path,
+    is_main_process,
+    no_folder,
+    options_of,
+    output_dir_problem,
+)
+from vlft.errors import ConfigError, StrategyError
+from vlft.family import PARTS, Part
+from vlft.rivals import ENVIRONMENT, RIVALS, nearest
+from vlft.strategy import Strategy, StrategyConfig
+from vlft.words import Flags, Given, build, plain_name, read_file, read_flags, sibling, split_words, without_local_rank
+
+
+def _merge(file: dict[str, Given], flags: dict[str, Given]) -> dict[str, Given]:
+    """Flags over file. Where two options depend on each other, the flag decides for both: a run.yaml holds them all."""
+    merged = {name: given for name, given in (file | flags).items() if given.value is not None}
+    for switch, dependents in (
+        ("use_data_augmentation", ("augmentation",)),
+        ("use_wandb", ("wandb_project", "wandb_run_name")),
+    ):
+        off = switch in flags and str(flags[switch].value).lower() in ("false", "0", "no", "off")
+        for name in dependents:
+            if off and name not in flags:
+                merged.pop(name, None)
+    if "augmentation" in flags and "use_data_augmentation" not in flags:
+        merged.pop("use_data_augmentation", None)
+    return merged
+
+
+def parse(argv: Sequence[str], *, start: bool = True) -> Run:
+    """The run that these words describe.
+
+    Args:
+        argv: words after `vlft` or `vlft train`.
+        start: also check what is on the disk (files exist, `output_dir` is free). False to read a configuration only.
+    Raises:
+        ConfigError: every problem at once, one sentence each.
+        StrategyError: the strategy's plugin is broken or claimed twice.
+    """
+    problems: list[str] = []
+    notes = _environment_notes()
+    stray, words = split_words(without_local_rank(argv))
+    problems += [f"'{word}' stands before the first option; options are written --name value." for word in stray]
+    file, words, readable = read_file(words, problems)
+    name = strategy_name(words, file)
+    strategy, found = find_strategy(name, problems)
+    own = options_of(strategy.Config, "strategy") if strategy else _every_strategy_option()
+    known = options_of(RunConfig) | own
+    flags, broken = read_flags(words, known, problems)
+    unknown = {key: one for key, one in (file | flags).items() if key not in known and key not in broken}
+    problems += _unknown(unknown, known, name)
+    given = _merge(file, flags)
+
+    # A file that could not be read may hold what is missing.
+    config, failed = build(RunConfig, given, problems, broken, missing=readable)
+    options: StrategyConfig | None = None
+    if strategy and found:
+        where = f"--tuning_strategy {name}: "
+        options, _ = build(strategy.Config, given, problems, broken, missing=readable, where=where)
+        if config and options:
+            config = _check_rates(config, options, given, found, problems, notes)
+    if config and start:
+        config = _check_disk(config, given, failed, problems, notes)
+    if problems or config is None or options is None or strategy is None or found is None:
+        raise ConfigError(problems)
+    return Run(config, strategy, options, found.source, tuple(notes))
+
+
+def _environment_notes() -> list[str]:
+    present = [name for name in ENVIRONMENT if name in os.environ]
+    advice = {name: RIVALS.get(name.lower(), f"use --{name.lower()}") for name in present}
+    return [f"The environment's {name} is not read; {advice[name]}." for name in present]
+
+
+def load_run(path: str | Path, overrides: Sequence[str] = (), *, start: bool = False) -> Run:
+    """The run that a run.yaml describes, flags over it. Reads only: nothing on the disk is checked unless `start`."""
+    return parse(["--config", str(path), *overrides], start=start)
+
+
+def strategy_name(words: Flags, file: Mapping[str, Given]) -> str:
+    for flag, values in words:
+        if plain_name(flag) == "tuning_strategy" and values:
+            return values[0]
+    return str(file["tuning_strategy"].value or "") if "tuning_strategy" in file else ""
+
+
+def find_strategy(name: str, problems: list[str]) -> tuple[type[Strategy] | None, discovery.Found | None]:
+    """An unknown name is one problem among others; a plugin that is there and broken ends here."""
+    strategies = discovery.find(discovery.STRATEGIES)
+    if not name:
+        return None, None
+    if name not in strategies:
+        rival = RIVALS.get(name.lower().replace("-", "_"), "")
+        advice = f"{rival}; installed" if rival.startswith("give --tuning_strategy") else "installed"
+        hint = nearest(name, strategies)
+        problems.append(f"--tuning_strategy '{name}' is unknown{hint}; {advice}: {', '.join(strategies)}.")
+        return None, None
+    return discovery.load_strategy(name)
+
+
+def _other_strategies() -> dict[str, type[Strategy]]:
+    """Every strategy that can be imported. Only asked for when something is wrong already."""
+    loaded: dict[str, type[Strategy]] = {}
+    for name in discovery.find(discovery.STRATEGIES):
+        try:
+            loaded[name] = discovery.load_strategy(name)[0]
+        except StrategyError:
+            continue
+    return loaded
+
+
+def _every_strategy_option() -> dict[str, Option]:
+    """Without a strategy, an option that some strategy has is no problem of its own."""
+    return {
+        name: one for cls in _other_strategies().values() for name, one in options_of(cls.Config, "strategy").items()
+    }
+
+
+def _unnested(given: Mapping[str, Given], known: Mapping[str, Option]) -> dict[str, str]:
+    """Names and places; the sections of another project's YAML (`processor: {max_pixels: 1}`) by what is in them."""
+    places: dict[str, str] = {}
+    for name, one in given.items():
+        inner = {str(key): f"{name}.{key}" for key in one.value} if isinstance(one.value, dict) else {}
+        if any(path.lower() in RIVALS or key in known for key, path in inner.items()):
+            places |= {path: f"{one.place}.{key}" for key, path in inner.items()}
+        else:
+            places[name] = one.place
+    return places
+
+
+def _unknown(given: Mapping[str, Given], known: Mapping[str, Option], strategy: str) -> list[str]:
+    """One sentence for each name that is not an option here."""
+    others = {other: cls.Config.model_fields for other, cls in _other_strategies().items()} if given else {}
+    problems = []
+    for name, place in _unnested(given, known).items():
+        lower, positive = name.lower(), name.lower().removeprefix("no_")
+        owners = ", ".join(other for other, fields in others.items() if name.removeprefix("no_") in fields)
+        if owners:
+            problems.append(f"{place} belongs to {owners}; {strategy} does not use it: leave it out.")
+        elif lower in known:
+            problems.append(f"{place} is not an option; use --{lower}.")
+        elif advice := RIVALS.get(lower) or RIVALS.get(positive):
+            problems.append(f"{place} is not an option of vlft; {advice}.")
+        elif (last := lower.rpartition(".")[2]) in known:
+            problems.append(f"{place} is not an option; use --{last}.")
+        else:
+            # The nearest of `no_wandb` is use_wandb, not num_workers.
+            hint = nearest(lower, known) or nearest(positive, known)
+            problems.append(f"{place} is not an option{hint}; 'vlft --help' lists all.")
+    return problems
+
+
+def _default_rates(options: StrategyConfig, found: discovery.Found) -> dict[Part, float]:
+    """What the plugin answers, checked: a wrong rate would surface hours later, as a loss that does not fall."""
+    try:
+        rates = options.rates()
+        for part, rate in rates.items():
+            if part not in PARTS or not 0 < rate < math.inf:
+                raise ValueError(f"{part!r}: {rate!r} is no part with a rate above 0")
+    except Exception as error:
+        raise StrategyError(
+            f"Strategy '{found.name}' of {found.source} cannot say its rates: {type(error).__name__}: {error}; "
+            "ask its author for a fix."
+        ) from error
+    return rates
+
+
+def _check_rates(
+    config: RunConfig,
+    options: StrategyConfig,
+    given: Mapping[str, Given],
+    found: discovery.Found,
+    problems: list[str],
+    notes: list[str],
+) -> RunConfig:
+    """A rate for a part that stays frozen is refused; one that a run.yaml holds gives way to flags that freeze it."""
+    rates = _default_rates(options, found)
+    if not rates:
+        problems.append(f"--tuning_strategy {found.name} with these options trains no part; switch one on.")
+    own = type(options).model_fields
+    retuned = any(given[name].flag for name in given if name in own or name == "tuning_strategy")
+    for part in RATE_PARTS:
+        name = f"learning_rate_{part}"
+        if part in rates or name not in given:
+            continue
+        if retuned and not given[name].flag:
+            notes.append(f"{given[name].place} is left out: the flags freeze the {part}.")
+            config = config.model_copy(update={name: None})
+            continue
+        switch = f" or add --train_{part}" if f"train_{part}" in own else ""
+        problems.append(
+            f"{given[name].place} is given, but {found.name} with these options keeps the {part} frozen; "
+            f"leave it out{switch}."
+        )
+    return config
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What must be on the disk, looked at before torch is loaded
+
+
+def _check_disk(
+    config: RunConfig, given: Mapping[str, Given], failed: set[str], problems: list[str], notes: list[str]
+) -> RunConfig:
+    def place(name: str) -> str:
+        return given[name].place if name in given else f"--{name}"
+
+    if "model_name_or_path" not in failed:
+        problems += _model_problem(config.model_name_or_path, place("model_name_or_path"))
+    resume = config.resume_from_checkpoint
+    if "output_dir" not in failed and is_main_process() and (problem := output_dir_problem(config.output_dir, resume)):
+        problems.append(problem)
+    if resume and resume != "latest" and not Path(resume).expanduser().is_dir():
+        hint = nearest(resume, ["latest"]) or sibling(Path(resume))
+        where = f"{place('resume_from_checkpoint')} {resume}"
+        problems.append(f"{where}: there is no such folder{hint}; give a checkpoint's folder or 'latest'.")
+    if "dataset_config_path" not in failed:
+        problems += _registry_problems(config, place)
+    if "cache_dir" not in failed and (found := no_folder(config.cache_dir)):
+        problems.append(f"{place('cache_dir')} {config.cache_dir} cannot be made: {found}; choose another.")
+    for option, package, wanted in (
+        ("use_wandb", "wandb", config.use_wandb),
+        ("deepspeed", "DeepSpeed", config.deepspeed),
+    ):
+        extra = package.lower()
+        if wanted and importlib.util.find_spec(extra) is None:
+            problems.append(f"{place(option)} needs {package}: pip install 'vlft[{extra}]', or leave it out.")
+    for dataset, scripts in config.eval_dataset_scripts.items():
+        where = f"{place('eval_dataset_scripts')} {dataset}"
+        problems += [problem for script in scripts if (problem := _script_problem(script, where))]
+    return _check_deepspeed(config, place("deepspeed"), problems, notes) if config.deepspeed else config
+
+
+_WRONG_ORDER = re.compile(r"(?:Qwen/)?Qwen(2|2\.5|3)-(\d+B)-VL(?:-Chat|-Instruct)?", re.IGNORECASE)
+_WRONG_END = re.compile(r"(?:Qwen/)?Qwen(2|2\.5|3)-VL-(\d+B)-Chat", re.IGNORECASE)
+
+
+def _model_problem(name: str, place: str) -> list[str]:
+    """A hub name is looked up later; here only what can be seen to be wrong at once."""
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return []
+    if path.is_file():
+        return [f"{place} {name} is a file; give the folder that it lies in."]
+    if old := _WRONG_ORDER.fullmatch(name) or _WRONG_END.fullmatch(name):
+        real = f"Qwen/Qwen{old[1]}-VL-{old[2].upper()}-Instruct"
+        return [f"{place} {name}: there is no such model, older guides misname it; give {real}."]
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not name.startswith((".", "~")):
+        return []
+    return [f"{place} {name}: there is no such folder{sibling(path)}; give a folder or a hub name (owner/name)."]
+
+
+def _registry_problems(config: RunConfig, place: Callable[[str], str]) -> list[str]:
+    """The registry exists and knows the datasets. What its entries say is `vlft.data`'s business."""
+    path = config.dataset_config_path
+    where = f"{place('dataset_config_path')} {path}"
+    try:
+        registry = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return [f"{where}: there is no such file{sibling(path)}; give the registry of datasets."]
+    except (OSError, UnicodeDecodeError) as error:
+        return [f"{where} cannot be read: {error}; give the registry of datasets."]
+    except ValueError as error:
+        return [f"{where} is not valid JSON: {error}; correct it."]
+    datasets = registry.get("datasets") if isinstance(registry, dict) else None
+    if not isinstance(datasets, dict):
+        return [
+            f'{where} has no "datasets"; write {{"datasets": {{"name": {{"json_path": ..., "image_root": ...}}}}}}.'
+        ]
+    wanted = [("dataset_names", name) for name in config.dataset_names or ()]
+    wanted += [("eval_dataset_scripts", name) for name in config.eval_dataset_scripts]
+    has = ", ".join(datasets) or "none"
+    return [
+        f"{place(option)}: there is no dataset '{name}' in {path}{nearest(name, datasets)}; it has {has}."
+        for option, name in wanted
+        if name not in datasets
+    ]
+
+
+def _script_problem(script: str, where: str) -> str:
+    path = Path(script)
+    if path.suffix == ".py":
+        return "" if path.is_file() else f"{where}: there is no script {script}{sibling(path)}; check the path."
+    metrics = discovery.find(discovery.METRICS)
+    if script in metrics:
+        return ""
+    return (
+        f"{where}: there is no script '{script}'{nearest(script, metrics)}; installed: {', '.join(metrics) or 'none'}."
+    )
+
+
+def _check_deepspeed(config: RunConfig, place: str, problems: list[str], notes: list[str]) -> RunConfig:
+    value = config.deepspeed or ""
+    try:
+        path = deepspeed_path(value)
+    except ConfigError as error:
+        problems += [problem.replace("--deepspeed", place, 1) for problem in error.problems]
+        return config
+    if value == path.stem or Path(value).expanduser().is_file():
+        return config
+    notes.append(f"{place} {value} does not exist; the bundled {path.stem} is used.")
+    return config.model_copy(update={"deepspeed": path.stem})
