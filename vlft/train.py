@@ -83,12 +83,12 @@ def train_step(job: Job, step: Step) -> dict[str, Any]:
     loss_sum, asked_to_stop = engine.sums([sum(float(x.double().sum()) for x in losses), float(job.interrupt.asked)])
     recovery.agree_to_stop(job, asked_to_stop)
     rates = set_rates(job.optimizer, job.rate_factor(step.number))
-    norm, skipped = 0.0, None if supervised else "nothing_to_learn"
+    norm, norms, skipped = 0.0, dict.fromkeys(rates, 0.0), None if supervised else "nothing_to_learn"
     if supervised:
         if not job.proof.done:
             job.proof.before_update(reached_pictures=images > 0)
         update = engine.update()
-        norm = update.norm
+        norm, norms = update.norm, update.norms
         if update.applied:
             job.skipped = 0
             if not job.proof.done and job.proof.after_update(step.number + 1):
@@ -102,6 +102,7 @@ def train_step(job: Job, step: Step) -> dict[str, Any]:
         "step": step.number + 1, "kind": "train",
         "loss": loss_sum / supervised if supervised and math.isfinite(loss_sum) else None,
         "grad_norm": norm if math.isfinite(norm) else None, "skipped": skipped, "learning_rate": rates,
+        "grad_norms": {part: n if math.isfinite(n) else None for part, n in norms.items()},
         "tokens": int(tokens), "supervised_tokens": int(supervised), "samples": int(samples), "images": int(images),
         "epoch": (step.number + 1) / job.data.steps_per_epoch,
     }  # fmt: skip

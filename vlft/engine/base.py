@@ -22,9 +22,11 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor, nn
+from torch.nn.utils import clip_grads_with_norm_
 from torch.optim import Optimizer
 
 from vlft.errors import ConfigError, VlftError
+from vlft.family import Part
 
 T = TypeVar("T")
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")
@@ -39,6 +41,8 @@ class Update:
     applied: bool
     norm: float
     """Global gradient norm before clipping."""
+    norms: dict[Part, float]
+    """The same of every part that trains; their squares sum to the whole's square."""
     scaling: bool = False
     """Not applied because fp16's loss scale was too high, which is how the scale is found; nothing is wrong."""
 
@@ -149,6 +153,7 @@ class Engine:
         self.model: Any = self.accelerator.prepare_model(model, evaluation_mode=True)
         self.optimizer = self.accelerator.prepare_optimizer(optimizer)
         self._parameters: list[nn.Parameter] = [p for g in optimizer.param_groups for p in g["params"]]
+        self._parts: list[Part] = [g["part"] for g in optimizer.param_groups for _ in g["params"]]
         assert isinstance(self.model, nn.Module)
         return self.model
 
@@ -193,7 +198,7 @@ class Engine:
 
     def update(self) -> Update:
         """Clip and step, unless a gradient is not finite; gradients are cleared."""
-        norm = self._clip()
+        norm, norms = self._clip()
         scaler = self.accelerator.scaler
         scale = scaler.get_scale() if scaler is not None else 1.0
         applied = scaler is not None or math.isfinite(norm)
@@ -201,11 +206,26 @@ class Engine:
             self.optimizer.step()
             applied = not self.accelerator.optimizer_step_was_skipped
         self.optimizer.zero_grad()
-        return Update(applied, norm, scaling=not applied and scale > 1.0)
+        return Update(applied, norm, norms, scaling=not applied and scale > 1.0)
 
-    def _clip(self) -> float:
-        """Unscale and clip; the norm of the whole gradient before."""
-        return float(self.accelerator.clip_grad_norm_(self._parameters, self.max_grad_norm or float("inf")))
+    def _clip(self) -> tuple[float, dict[Part, float]]:
+        """Unscale and clip; the norms of the whole gradient and of every part's before.
+
+        `torch.nn.utils.clip_grad_norm_` in two halves, so that one pass over the gradients serves both.
+        """
+        self.accelerator.unscale_gradients()
+        names = tuple(dict.fromkeys(self._parts))
+        having = [(part, p) for part, p in zip(self._parts, self._parameters, strict=True) if p.grad is not None]
+        norms = norms_of([p.grad for _, p in having if p.grad is not None])
+        if not norms:
+            return 0.0, dict.fromkeys(names, 0.0)
+        whole = torch.linalg.vector_norm(torch.stack(norms))
+        clip_grads_with_norm_([p for _, p in having], self.max_grad_norm or float("inf"), whole)
+        zero = torch.zeros_like(whole)
+        members = [[n for (of, _), n in zip(having, norms, strict=True) if of == part] for part in names]
+        found = [torch.linalg.vector_norm(torch.stack(some)) if some else zero for some in members]
+        total, *each = torch.stack([whole, *found]).tolist()  # one wait for the device
+        return total, dict(zip(names, each, strict=True))
 
     # -- whole tensors, wherever their shards lie: collective, so call on all ranks -----------------------------------
 
@@ -293,6 +313,17 @@ class Engine:
 
 def _whole_state(state: Tensor) -> Tensor:
     return state
+
+
+def norms_of(gradients: Sequence[Tensor]) -> list[Tensor]:
+    """The norm of each, on the first one's device."""
+    kinds: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+    for i, gradient in enumerate(gradients):
+        kinds.setdefault((gradient.device, gradient.dtype), []).append(i)
+    found: dict[int, Tensor] = {}
+    for places in kinds.values():
+        found |= zip(places, torch._foreach_norm([gradients[i] for i in places]), strict=True)
+    return [found[i].to(gradients[0].device) for i in range(len(gradients))]
 
 
 def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:

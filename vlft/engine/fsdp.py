@@ -6,6 +6,7 @@ offloaded; vlft's options own precision, clipping and batch.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -17,8 +18,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from vlft.engine.alarm import Alarm
-from vlft.engine.base import MOMENTS, Engine, alone
+from vlft.engine.base import MOMENTS, Engine, alone, norms_of
 from vlft.errors import ConfigError
+from vlft.family import Part
 
 
 class FsdpEngine(Engine):
@@ -53,6 +55,7 @@ class FsdpEngine(Engine):
     def prepare(self, model: nn.Module, optimizer: Optimizer) -> nn.Module:
         self.model, self.optimizer = self._shard(model, optimizer)
         self._parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        self._parts = [group["part"] for group in optimizer.param_groups for _ in group["params"]]
         assert isinstance(self.model, nn.Module)
         return self.model
 
@@ -74,9 +77,19 @@ class FsdpEngine(Engine):
         if self.alarm is not None:
             self.alarm.ring(exit_code)
 
-    def _clip(self) -> float:
+    def _clip(self) -> tuple[float, dict[Part, float]]:
+        norms = self._part_norms()
         norm = torch.nn.utils.clip_grad_norm_(self._parameters, self.max_grad_norm or float("inf"))
-        return float(_whole(norm))
+        return float(_whole(norm)), norms
+
+    def _part_norms(self) -> dict[Part, float]:
+        """From the shards that lie here, with one all-reduce of a square for each part."""
+        squares: dict[Part, float | Tensor] = dict.fromkeys(self._parts, 0.0)
+        having = [(part, p.grad) for part, p in zip(self._parts, self._parameters, strict=True) if p.grad is not None]
+        for (part, gradient), norm in zip(having, norms_of([_local(g) for _, g in having]), strict=True):
+            squares[part] = squares[part] + norm.double().square() / _copies(gradient, self.world_size)
+        total = self.sums([float(square) for square in squares.values()])
+        return {part: square**0.5 for part, square in zip(squares, total, strict=True)}
 
     def gradient(self, p: nn.Parameter) -> Tensor | None:
         return None if p.grad is None else _whole(p.grad)
@@ -126,6 +139,22 @@ def layer_names(model: nn.Module) -> list[str]:
     """Classes of the layers that are sharded one by one, as transformers names them for each architecture."""
     named = {name for module in model.modules() for name in getattr(module, "_no_split_modules", None) or ()}
     return sorted(named & {type(module).__name__ for module in model.modules()})
+
+
+def _local(tensor: Tensor) -> Tensor:
+    from torch.distributed.tensor import DTensor
+
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _copies(tensor: Tensor, world_size: int) -> int:
+    """On how many ranks the same shard lies (more than one with hybrid sharding)."""
+    from torch.distributed.tensor import DTensor
+
+    if not isinstance(tensor, DTensor):
+        return world_size
+    sizes = [tensor.device_mesh.size(i) for i, place in enumerate(tensor.placements) if not place.is_shard()]
+    return math.prod(sizes)
 
 
 def _whole(tensor: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ since a step has as many rows as its samples need, not a fixed accumulation coun
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
@@ -22,6 +23,7 @@ from torch.optim import Optimizer
 from vlft.engine.alarm import Alarm
 from vlft.engine.base import MOMENTS, Engine, Update, alone
 from vlft.errors import ConfigError
+from vlft.family import Part
 
 OWNED = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping",
          "bf16", "fp16", "optimizer", "scheduler")  # fmt: skip
@@ -60,6 +62,24 @@ def read_config(path: Path) -> dict[str, Any]:
     if problems:
         raise ConfigError(problems)
     return dict(config)
+
+
+def hear_norms(zero: Any) -> list[Any]:
+    """A list in which each step leaves the norm of every group (ZeRO-3: of every sub-group), in their order.
+
+    DeepSpeed takes them one by one within its step and keeps only the whole one. To take them again would read all
+    gradients twice, and to read its buffers before the step would need another path under offload.
+    """
+    heard: list[Any] = []
+    for name in ("get_grad_norm_direct", "complete_grad_norm_calculation_for_cpu_offload"):
+        real = getattr(zero, name)
+
+        def hearing(*args: Any, real: Callable[..., Any] = real, **options: Any) -> Any:
+            heard.append(norm := real(*args, **options))
+            return norm
+
+        setattr(zero, name, hearing)
+    return heard
 
 
 class ZeroEngine(Engine):
@@ -103,10 +123,12 @@ class ZeroEngine(Engine):
 
     def prepare(self, model: nn.Module, optimizer: Optimizer) -> nn.Module:
         self._names = [list(g["names"]) for g in optimizer.param_groups]
+        self._group_parts: list[Part] = [g["part"] for g in optimizer.param_groups]
         self._by_name = {n: p for g in optimizer.param_groups for n, p in zip(g["names"], g["params"], strict=True)}
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
         assert isinstance(self.model, nn.Module)
         self.zero: Any = self.model.optimizer  # DeepSpeed's ZeRO optimizer
+        self._heard = hear_norms(self.zero)
         return self.model
 
     def end_all(self, exit_code: int) -> None:
@@ -125,11 +147,24 @@ class ZeroEngine(Engine):
     def update(self) -> Update:
         engine: Any = self.model
         scale = float(self.zero.loss_scaler.cur_scale) if self.precision == "fp16" else 1.0
+        self._heard.clear()
         engine.step()
         # ZeRO skips a step whose norm is not finite in every precision, and calls that an overflow.
         overflow = bool(self.zero.overflow)
         norm = engine.get_global_grad_norm()
-        return Update(not overflow, float(norm) if norm is not None else 0.0, scaling=overflow and scale > 1.0)
+        norms = self._part_norms(scale)
+        return Update(not overflow, float(norm) if norm is not None else 0.0, norms, scaling=overflow and scale > 1.0)
+
+    def _part_norms(self, scale: float) -> dict[Part, float]:
+        """From the norms that DeepSpeed took of its groups for the whole one, each already summed over the ranks."""
+        if not self._heard:
+            return dict.fromkeys(self._group_parts, math.inf)  # an overflow ends the step before they are taken
+        squares = dict.fromkeys(self._group_parts, 0.0)
+        for i, norm in enumerate(self._heard):
+            group = self.zero.sub_group_to_group_id[i] if self.stage == 3 else i
+            value = float(norm) / scale
+            squares[self._group_parts[group]] += value**2 if value >= 0 else math.inf  # -1: it is not finite
+        return {part: math.sqrt(square) for part, square in squares.items()}
 
     # -- whole tensors -----------------------------------------------------------------------------------------------
 

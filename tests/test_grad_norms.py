@@ -1,0 +1,88 @@
+"""The gradient's norm by parts: the same under every engine, and the whole one as torch's own clipping gives it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from runs import command, metrics, start, train, write_data
+
+from vlft.engine import Engine
+
+FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+PARTS = {"vit", "projector", "llm", "head"}
+
+
+def words(model: Path, registry: Path, out: Path, **more: Any) -> list[str]:
+    rates = {"learning_rate_llm": 1e-4, "learning_rate_vit": 1e-4, "learning_rate_projector": 1e-4}
+    return command(model, registry, out, "full", **({"max_steps": 3, "mixed_precision": "no"} | rates | more))
+
+
+def squares_sum_up(lines: list[dict[str, Any]]) -> bool:
+    return all(
+        line["grad_norm"] == pytest.approx(math.sqrt(sum(n**2 for n in line["grad_norms"].values())), rel=1e-5)
+        for line in lines
+    )
+
+
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "copies": {"processes": 2},
+    "ZeRO-2": {"processes": 2, "deepspeed": "zero2"},
+    "ZeRO-3": {"processes": 2, "deepspeed": "zero3"},
+    "ZeRO-2 alone, bf16": {"processes": 1, "deepspeed": "zero2", "mixed_precision": "bf16"},
+    "FSDP2": {"processes": 2, "fault": {"kind": "fsdp_on_cpu"}, **FSDP},
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_parts_have_the_norms_of_one_process(tiny: Callable[..., Path], tmp_path: Path, layout: str) -> None:
+    registry, chosen = write_data(tmp_path, 21), dict(LAYOUTS[layout])
+    options = {key: chosen.pop(key) for key in ("deepspeed", "mixed_precision") if key in chosen}
+    processes = chosen["processes"]
+    train(words(tiny(), registry, tmp_path / "one", **(options | {"deepspeed": None})))
+    line = words(tiny(), registry, tmp_path / "other", per_device_train_batch_size=4 // processes, **options)
+    start(line, **chosen)
+    one, other = metrics(tmp_path / "one"), metrics(tmp_path / "other")
+    assert len(one) == len(other) == 3
+    assert squares_sum_up(one)
+    assert squares_sum_up(other)
+    near = 1e-4 if "mixed_precision" not in options else 0.2
+    for a, b in zip(one, other, strict=True):
+        assert a["grad_norms"].keys() == b["grad_norms"].keys() == PARTS
+        assert all(n > 0 for n in a["grad_norms"].values())
+        assert all(b["grad_norms"][part] == pytest.approx(n, rel=near) for part, n in a["grad_norms"].items())
+
+
+@pytest.mark.parametrize("limit", [0.0, 1.0, 1e6])
+def test_the_whole_norm_and_the_clipping_are_torchs_to_the_bit(limit: float) -> None:
+    torch.manual_seed(0)
+    shapes = [(64, 33), (7,), (128, 128), (3, 5, 7), (1,), (40, 11)]
+    first = [torch.nn.Parameter(torch.zeros(shape)) for shape in shapes]
+    second = [torch.nn.Parameter(torch.zeros(shape)) for shape in shapes]
+    for a, b in zip(first[:-1], second[:-1], strict=True):
+        a.grad = torch.randn(a.shape) * 3
+        b.grad = a.grad.clone()
+    groups = [{"params": first[::2], "part": "llm"}, {"params": first[1:5:2], "part": "vit"}]
+    groups.append({"params": first[5:], "part": "projector"})
+    engine = Engine("no", limit)
+    engine.prepare(torch.nn.ParameterList(first), torch.optim.AdamW(groups))
+    norm, norms = engine._clip()
+    order = [*second[::2], *second[1:5:2], *second[5:]]
+    assert norm == float(torch.nn.utils.clip_grad_norm_(order, limit or math.inf))
+    assert all(torch.equal(a.grad, b.grad) for a, b in zip(first[:-1], second[:-1], strict=True))  # type: ignore[arg-type]
+    assert norms.keys() == {"llm", "vit", "projector"}
+    assert norms["projector"] == 0  # it has no gradient
+    assert math.hypot(*norms.values()) == pytest.approx(norm, rel=1e-6)
+
+
+def test_a_part_whose_gradient_is_not_finite_has_none(tiny: Callable[..., Path], tmp_path: Path) -> None:
+    line = words(tiny(), write_data(tmp_path, 12), tmp_path / "out", deepspeed="zero3")
+    start(line, fault={"kind": "not_finite", "rows": [1], "what": "gradient"})
+    first, second, _ = metrics(tmp_path / "out")
+    assert all(n > 0 for n in first["grad_norms"].values())
+    assert second["grad_norm"] is None
+    assert None in second["grad_norms"].values()
