@@ -64,9 +64,9 @@ def schedule(name: str, warmup_steps: int, total_steps: int) -> Multiplier:
     return lambda step: float(shape(step + 1))
 
 
-def set_rates(optimizer: Optimizer, factor: float) -> dict[str, float]:
+def set_rates(optimizer: Optimizer, factor: float) -> dict[Part, float]:
     """Set every group's rate to its peak times `factor`; returns the highest rate of each part."""
-    now: dict[str, float] = {}
+    now: dict[Part, float] = {}
     for group in optimizer.param_groups:
         group["lr"] = group["peak_lr"] * factor
         now[group["part"]] = max(now.get(group["part"], 0.0), group["lr"])
