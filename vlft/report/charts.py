@@ -29,11 +29,11 @@ _TONES = 8
 """Colours that the style sheet has for series (--tone-1 ...)."""
 DASHES = ("", "5 2.5", "1.5 2", "8 2.5 1.5 2.5")
 """Dash patterns in units of the drawing; the legend's swatches use the same."""
-_WIDTH, _HEIGHT = 380, 208
+_WIDTH, _HEIGHT = 380, 216
 """Units of the drawing: as wide as a phone, so that its text is as large there as on a desk."""
 _INK, _LINE = "#0000a0", "#0000a1"
 _COLOURS = {_INK: "var(--muted)", _LINE: "var(--line)"} | {f"#0000b{i}": f"var(--tone-{i + 1})" for i in range(_TONES)}
-_SETTINGS = {"svg.fonttype": "none", "svg.hashsalt": "vlft", "font.size": 10.5, "path.simplify": True}
+_SETTINGS = {"svg.fonttype": "none", "svg.hashsalt": "vlft", "font.size": 11.5, "path.simplify": True}
 
 
 @dataclass(frozen=True)
@@ -161,7 +161,7 @@ def histogram(uid: str, title: str, found: Mapping[str, Histogram], *, unit: str
     told = []
     for i, (name, one) in enumerate(found.items()):
         colour, alone = f"#0000b{i % _TONES}", len(found) == 1
-        axes.stairs(one.counts, one.edges, fill=alone, color=colour, linewidth=1.6, clip_on=False)
+        axes.stairs(one.counts, one.edges, fill=alone, color=colour, alpha=0.85, linewidth=1.6, clip_on=False)
         top = int(np.argmax(one.counts))
         told.append(
             f"{'' if alone else name + ': '}{compact(sum(one.counts))} in all, most ({compact(one.counts[top])}) from "
@@ -194,7 +194,7 @@ def bars(uid: str, title: str, found: Mapping[str, Mapping[str, float]], *, unit
     for i, one in enumerate(found.values()):
         places = np.arange(len(words)) + (i - (len(found) - 1) / 2) * width
         heights = [one.get(word, 0) for word in words]
-        axes.bar(places, heights, width * 0.94, color=f"#0000b{i % _TONES}", clip_on=False)
+        axes.bar(places, heights, width * 0.94, color=f"#0000b{i % _TONES}", alpha=0.85, clip_on=False)
     axes.set_xticks(range(len(words)), [word.replace("$", r"\$") for word in words])
     axes.set_xlabel(unit, color=_INK, labelpad=3)
     told = "; ".join(
@@ -265,7 +265,7 @@ def _figure() -> tuple[Figure, Axes]:
 
     with rc_context(_SETTINGS):
         figure = Figure(figsize=(_WIDTH / 72, _HEIGHT / 72))
-        axes = figure.add_axes((46 / _WIDTH, 36 / _HEIGHT, (_WIDTH - 62) / _WIDTH, (_HEIGHT - 46) / _HEIGHT))
+        axes = figure.add_axes((46 / _WIDTH, 40 / _HEIGHT, (_WIDTH - 60) / _WIDTH, (_HEIGHT - 52) / _HEIGHT))
     figure.patch.set_visible(False)
     axes.patch.set_visible(False)
     for side in ("left", "right", "top"):

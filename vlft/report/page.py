@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import shlex
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -44,6 +44,8 @@ class Row:
     head: str
     cells: tuple[str, ...]
     best: tuple[bool, ...] = ()
+    details: tuple[str, ...] = ()
+    """Beside the cells, in small print."""
     note: str = ""
 
 
@@ -68,6 +70,8 @@ class Mark:
     top: float
     bottom: float
     name: str
+    row: int
+    """How many names of other answers stand below the picture's box before this one's."""
 
 
 @dataclass(frozen=True)
@@ -76,8 +80,13 @@ class Answer:
     text: str
     kind: str
     """Class of its boxes: "reference", "before", "after-1", ... by run."""
+    short: str
+    """Its name on the picture."""
+    row: int = 0
     verdict: str = ""
     good: bool = False
+    boxed: bool = False
+    """Whether its boxes are drawn."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +109,7 @@ def render(runs: Sequence[RunFacts]) -> str:
     kinds, cards = _cards(runs, names)
     context = {
         "alone": alone,
-        "title": names[0] if alone else f"{len(runs)} runs compared",
+        "title": " and ".join(names) if len(runs) < 3 else f"{len(runs)} runs compared",
         "names": names,
         "runs": [_about(run, name, i) for i, (run, name) in enumerate(zip(runs, names, strict=True))],
         "figures": key_figures(runs[0]) if alone else (),
@@ -150,13 +159,15 @@ def chosen_metric(run: RunFacts) -> tuple[str, bool] | None:
 
 
 def eval_name(key: str) -> str:
-    """`eval/invoices/exact_match/strict` in words."""
-    parts = key.split("/")[1:]
-    if len(parts) == 2:
-        return f"{parts[1]} on {parts[0]}"
-    if len(parts) == 3:
-        return f"{parts[2]} on {parts[0]}" if parts[1] == parts[2] else f"{parts[1]}: {parts[2]} on {parts[0]}"
-    return key
+    """`eval/invoices/exact_match/strict` in words: exact_match/strict on invoices."""
+    figure, dataset = _figure_of(key)
+    return f"{figure} on {dataset}"
+
+
+def _figure_of(key: str) -> tuple[str, str]:
+    """Figure and data set of a key of an eval line; a metric called like its script is told once."""
+    _, dataset, *figure = key.split("/")
+    return "/".join(figure[1:] if len(figure) == 2 and figure[0] == figure[1] else figure), dataset
 
 
 def seconds(run: RunFacts) -> float:
@@ -199,7 +210,7 @@ def key_figures(run: RunFacts) -> list[Figure]:
     if chosen:
         curve = run.evals[chosen[0]]
         step, value = best_point(curve, higher=chosen[1])
-        figures.append(Figure(f"Best {eval_name(chosen[0])}", f"{value:.4g}", f"at step {step}{_kept(run, step)}"))
+        figures.append(Figure(f"Best {eval_name(chosen[0])}", f"{value:.4g}", f"at step {step:,}{_kept(run, step)}"))
     pace, mfu = speed(run, "tokens"), run.curves.get("perf/mfu", Curve()).values
     if pace:
         share = f"MFU {sum(mfu) / len(mfu):.0%}" if mfu else _waiting(run)
@@ -239,16 +250,24 @@ def _evaluations(run: RunFacts) -> dict[str, Any] | None:
     chosen = chosen_metric(run)
     good = {key: chosen[1] if chosen and key == chosen[0] else higher_is_better(key) for key in keys}
     best = {key: best_point(run.evals[key], higher=good[key])[0] for key in keys}
+    forms = {key: _form(values[key].values()) for key in keys}
     if len(steps) > _MOST_ROWS:
         wanted = {steps[0], *best.values(), *[s for s in steps if s in run.checkpoints]}
         wanted |= set(steps[-max(1, _MOST_ROWS - len(wanted)) :])
         steps = [s for s in steps if s in wanted]
     rows = []
     for step in steps:
-        cells = tuple(f"{values[k][step]:.4g}" if step in values[k] else "–" for k in keys)
+        cells = tuple(forms[k].format(values[k][step]) if step in values[k] else "–" for k in keys)
         note = "before training" if step == 0 else "on disk" if step in run.checkpoints else ""
-        rows.append(Row(f"{step:,}", cells, tuple(best[k] == step for k in keys), note))
-    return {"head": [eval_name(k) for k in keys], "rows": rows}
+        rows.append(Row(f"{step:,}", cells, tuple(best[k] == step for k in keys), note=note))
+    return {"head": [_figure_of(k) for k in keys], "rows": rows}
+
+
+def _form(values: Iterable[float]) -> str:
+    """A format with as many decimals for all of them as make four digits of the largest."""
+    most = max((abs(v) for v in values), default=0.0)
+    whole = len(str(int(most)))
+    return f"{{:,.{max(0, 4 - whole) if most >= 1 else 4}f}}" if most >= 0.01 or not most else "{:.3g}"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -278,12 +297,13 @@ def _comparison(runs: Sequence[RunFacts]) -> list[Row]:
     rows = [_ranked("Train loss, last steps", runs, lambda r: _first(final_loss(r)), "{:.4g}", higher=False)]
     for key in sorted({k for run in runs for k in run.evals}, key=lambda k: (k.endswith("/loss"), k)):
         higher = next((r.best.higher for r in runs if r.best and r.best.metric == key), higher_is_better(key))
-        points = [best_point(r.evals[key], higher=higher) if key in r.evals else None for r in runs]
+        curves = [r.evals.get(key) for r in runs]
         best = partial(_best_value, key=key, higher=higher)
-        row = _ranked(f"Best {eval_name(key)}", runs, best, "{:.4g}", higher)
-        cells = [f"{c} (step {p[0]:,})" if p else c for c, p in zip(row.cells, points, strict=True)]
-        rows.append(Row(row.head, tuple(cells), row.best))
-        rows.append(_ranked(f"Final {eval_name(key)}", runs, partial(_last_value, key=key), "{:.4g}", higher))
+        row = _ranked(f"Held-out {eval_name(key)}", runs, best, "{:.4f}", higher)
+        details = [
+            f"at step {best_point(c, higher=higher)[0]:,}; final {c.values[-1]:.4f}" if c else "" for c in curves
+        ]
+        rows.append(replace(row, details=tuple(details)))
     rows += [
         _ranked("Tokens per second", runs, lambda r: speed(r, "tokens"), "{:,.0f}", higher=True),
         _ranked("Peak memory, GiB", runs, lambda r: _highest(r, "perf/peak_memory_gib"), "{:.1f}", higher=False),
@@ -300,10 +320,6 @@ def _first(values: Sequence[float] | None) -> float | None:
 
 def _best_value(run: RunFacts, key: str, higher: bool) -> float | None:
     return best_point(run.evals[key], higher=higher)[1] if key in run.evals else None
-
-
-def _last_value(run: RunFacts, key: str) -> float | None:
-    return run.evals[key].values[-1] if key in run.evals else None
 
 
 def _ranked(
@@ -326,6 +342,9 @@ class _Drawer:
 
     def __init__(self, runs: Sequence[RunFacts], names: Sequence[str]) -> None:
         self.runs, self.names, self.made = runs, names, 0
+        evals = [key.split("/")[1] for run in runs for key in run.evals]
+        trained = [key.split("/", 1)[1] for run in runs for key in run.curves if key.startswith("dataset_loss/")]
+        self.places = {name: i for i, name in enumerate(dict.fromkeys([*trained, *sorted(evals)]))}
 
     def uid(self) -> str:
         self.made += 1
@@ -341,9 +360,16 @@ class _Drawer:
         """Curves `prefix/NAME` in one chart; a chart for each NAME where runs are compared."""
         keys = list(dict.fromkeys(key for run in self.runs for key in run.curves if key.startswith(prefix + "/")))
         if len(self.runs) > 1:
-            return [c for key in keys for c in self.one(f"{title}: {key.removeprefix(prefix + '/')}", key, **how)]
-        found = [(key.removeprefix(prefix + "/"), self.runs[0].curves[key]) for key in keys]
-        series = [Series(name, curve, i, i) for i, (name, curve) in enumerate(found) if curve]
+            return [
+                c
+                for key in keys
+                for c in self.one(f"{title.split(' by ')[0]}: {key.removeprefix(prefix + '/')}", key, **how)
+            ]
+        series = []
+        for i, key in enumerate(keys):
+            name = key.removeprefix(prefix + "/")
+            place = self.places.get(name, i) if prefix == "dataset_loss" else i
+            series.append(Series(name, self.runs[0].curves[key], place, place))
         return [charts.lines(self.uid(), title, series, **how)] if series else []
 
     def evaluated(self, wanted: Callable[[str], bool]) -> list[Chart]:
@@ -353,7 +379,7 @@ class _Drawer:
             return [self._over_runs(key) for key in keys]
         groups: dict[str, list[str]] = {}
         for key in keys:
-            groups.setdefault("/".join(key.split("/")[2:]), []).append(key)
+            groups.setdefault(_figure_of(key)[0], []).append(key)
         return [self._over_datasets(figure, members) for figure, members in groups.items()]
 
     def _over_runs(self, key: str) -> Chart:
@@ -369,14 +395,11 @@ class _Drawer:
         run = self.runs[0]
         higher = run.best.higher if run.best and run.best.metric in keys else higher_is_better(keys[0])
         series = [
-            Series(key.split("/")[1], run.evals[key], i, i, best_point(run.evals[key], higher=higher))
-            for i, key in enumerate(keys)
+            Series(name, run.evals[key], place, place, best_point(run.evals[key], higher=higher))
+            for key, name in ((key, key.split("/")[1]) for key in keys)
+            for place in (self.places[name],)
         ]
-        words = figure.split("/")
-        name = words[0] if len(set(words)) == 1 else ": ".join(words)
-        title = "Held-out loss" if figure == "loss" else name
-        if len(keys) == 1:
-            title = f"{title}, {keys[0].split('/')[1]}"
+        title = f"Held-out {figure}" if len(keys) > 1 else f"Held-out {eval_name(keys[0])}"
         return charts.lines(self.uid(), title, series, note="ringed: the best")
 
 
@@ -505,27 +528,28 @@ def _cards(runs: Sequence[RunFacts], names: Sequence[str]) -> tuple[list[tuple[s
 
 def _before(runs: Sequence[RunFacts]) -> str:
     step = next((r.before_step for r in runs if r.before_step is not None), 0)
-    return "Before" if step == 0 else f"Step {step}"
+    return "Before training" if step == 0 else f"Step {step:,}"
 
 
 def _afters(runs: Sequence[RunFacts], names: Sequence[str]) -> list[tuple[str, str]]:
     words = []
     for i, run in enumerate(runs):
         best = " (best)" if run.best and run.best.step == run.after_step else ""
-        step = "" if run.after_step is None else f"step {run.after_step}{best}"
+        step = "" if run.after_step is None else f"step {run.after_step:,}{best}"
         words.append((f"after-{i % 8 + 1}", step.capitalize() if len(runs) == 1 else f"{names[i]}, {step}"))
     return words
 
 
 def _card(found: Sequence[Shown | None], runs: Sequence[RunFacts], names: Sequence[str]) -> Card:
     at, shown = next((i, s) for i, s in enumerate(found) if s is not None)
-    answers = [Answer("Reference", shown.reference, "reference")]
+    answers = [Answer("Reference", shown.reference, "reference", "Reference")]
     before = next((s.before for s in found if s is not None and s.before is not None), None)
     if before is not None:
-        answers.append(_judged(_before(runs), before, "before", shown.reference))
-    for (kind, who), one in zip(_afters(runs, names), found, strict=True):
+        answers.append(_judged(Answer(_before(runs), before, "before", "Before"), shown.reference))
+    for i, ((kind, who), one) in enumerate(zip(_afters(runs, names), found, strict=True)):
         if one is not None and one.after is not None:
-            answers.append(_judged(who, one.after, kind, shown.reference))
+            short = "After" if len(runs) == 1 else names[i]
+            answers.append(_judged(Answer(who, one.after, kind, short, i), shown.reference))
     pictures, note = [], ""
     boxed = any(boxes.parse(a.text) for a in answers)
     for picture in shown.pictures:
@@ -536,18 +560,20 @@ def _card(found: Sequence[Shown | None], runs: Sequence[RunFacts], names: Sequen
             note = "Boxes are not drawn: the answer does not say which picture they are on."
         url = "data:image/jpeg;base64," + base64.b64encode(picture.jpeg).decode()
         pictures.append((url, picture, marks))
+    drawn = {mark.kind for _, _, marks in pictures for mark in marks}
+    answers = [replace(a, boxed=a.kind in drawn) for a in answers]
     return Card(shown.dataset, shown.id, shown.question, tuple(pictures), tuple(answers), note)
 
 
-def _judged(who: str, text: str, kind: str, reference: str) -> Answer:
+def _judged(answer: Answer, reference: str) -> Answer:
     """An answer with what can be said of it without a metric: the same words, or how well its boxes lie."""
-    wanted, given = boxes.parse(reference), boxes.parse(text)
-    if " ".join(text.split()) == " ".join(reference.split()):
-        return Answer(who, text, kind, "same as the reference", good=True)
+    wanted, given = boxes.parse(reference), boxes.parse(answer.text)
+    if answer.text.split() == reference.split():
+        return replace(answer, verdict="same as the reference", good=True)
     if wanted and given:
         overlap = sum(max(boxes.iou(w, g) for g in given) for w in wanted) / len(wanted)
-        return Answer(who, text, kind, f"IoU {overlap:.2f}", good=overlap >= 0.5)
-    return Answer(who, text, kind, "no box" if wanted else "")
+        return replace(answer, verdict=f"IoU {overlap:.2f}", good=overlap >= 0.5)
+    return replace(answer, verdict="no box" if wanted else "")
 
 
 def _marks(answer: Answer, picture: Picture, convention: str) -> list[Mark]:
@@ -561,10 +587,10 @@ def _marks(answer: Answer, picture: Picture, convention: str) -> list[Mark]:
     for box in found:
         x1, x2 = (min(max(v * across, 0), picture.width) for v in (box.x1, box.x2))
         y1, y2 = (min(max(v * down, 0), picture.height) for v in (box.y1, box.y2))
-        name = f"{answer.who}: {box.label}" if box.label else answer.who
+        name = f"{answer.short}: {box.label}" if box.label else answer.short
         left, top, bottom = 100 * x1 / picture.width, 100 * y1 / picture.height, 100 * y2 / picture.height
         name = name if len(found) <= _MOST_CHIPS else ""
-        marks.append(Mark(answer.kind, x1, y1, x2 - x1, y2 - y1, left, top, bottom, name))
+        marks.append(Mark(answer.kind, x1, y1, x2 - x1, y2 - y1, left, top, bottom, name, answer.row))
     return marks
 
 
@@ -578,22 +604,34 @@ def _about(run: RunFacts, name: str, place: int) -> dict[str, Any]:
     card, options = run.card, run.options
     command = [str(word) for word in card.get("command") or ()] if isinstance(card.get("command"), list) else []
     dtypes = [str(d).removeprefix("torch.") for d in card.get("dtypes") or () if isinstance(card.get("dtypes"), list)]
-    versions = card.get("versions")
+    versions = card["versions"] if isinstance(card.get("versions"), dict) else {}
     facts = {
         "Model": options.get("model_name_or_path"), "Strategy": card.get("strategy") or options.get("tuning_strategy"),
         "From": card.get("distribution"), "Device": card.get("device"), "Processes": card.get("world_size"),
-        "Set up": card.get("distributed_type"), "Samples of a step": card.get("global_batch"),
-        "Precision": card.get("mixed_precision"), "Dtypes of the weights": ", ".join(dtypes), "Seed": card.get("seed"),
-        "Git commit": card.get("git_commit"), "Folder": str(run.root.resolve()),
+        "Distributed": card.get("distributed_type"), "Samples of a step": card.get("global_batch"),
+        "Mixed precision": card.get("mixed_precision"), "Dtypes of the weights": ", ".join(dtypes),
+        "Seed": card.get("seed"), "Git commit": card.get("git_commit"), "Folder": str(run.root.resolve()),
     }  # fmt: skip
     planned = options.get("max_steps")
     progress = f"step {run.last_step:,}" + (f" of {planned:,}" if isinstance(planned, int) and planned > 0 else "")
     return {
         "name": name, "tone": place % 8 + 1, "dash": charts.DASHES[place % len(charts.DASHES)],
+        "dtypes": ", ".join(dtypes),
+        "packages": [(p, versions[p]) for p in ("vlft", "torch") if p in versions],
         "model": str(options.get("model_name_or_path") or ""), "strategy": str(facts["Strategy"] or ""),
         "device": str(card.get("device") or ""), "progress": progress, "result": run.result,
         "facts": [(k, str(v)) for k, v in facts.items() if v not in (None, "")],
-        "versions": [(str(k), str(v)) for k, v in versions.items()] if isinstance(versions, dict) else [],
+        "versions": [(str(k), str(v)) for k, v in versions.items()],
         "proved": [(part, *(f"{n:,}" for n in facts)) for part, facts in run.proved.items()],
-        "command": shlex.join(command), "options": [(k, _option(v)) for k, v in options.items()],
+        "command": _by_option(command), "options": [(k, _option(v)) for k, v in options.items()],
     }  # fmt: skip
+
+
+def _by_option(words: Sequence[str]) -> list[str]:
+    """The command as a shell reads it, cut before each option, so that a line never breaks inside one."""
+    groups: list[list[str]] = []
+    for word in words:
+        if word.startswith("--") or not groups:
+            groups.append([])
+        groups[-1].append(word)
+    return [shlex.join(group) for group in groups]
