@@ -5,28 +5,20 @@ To add one: a class of its options, a function that runs it (which imports what 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from vlft import discovery
-from vlft.config import Option, options_of, output_dir_problem
+from vlft.config import CommandOptions as Options
+from vlft.config import EvalOptions, Option, options_of, output_dir_problem
 from vlft.errors import ConfigError
 from vlft.rivals import nearest
-from vlft.words import Given, build, read_flags, sibling, split_words
-
-
-class Options(BaseModel):
-    """Base of a command's options: fields with descriptions, from which flags and help are made."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), coerce_numbers_to_str=True)
-
-    def problems(self, failed: set[str]) -> list[str]:  # noqa: ARG002
-        """What is wrong on the disk; options in `failed` were told already."""
-        return []
+from vlft.words import Given, build, read_flags, read_yaml, sibling, split_words
 
 
 @dataclass(frozen=True)
@@ -38,6 +30,8 @@ class Command:
     run: Callable[[Any], None]
     first: tuple[str, ...] = ()
     """Options that are given as plain words, in this order; a list takes all that are left."""
+    complete: Callable[[dict[str, Given]], dict[str, Given]] = dict
+    """Adds what is not given but known, and refuses with a ConfigError what cannot be."""
 
     @property
     def usage(self) -> str:
@@ -68,7 +62,7 @@ def parse_command(command: Command, words: Sequence[str]) -> Any:
         for name, one in given.items()
         if name not in known and name not in broken
     ]
-    given = {name: one for name, one in given.items() if one.value is not None}
+    given = command.complete({name: one for name, one in given.items() if one.value is not None})
     config, failed = build(command.options, given, problems, broken, missing=True)
     if config:
         problems += config.problems(failed)
@@ -141,10 +135,98 @@ def _merge(options: MergeOptions) -> None:
     print(export.merge(options.model, options.output_dir, options.base))
 
 
+class ExportOptions(Options):
+    model: str = Field(description="Run folder, result (adapter or whole model), Hugging Face folder or hub name.")
+    output_dir: Path = Field(description="Folder for the whole model; must be empty.")
+    format: str = Field("hf", description="Layout of the files: hf (safetensors, for transformers and vLLM).")
+    checkpoint: str | None = Field(
+        None,
+        description="Of a run folder: best, latest or a name such as step-000200.",
+        json_schema_extra={"shown": "the run's result"},
+    )
+    base: Literal["trained", "original"] = Field(
+        "trained",
+        description="Weights to merge adapters onto: those trained with (a 4-bit base: dequantised), or the original.",
+    )
+    dtype: Literal["bfloat16", "float16", "float32"] | None = Field(
+        None, description="Of the written weights.", json_schema_extra={"shown": "as they are"}
+    )
+    max_shard_size: str = Field("5GB", pattern=r"^\d+([KMG]i?B)$", description="Largest file of weights: 200MB, 5GB.")
+    push_to_hub: str | None = Field(None, description="Also upload to this repository of the hub: OWNER/NAME.")
+    private: bool = Field(False, description="The new repository is private.")
+
+    def problems(self, failed: set[str]) -> list[str]:
+        found = [f"--format {self.format}: {_FORMATS.get(self.format, _NO_FORMAT)}"] if self.format != "hf" else []
+        if "model" not in failed:
+            found += no_model_or_hub_name(self.model, "MODEL")
+        if self.checkpoint and "model" not in failed and not (Path(self.model) / "run.yaml").is_file():
+            found.append(
+                f"--checkpoint {self.checkpoint}: {self.model} is no run folder (no run.yaml); give the run's."
+            )
+        if "output_dir" not in failed and output_dir_problem(self.output_dir, None):
+            found.append(f"--output_dir {self.output_dir} is not an empty folder; give a new one.")
+        if self.push_to_hub is not None and not _HUB_NAME.fullmatch(self.push_to_hub):
+            found.append(f"--push_to_hub {self.push_to_hub} is no repository's name; give OWNER/NAME.")
+        return found
+
+
+_NO_FORMAT = "vlft writes hf only; leave it out."
+_FORMATS = {
+    "gguf": (
+        "vlft does not write GGUF; export hf, then run llama.cpp's convert_hf_to_gguf.py on that folder twice, once as "
+        "it is (the language model) and once with --mmproj (the vision tower)."
+    )
+}
+_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+def no_model_or_hub_name(name: str, place: str) -> list[str]:
+    """The problem with what should be a folder or a hub's name, if there is one."""
+    if Path(name).is_dir() or (_HUB_NAME.fullmatch(name) and not Path(name).exists() and name[0] not in "./~"):
+        return []
+    where = f"{place} {name}: there is no such folder{sibling(Path(name))}"
+    return [f"{where}; give a run folder, a model folder or a hub name."]
+
+
+def _export(options: ExportOptions) -> None:
+    from vlft import handover
+
+    given = options.model_dump(exclude={"model", "output_dir", "format"})
+    print(handover.export_model(options.model, options.output_dir, **given))
+
+
+def complete_eval(given: dict[str, Given]) -> dict[str, Given]:
+    """Of a run's model: its folder, the options of run.yaml that are not given, a place for the answers."""
+    if "model" not in given:
+        return given
+    model = Path(str(given["model"].value)).expanduser()
+    run = next((folder for folder in (model, model.absolute().parent) if (folder / "run.yaml").is_file()), None)
+    config = Path(str(given["config"].value)).expanduser() if "config" in given else run and run / "run.yaml"
+    found: dict[str, Given] = {}
+    if run:
+        found["output_dir"] = Given(run / "eval" / "model", "output_dir", flag=False)
+    if config:
+        known = options_of(EvalOptions).keys() - {"output_dir", "model", "config"}
+        values = {name: value for name, value in read_yaml(config).items() if name in known and value is not None}
+        found |= {name: Given(value, f"{config.name}: {name}", flag=False) for name, value in values.items()}
+    found |= given
+    if run == model:
+        found["model"] = Given(str(model / "model"), given["model"].place, flag=True)
+    return found
+
+
+def _eval(options: EvalOptions) -> None:
+    from vlft import eval_model
+
+    eval_model.main(options)
+
+
 COMMANDS = {
     command.name: command
     for command in (
+        Command("eval", "loss and metrics of a model on held-out data", EvalOptions, _eval, ("model",), complete_eval),
         Command("merge", "adapters into a whole model", MergeOptions, _merge, ("model",)),
+        Command("export", "a whole model ready to serve, here or on the hub", ExportOptions, _export, ("model",)),
         Command("plugins", "strategies and metrics, and whether they work", PluginsOptions, _plugins),
     )
 }

@@ -10,6 +10,7 @@ unfrozen tower in silence, and loading then returns base vision weights. A strat
         adapter_config.json + adapter_model.safetensors
         tokenizer and processor files                  the checkpoint's own, with the training pixel limits
         vlft.json                                      what merging needs to know
+        README.md                                      the model card
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from vlft import card
 from vlft.discovery import load_strategy
 from vlft.errors import ModelError, StrategyError, VlftError
 from vlft.models.forward import base_model
@@ -33,6 +35,8 @@ from vlft.models.load import META, Source, load_hf, open_checkpoint, read_json, 
 from vlft.strategy import Exporter, Strategy
 
 PEFT_PREFIX = "base_model.model."
+SHARD = "5GB"
+"""Largest file of a whole model, as most published ones."""
 _CARRIED = (
     "tokenizer*", "vocab*", "merges*", "special_tokens_map*", "added_tokens*", "chat_template*", "preprocessor_config*",
     "processor_config*", "video_preprocessor_config*", "generation_config*",
@@ -181,6 +185,7 @@ def save_result(
         if isinstance(strategy, Exporter):
             meta["exported_from"] = _base_name(source)
         (beside / META).write_text(json.dumps(meta, indent=2, default=str))
+        card.write(beside, card.title(folder))
 
 
 @contextmanager
@@ -289,19 +294,78 @@ def merge(model: Path, output: Path, base: Literal["trained", "original"] = "tra
     Raises:
         ModelError: `output` is not empty, or `model` cannot be merged.
     """
-    if output.exists() and any(output.iterdir()):
-        raise ModelError(f"{output} is not empty; choose another --output_dir.")
-    whole: Any = merged(model, base, "cuda" if torch.cuda.is_available() else "cpu")
-    meta = _meta(model)
-    quantised = bool(meta.get("quantization"))
-    plain = {key: value for key, value in meta.items() if key != "exported_from"}
-    with _replacing(output) as beside:
-        whole.save_pretrained(beside)
-        for pattern in _CARRIED:
-            for file in model.glob(pattern):
-                shutil.copyfile(file, beside / file.name)
-        (beside / META).write_text(json.dumps(plain | {"quantization": None, "merged_onto": base}, indent=2))
+    check_empty(output)
+    write_whole(merged(model, base, _device()), model, output, base)
+    quantised = bool(_meta(model).get("quantization"))
     if quantised and base == "original":
         return f"merged onto the original weights into {output}; logits differ from training's by the NF4 rounding."
     onto = "the dequantised NF4 base, as trained" if quantised else "the base"
     return f"merged onto {onto}, into {output}."
+
+
+def serve(
+    model: str,
+    output: Path,
+    base: Literal["trained", "original"] = "trained",
+    dtype: str | None = None,
+    max_shard_size: str = SHARD,
+) -> None:
+    """A whole model ready to serve from an adapter, a whole model or a hub name.
+
+    Args:
+        dtype: of the written weights, as torch calls it; None: as they are.
+        max_shard_size: of one file, such as "5GB".
+    Raises:
+        ModelError: `output` is not empty, or `model` cannot be loaded, merged or written.
+    """
+    check_empty(output)
+    found = open_checkpoint(model)
+    if found.is_adapter:
+        whole = merged(found.folder, base, _device())
+    else:
+        whole = load_hf(found.folder, "cpu")
+    if dtype:
+        _recast(whole, getattr(torch, dtype))
+    write_whole(whole, found.folder, output, base if found.is_adapter else None, max_shard_size)
+
+
+def _device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def check_empty(output: Path) -> None:
+    """Raises: ModelError if there is something in `output`."""
+    if output.exists() and any(output.iterdir()):
+        raise ModelError(f"{output} is not empty; choose another --output_dir.")
+
+
+def _recast(whole: Any, dtype: torch.dtype) -> None:
+    whole.to(dtype)
+    for config in (whole.config, whole.config.text_config, whole.config.vision_config):
+        config.dtype = dtype
+
+
+def write_whole(
+    whole: Any, source: Path, output: Path, onto: str | None = None, max_shard_size: str | int = SHARD
+) -> None:
+    """A plain model as a folder, with the tokenizer and processor files, the facts and the card of `source`.
+
+    Args:
+        onto: what an adapter was merged onto, for vlft.json.
+    Raises:
+        ModelError: it cannot be written.
+    """
+    meta = {key: value for key, value in _meta(source).items() if key != "exported_from"}
+    if onto:
+        meta |= {"quantization": None, "merged_onto": onto}
+    with _replacing(output) as beside:
+        whole.save_pretrained(beside, max_shard_size=max_shard_size)
+        for pattern in _CARRIED:
+            for file in source.glob(pattern):
+                shutil.copyfile(file, beside / file.name)
+        if meta:
+            (beside / META).write_text(json.dumps(meta, indent=2))
+        if not meta and (source / card.NAME).exists():
+            shutil.copyfile(source / card.NAME, beside / card.NAME)  # somebody else's model: its own card
+        else:
+            card.write(beside, card.title(output))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from vlft import checkpoint as checkpoints
-from vlft import evaluate, export, recovery
+from vlft import card, evaluate, export, recovery
 from vlft.config import Run, deepspeed_path
 from vlft.data.budget import Load
 from vlft.data.loader import Step
@@ -187,7 +187,8 @@ def hand_over(job: Job) -> None:
     if job.engine.is_main:
         limits = {"min_pixels": job.data.options.min_pixels, "max_pixels": job.data.options.max_pixels}
         facts = {"strategy": job.run.config.tuning_strategy, "options": job.run.options.model_dump(mode="json"),
-                 "distribution": job.run.distribution, "unproved": job.proof.missing}  # fmt: skip
+                 "distribution": job.run.distribution, "unproved": job.proof.missing,
+                 "run": card.facts(job.folder.root)}  # fmt: skip
         export.save_result(job.strategy, job.model, job.source, whole, job.folder.model, facts=facts, **limits)
         job.journal.say(f"model: {job.folder.model}")
         if (job.folder.model / "adapter_config.json").exists():
