@@ -195,6 +195,25 @@ def _export(options: ExportOptions) -> None:
     print(handover.export_model(options.model, options.output_dir, **given))
 
 
+class VerifyOptions(Options):
+    model: str = Field(description="Result to check: adapter or whole model, a folder or a hub name.")
+    against: Path = Field(description="The run that it came from: its output_dir.")
+    samples: int = Field(8, ge=1, description="Held-out samples to compare on (training samples if none is held out).")
+    max_new_tokens: int = Field(32, ge=1, description="Tokens of each greedy answer.")
+
+    def problems(self, failed: set[str]) -> list[str]:
+        found = no_model_or_hub_name(self.model, "MODEL") if "model" not in failed else []
+        if "against" not in failed and not (self.against / "run.yaml").is_file():
+            found.append(f"--against {self.against} is no run folder (no run.yaml); give the run's output_dir.")
+        return found
+
+
+def _verify(options: VerifyOptions) -> None:
+    from vlft.verify import verify
+
+    print(verify(options.model, options.against, options.samples, options.max_new_tokens))
+
+
 def complete_eval(given: dict[str, Given]) -> dict[str, Given]:
     """Of a run's model: its folder, the options of run.yaml that are not given, a place for the answers."""
     if "model" not in given:
@@ -227,6 +246,7 @@ COMMANDS = {
         Command("eval", "loss and metrics of a model on held-out data", EvalOptions, _eval, ("model",), complete_eval),
         Command("merge", "adapters into a whole model", MergeOptions, _merge, ("model",)),
         Command("export", "a whole model ready to serve, here or on the hub", ExportOptions, _export, ("model",)),
+        Command("verify", "does a result say what its run trained?", VerifyOptions, _verify, ("model",)),
         Command("plugins", "strategies and metrics, and whether they work", PluginsOptions, _plugins),
     )
 }

@@ -7,9 +7,10 @@
     ├── ModelError (4)        a checkpoint is missing, unreadable or of an unsupported type
     ├── StrategyError (5)     a plugin is missing, broken, in conflict, or broke its promise
     ├── CheckpointError (6)   the run folder cannot be written; a checkpoint cannot be read or continued
-    └── TrainingError (7)     the run itself cannot go on
-        ├── StoppedError (8)        a signal asked for the end: the step was finished and saved
-        └── DeviceMemoryError (9)   the device's memory does not do, where that cannot be mended within the run
+    ├── TrainingError (7)     the run itself cannot go on
+    │   ├── StoppedError (8)        a signal asked for the end: the step was finished and saved
+    │   └── DeviceMemoryError (9)   the device's memory does not do, where that cannot be mended within the run
+    └── MismatchError (10)    a result does not say what its run trained
 
 The number is the process's exit code. A message is one sentence: what was found, where, and what to do.
 """
@@ -72,3 +73,7 @@ class StoppedError(TrainingError):
 
 class DeviceMemoryError(TrainingError):
     exit_code = 9
+
+
+class MismatchError(VlftError):
+    exit_code = 10

@@ -31,7 +31,16 @@ from vlft import card
 from vlft.discovery import load_strategy
 from vlft.errors import ModelError, StrategyError, VlftError
 from vlft.models.forward import base_model
-from vlft.models.load import META, Source, load_hf, open_checkpoint, read_json, resolve_folder, weights_dtype
+from vlft.models.load import (
+    META,
+    Checkpoint,
+    Source,
+    load_hf,
+    open_checkpoint,
+    read_json,
+    resolve_folder,
+    weights_dtype,
+)
 from vlft.strategy import Exporter, Strategy
 
 PEFT_PREFIX = "base_model.model."
@@ -213,12 +222,16 @@ def _replacing(folder: Path) -> Iterator[Path]:
         ) from error
 
 
-def _quantised_base(folder: Path, settings: dict[str, Any], device: str) -> nn.Module:
-    """The base as training saw it: quantised to NF4 and back."""
+def _bits_and_bytes(settings: dict[str, Any]) -> Any:
     from transformers import BitsAndBytesConfig
 
     kept = {k: v for k, v in settings.items() if k.startswith(("load_in_4bit", "bnb_4bit", "llm_int8_skip"))}
-    model: Any = load_hf(folder, device, quantization_config=BitsAndBytesConfig(**kept))
+    return BitsAndBytesConfig(**kept)
+
+
+def _quantised_base(folder: Path, settings: dict[str, Any], device: str) -> nn.Module:
+    """The base as training saw it: quantised to NF4 and back."""
+    model: Any = load_hf(folder, device, quantization_config=_bits_and_bytes(settings))
     dtype = weights_dtype(model.config)
     whole = model.dequantize()
     assert isinstance(whole, nn.Module)
@@ -264,28 +277,59 @@ def merged(folder: Path, base: Literal["trained", "original"] = "trained", devic
     meta = _meta(folder)
     if "exported_from" in meta:
         return _merged_by_plugin(folder, meta)
-    if not (checkpoint.folder / "adapter_model.safetensors").exists():
-        # PEFT would read a pickle instead, or look for the folder's name at the hub.
-        raise ModelError(
-            f"{folder} has no adapter_model.safetensors; pickles (adapter_model.bin) are not read: copy it."
-        )
-    where = resolve_folder(str(checkpoint.adapter["base_model_name_or_path"]))
+    where = _base_of(checkpoint)
     quantisation = meta.get("quantization")
     if quantisation and base == "trained":
         model = _quantised_base(where, quantisation, device)
     else:
         model = load_hf(where, device)
+    whole = _attached(model, folder, device).merge_and_unload(safe_merge=True)
+    assert isinstance(whole, nn.Module)
+    return whole
+
+
+def reloaded(folder: Path, device: str = "cpu") -> nn.Module | None:
+    """A result as its user loads it, through transformers and PEFT: on the quantised base if it was trained on one.
+
+    None for the result of a strategy with a format of its own.
+
+    Raises:
+        ModelError: it cannot be loaded.
+    """
+    checkpoint = open_checkpoint(str(folder))
+    meta = _meta(folder)
+    if "exported_from" in meta:
+        return None
+    if checkpoint.adapter is None:
+        return load_hf(folder, device)
+    where, quantisation = _base_of(checkpoint), meta.get("quantization")
+    options = {"quantization_config": _bits_and_bytes(quantisation)} if quantisation else {}
+    whole = _attached(load_hf(where, device, **options), folder, device)
+    assert isinstance(whole, nn.Module)
+    return whole
+
+
+def _base_of(checkpoint: Checkpoint) -> Path:
+    """Folder of the model that an adapter belongs to, after a look at the adapter's own weights."""
+    assert checkpoint.adapter is not None
+    if not (checkpoint.folder / "adapter_model.safetensors").exists():
+        # PEFT would read a pickle instead, or look for the folder's name at the hub.
+        raise ModelError(
+            f"{checkpoint.folder} has no adapter_model.safetensors; pickles (adapter_model.bin) are not read: copy it."
+        )
+    return resolve_folder(str(checkpoint.adapter["base_model_name_or_path"]))
+
+
+def _attached(model: nn.Module, folder: Path, device: str) -> Any:
+    """The base with the adapter of `folder`, as PEFT loads it."""
     # After load_hf, which silences what bitsandbytes says about its optional kernels when peft imports it.
     import peft
 
     try:
-        model = peft.PeftModel.from_pretrained(model, str(folder), torch_device=device)
+        return peft.PeftModel.from_pretrained(model, str(folder), torch_device=device)
     except Exception as error:  # broken files raise SafetensorError, KeyError, TypeError and more
         text = " ".join(str(error).split())[:200].rstrip(".")
         raise ModelError(f"the adapter in {folder} cannot be loaded: {text}; copy its files again.") from error
-    whole = model.merge_and_unload(safe_merge=True)
-    assert isinstance(whole, nn.Module)
-    return whole
 
 
 def merge(model: Path, output: Path, base: Literal["trained", "original"] = "trained") -> str:

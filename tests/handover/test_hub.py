@@ -44,6 +44,10 @@ def _handler(state: Hub) -> type[BaseHTTPRequestHandler]:
     class Handler(BaseHTTPRequestHandler):
         def log_message(self, *_: Any) -> None: ...
 
+        def _note_token(self) -> None:
+            if "/me/" in self.path or "/repos/" in self.path:  # others are not about the repository
+                state.tokens.add(self.headers.get("Authorization"))
+
         def _reply(self, content: dict[str, Any], code: int = 200) -> None:
             body = json.dumps(content).encode()
             self.send_response(code)
@@ -64,8 +68,7 @@ def _handler(state: Hub) -> type[BaseHTTPRequestHandler]:
 
         def do_POST(self) -> None:
             body = self._body()
-            if self.path != "/api/validate-yaml":  # which the client asks without a token
-                state.tokens.add(self.headers.get("Authorization"))
+            self._note_token()
             if state.answer:
                 self._reply({"error": "no"}, state.answer)
             elif self.path == "/api/repos/create":
@@ -102,7 +105,7 @@ def _handler(state: Hub) -> type[BaseHTTPRequestHandler]:
             self._reply({})
 
         def do_GET(self) -> None:
-            state.tokens.add(self.headers.get("Authorization"))
+            self._note_token()
             self._reply({"error": "not found"}, state.answer or 404)
 
         def _commit(self, lines: list[dict[str, Any]]) -> None:

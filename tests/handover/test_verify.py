@@ -1,0 +1,144 @@
+"""Merged equals trained equals reloaded, for every strategy and family; and `vlft verify` can tell when it does not."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from runs import command, train
+from safetensors.torch import load_file, save_file
+
+from vlft import export
+from vlft.cli import main
+from vlft.errors import MismatchError
+from vlft.handover import export_model
+from vlft.testing import FAMILIES
+from vlft.verify import compare, verify
+
+STRATEGIES = {
+    "full": {},
+    "vit_only": {},
+    "partial_llm_full_vit": {"llm_frozen_layers": 1},
+    "lora": {"lora_rank": 4},
+    "lora_llm_full_vit": {"lora_rank": 4},
+    "qlora": {"lora_rank": 4, "train_vit": True},
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_merged_is_trained_is_reloaded(
+    strategy: str, family: str, tiny: Callable[..., Path], registry: Path, tmp_path: Path
+) -> None:
+    """Logits within 1e-3 of their deviation and the same greedy text, in fp32 (qlora: on its NF4 base)."""
+    base = tiny(family, tie=family == "qwen2_5_vl")
+    out = tmp_path / "out"
+    options = {"max_steps": 2, "learning_rate_vit": 1e-3, **STRATEGIES[strategy]}
+    if strategy == "lora":
+        del options["learning_rate_vit"]
+    train(command(base, registry, out, strategy, **options))
+    export_model(str(out), tmp_path / "whole")
+    adapters = "lora" in strategy
+    for model in (out / "model", tmp_path / "whole") if adapters else (out / "model",):
+        gaps, step = compare(str(model), out, samples=4, max_new_tokens=8)
+        assert step == 2
+        assert len(gaps) == 3
+        assert all(g.tolerance.answers and g.holds for g in gaps), gaps
+        assert all(g.same_answers == g.samples == 4 for g in gaps)
+    # The comparison would see two steps of training: the base model itself does not pass.
+    gaps, _ = compare(str(base), out, samples=4, max_new_tokens=8)
+    assert not gaps[0].holds
+    assert gaps[0].largest > 5e-3
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _spoil(folder: Path, part: str) -> str:
+    """Change one weight tensor of a result by a tenth of its size; its name."""
+    for path in sorted(folder.glob("*.safetensors")):
+        tensors = load_file(path)
+        for name in sorted(tensors):
+            if part in name and tensors[name].ndim == 2:
+                tensors[name] = tensors[name] * 1.1
+                save_file(tensors, path, {"format": "pt"})
+                return name
+    raise AssertionError(part)
+
+
+def test_verify_says_equal(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = sorted(path for path in run.rglob("*"))
+    assert main(["verify", str(run / "model"), "--against", str(run), "--samples", "3", "--max_new_tokens", "4"]) == 0
+    said = capsys.readouterr().out
+    assert said.count(" equal\n") == 3
+    assert "trained - merged" in said
+    assert "3 of 3" in said
+    assert f"{run / 'model'} says what step 3 of {run} says." in said
+    assert sorted(path for path in run.rglob("*")) == before, "nothing is written"
+
+
+@pytest.mark.parametrize("part", ["lora_B", "visual.blocks.1.mlp"])
+def test_one_altered_weight_is_seen(part: str, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(run / "model", model)
+    _spoil(model, part)
+    words = ["verify", str(model), "--against", str(run), "--samples", "3", "--max_new_tokens", "4"]
+    assert main(words) == MismatchError.exit_code == 10
+    error = capsys.readouterr().err
+    assert "(trained - merged, trained - reloaded)" in error
+    assert "merged - reloaded" in error, "the table is shown, too"
+
+
+def test_one_altered_weight_of_a_whole_model_in_16_bits(run: Path, tmp_path: Path) -> None:
+    """bf16 rounds, and passes; a weight that is a tenth larger does not."""
+    export_model(str(run), tmp_path / "whole", dtype="bfloat16")
+    gaps, _ = compare(str(tmp_path / "whole"), run, samples=5, max_new_tokens=4)
+    assert all(g.holds for g in gaps), gaps
+    assert not gaps[0].tolerance.answers
+    assert gaps[0].mean > 1e-3, "16 bits do round"
+    _spoil(tmp_path / "whole", "model.layers.0.self_attn.v_proj")
+    _spoil(tmp_path / "whole", "visual.merger.mlp.0")
+    tensors = load_file(tmp_path / "whole" / "model.safetensors")
+    tensors["lm_head.weight"] = torch.roll(tensors["lm_head.weight"], 1, 0)
+    save_file(tensors, tmp_path / "whole" / "model.safetensors", {"format": "pt"})
+    with pytest.raises(MismatchError, match="does not say what step 3"):
+        verify(str(tmp_path / "whole"), run, samples=3, max_new_tokens=4)
+
+
+def test_it_compares_with_the_step_that_the_result_has(run: Path, tmp_path: Path) -> None:
+    export_model(str(run), tmp_path / "early", checkpoint="step-000002")
+    gaps, step = compare(str(tmp_path / "early"), run, samples=3, max_new_tokens=4)
+    assert step == 2
+    assert all(g.holds for g in gaps)
+    # A result of another step, which says it is of this one, does not pass.
+    export.merge(run / "model", tmp_path / "late")
+    shutil.copyfile(tmp_path / "early" / "vlft.json", tmp_path / "late" / "vlft.json")
+    gaps, step = compare(str(tmp_path / "late"), run, samples=3, max_new_tokens=4)
+    assert step == 2
+    assert not gaps[0].holds
+
+
+def test_not_a_number_does_not_pass(run: Path, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(run / "model", model)
+    tensors = load_file(model / "adapter_model.safetensors")
+    name = next(name for name in tensors if "merger" in name)
+    tensors[name] = tensors[name] * float("nan")
+    save_file(tensors, model / "adapter_model.safetensors", {"format": "pt"})
+    gaps, _ = compare(str(model), run, samples=3, max_new_tokens=4)
+    assert not any(g.holds for g in gaps)
+
+
+def test_refused(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["verify", str(run / "model"), "--against", str(run / "model")]) == 2
+    assert "is no run folder (no run.yaml)" in capsys.readouterr().err
+    assert main(["verify", str(run / "model")]) == 2
+    assert "--against is missing" in capsys.readouterr().err
+    shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("step-*"))
+    assert main(["verify", str(run / "model"), "--against", str(tmp_path / "run")]) == 6
+    assert "has no complete checkpoint 'latest' (it has none)" in capsys.readouterr().err
