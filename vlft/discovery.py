@@ -142,6 +142,8 @@ def _named(group: str, name: str, what: str) -> Found:
 def _import(found: Found, what: str) -> Any:
     try:
         return EntryPoint(found.name, found.value, group="").load()
+    except StrategyError:  # the plugin says itself what is missing and how to install it
+        raise
     # SystemExit too: a script that calls sys.exit() when imported would end vlft without a word.
     except (Exception, SystemExit) as error:
         raise StrategyError(

@@ -1,18 +1,20 @@
 """Task metrics: functions from predictions to named numbers, found as entry points of `vlft.metrics` or in a file.
 
-A metric gets predictions, never the model: the core generates, on all ranks, without duplicates.
+A metric gets predictions, never the model: the core generates, on all ranks, without duplicates. docs/metrics.md lists
+the installed ones and shows how to write another.
 """
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from vlft.discovery import load_metric
-from vlft.errors import ConfigError
+from vlft.errors import ConfigError, StrategyError
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,8 @@ class Prediction:
     """Paths or addresses of the pictures, as the record gives them."""
     record: Any
     """The raw record."""
+    sizes: tuple[tuple[int, int], ...] = ()
+    """(width, height) in pixels of each picture as the model sees it: what boxes in pixels refer to."""
 
     def json(self) -> dict[str, Any]:
         """For eval/step-N/DATASET.jsonl; the raw record is left out (it is in the data)."""
@@ -36,6 +40,53 @@ class Prediction:
 
 
 Metric = Callable[[Sequence[Prediction]], dict[str, float]]
+
+_FALLING = frozenset({"loss", "cer", "wer"})
+
+
+def lower_is_better(name: str) -> bool:
+    """Whether a smaller value is the better one.
+
+    Args:
+        name: a value's name, with or without its path: "cer", "loss", "eval/pages/wer/wer". Every name that is not
+            known to fall (a user's own metric) counts as one that rises.
+    """
+    return name.rpartition("/")[2] in _FALLING
+
+
+def references(prediction: Prediction) -> tuple[str, ...]:
+    """All accepted answers: the record's `answers`, or else the one reference.
+
+    `answers` is a list of texts or numbers, or of objects with a key `answer` (as VQA's annotations are). A record
+    whose `answers` is anything else, or empty, has its one reference.
+    """
+    raw = prediction.record.get("answers") if isinstance(prediction.record, Mapping) else None
+    if not isinstance(raw, list | tuple) or not raw:
+        return (prediction.reference,)
+    found = [one.get("answer") if isinstance(one, Mapping) else one for one in raw]
+    if not all(isinstance(one, str | int | float) for one in found):
+        return (prediction.reference,)
+    return tuple(str(one) for one in found)
+
+
+def share(part: float, whole: float) -> float:
+    """`part` / `whole`, 0 of nothing."""
+    return part / whole if whole else 0.0
+
+
+def library(name: str, metric: str) -> Any:
+    """The optional library `name` that `metric` is built on.
+
+    Raises:
+        StrategyError: it is not installed or does not load; the message holds the install line.
+    """
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise StrategyError(
+            f"The metric '{metric}' needs {name.partition('.')[0]}, which cannot be imported ({error}); "
+            "run: pip install 'vlft[metrics]'."
+        ) from error
 
 
 def load_script(script: str) -> tuple[str, Metric]:
