@@ -11,7 +11,6 @@ import io
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -69,12 +68,12 @@ class Chart:
     rows: tuple[tuple[str, ...], ...]
 
 
-def compact(value: float) -> str:
-    """A number for people: four digits at most, thousands as k, M."""
+def compact(value: float, thousands: float = 1e4) -> str:
+    """A number for people: four digits at most, millions as M, and from `thousands` on k."""
     if value and (abs(value) < 1e-3 or abs(value) >= 1e9):
-        mantissa, exponent = f"{value:.3g}".split("e") if "e" in f"{value:.3g}" else (f"{value:.2e}".split("e"))
+        mantissa, exponent = f"{value:.2e}".split("e")
         return f"{float(mantissa):g}e{int(exponent)}"
-    for size, suffix in ((1e6, "M"), (1e4, "k")):
+    for size, suffix in ((1e6, "M"), (thousands, "k")):
         if abs(value) >= size:
             return f"{value / (1e3 if suffix == 'k' else size):.3g}{suffix}"
     return f"{value:,.0f}" if value == int(value) or abs(value) >= 1000 else f"{value:.4g}"
@@ -116,7 +115,7 @@ def lines(
         log: a logarithmic axis where the values span more than a factor of thirty.
         zero: the axis begins at zero.
     """
-    figure, axes = _figure()
+    figure, axes = _figure(steps=True)
     thinned = [thin(s.curve) for s in series]
     pooled = [v for c in thinned for v in c.values]
     if log and min(pooled) > 0 and max(pooled) > 30 * min(pooled):
@@ -136,7 +135,7 @@ def lines(
         axes.plot(drawn.steps, drawn.values, linewidth=1.8, **few, **style)
         if one.mark:
             axes.plot(*one.mark, "o", markersize=10, markerfacecolor="none", markeredgewidth=1.4, **style)
-    if zero:
+    if zero and axes.get_yscale() == "linear":
         axes.set_ylim(bottom=0)
     axes.set_xlabel("step", color=_INK, labelpad=3)
     if spans > 1:
@@ -251,14 +250,13 @@ def _rows(series: Sequence[Series]) -> tuple[tuple[str, ...], ...]:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-@cache
-def _formatter() -> Any:
+def _formatter(thousands: float) -> Any:
     from matplotlib.ticker import FuncFormatter
 
-    return FuncFormatter(lambda value, _place: compact(float(f"{value:.6g}")))
+    return FuncFormatter(lambda value, _place: compact(float(f"{value:.6g}"), thousands))
 
 
-def _figure() -> tuple[Figure, Axes]:
+def _figure(*, steps: bool = False) -> tuple[Figure, Axes]:
     from matplotlib import rc_context
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
@@ -275,10 +273,10 @@ def _figure() -> tuple[Figure, Axes]:
     axes.set_axisbelow(True)
     axes.tick_params(length=0, colors=_INK, pad=5, which="both")
     axes.margins(x=0.01, y=0.06)
-    axes.xaxis.set_major_locator(MaxNLocator(5, integer=False))
-    axes.yaxis.set_major_locator(MaxNLocator(4))
-    axes.xaxis.set_major_formatter(_formatter())
-    axes.yaxis.set_major_formatter(_formatter())
+    axes.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10], integer=steps))
+    axes.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
+    axes.xaxis.set_major_formatter(_formatter(1e5))
+    axes.yaxis.set_major_formatter(_formatter(1e3))
     return figure, axes
 
 
@@ -291,7 +289,7 @@ def _svg(figure: Figure, uid: str, title: str, description: str) -> Markup:
     for axis in (figure.axes[0].xaxis, figure.axes[0].yaxis):
         if axis.get_scale() == "log":
             axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=6))
-            axis.set_major_formatter(_formatter())
+            axis.set_major_formatter(_formatter(1e3))
             axis.set_minor_formatter(NullFormatter())
     out = io.StringIO()
     with rc_context(_SETTINGS):

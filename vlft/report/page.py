@@ -399,6 +399,7 @@ class _Drawer:
             for key, name in ((key, key.split("/")[1]) for key in keys)
             for place in (self.places[name],)
         ]
+        series.sort(key=lambda s: s.tone)
         title = f"Held-out {figure}" if len(keys) > 1 else f"Held-out {eval_name(keys[0])}"
         return charts.lines(self.uid(), title, series, note="ringed: the best")
 
