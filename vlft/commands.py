@@ -18,7 +18,7 @@ from vlft.config import CommandOptions as Options
 from vlft.config import EvalOptions, Option, options_of, output_dir_problem
 from vlft.errors import ConfigError
 from vlft.rivals import nearest
-from vlft.words import Given, build, read_flags, read_yaml, sibling, split_words
+from vlft.words import Flags, Given, build, plain_name, read_flags, read_yaml, sibling, split_words
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,7 @@ class Command:
     def usage(self) -> str:
         known = options_of(self.options)
         words = [name.upper() + (" ..." if known[name].is_list else "") for name in self.first]
+        words = [w if known[n].required else f"[{w}]" for n, w in zip(self.first, words, strict=True)]
         needed = [f"--{o.name} {o.name.upper()}" for o in known.values() if o.required and o.name not in self.first]
         optional = [] if all(o.required for o in known.values()) else ["[options]"]
         return " ".join(["vlft", self.name, *words, *needed, *optional])
@@ -51,7 +52,7 @@ def parse_command(command: Command, words: Sequence[str]) -> Any:
     stray, flags = split_words(words)
     problems: list[str] = []
     known = options_of(command.options)
-    given, broken = read_flags(flags, known, problems)
+    given, broken = read_flags(_joined(flags, known), known, problems)
     _take_plain(command, known, stray, given, problems)
     for name in command.first:
         if known[name].required and name not in given and name not in broken:
@@ -69,6 +70,19 @@ def parse_command(command: Command, words: Sequence[str]) -> Any:
     if problems or config is None:
         raise ConfigError(problems)
     return config
+
+
+def _joined(flags: Flags, known: dict[str, Option]) -> Flags:
+    """A list may be given word by word: `--image a.png --image b.png`."""
+    joined: dict[str, tuple[str, list[str]]] = {}
+    rest: Flags = []
+    for flag, words in flags:
+        name = plain_name(flag)
+        if name in known and known[name].is_list and words:
+            joined[name] = (flag, [*joined.get(name, (flag, []))[1], *words])
+        else:
+            rest.append((flag, words))
+    return [*rest, *joined.values()]
 
 
 def _take_plain(
@@ -214,6 +228,32 @@ def _verify(options: VerifyOptions) -> None:
     print(verify(options.model, options.against, options.samples, options.max_new_tokens))
 
 
+class ChatOptions(Options):
+    model: str = Field(description="Run folder, result (adapter or whole model), Hugging Face folder or hub name.")
+    question: str | None = Field(
+        None, description="What to ask; without it, questions are read from the terminal, one a line."
+    )
+    image: tuple[Path, ...] = Field((), description="Pictures that are shown with the first question.")
+    max_new_tokens: int = Field(512, ge=1, description="Most tokens of an answer.")
+    system: str | None = Field(None, description="Text of a system turn.")
+    temperature: float = Field(0.0, ge=0, description="0: the most likely token each time; above: sampled.")
+
+    def problems(self, failed: set[str]) -> list[str]:
+        found = no_model_or_hub_name(self.model, "MODEL") if "model" not in failed else []
+        for path in self.image:
+            if not path.is_file():
+                swallowed = "; put QUESTION before --image" if " " in str(path) else ""
+                found.append(f"--image {path}: there is no such file{sibling(path)}{swallowed or '; check the path'}.")
+        return found
+
+
+def _chat(options: ChatOptions) -> None:
+    from vlft.chat import chat
+
+    given = options.model_dump(exclude={"model", "question", "image"})
+    chat(options.model, options.question, options.image, **given)
+
+
 def complete_eval(given: dict[str, Given]) -> dict[str, Given]:
     """Of a run's model: its folder, the options of run.yaml that are not given, a place for the answers."""
     if "model" not in given:
@@ -247,6 +287,7 @@ COMMANDS = {
         Command("merge", "adapters into a whole model", MergeOptions, _merge, ("model",)),
         Command("export", "a whole model ready to serve, here or on the hub", ExportOptions, _export, ("model",)),
         Command("verify", "does a result say what its run trained?", VerifyOptions, _verify, ("model",)),
+        Command("chat", "ask a model about pictures", ChatOptions, _chat, ("model", "question")),
         Command("plugins", "strategies and metrics, and whether they work", PluginsOptions, _plugins),
     )
 }
