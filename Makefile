@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 STAMP = $(VENV)/.installed
 
-.PHONY: install demo test lint types check matrix bench soak fuzz base clean
+.PHONY: install demo test lint types check matrix bench soak fuzz browser base clean
 
 install: $(STAMP)  ## the project and all that tests need, into .venv
 
@@ -47,6 +47,14 @@ soak: $(STAMP)  ## 120 kills, then two hosts (network namespaces: needs root) wh
 
 fuzz: $(STAMP)  ## 10,000 mutated records and pictures
 	VLFT_FUZZ=10000 $(BIN)/python -m pytest tests/faults/test_fuzz.py -s
+
+browser: $(STAMP) build/axe/package/axe.min.js  ## the report in Chromium, with axe-core (as root: apt-get installs it)
+	command -v chromium || { apt-get update -q && apt-get install -q -y --no-install-recommends chromium fonts-dejavu-core; }
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/report/test_browser.py -rs
+
+build/axe/package/axe.min.js:
+	mkdir -p build/axe
+	cd build/axe && tar xzf "$$(npm pack --silent axe-core@4.14.1)"
 
 clean:
 	rm -rf $(VENV) runs build dist

@@ -235,6 +235,22 @@ def test_many_runs_and_data_sets(tmp_path: Path) -> None:
     assert "10 runs compared" in Page(report.compare(roots, tmp_path / "all.html").read_text()).text
 
 
+def test_the_gallery_is_shared_between_data_sets(tmp_path: Path) -> None:
+    """Not the first forty-eight, which would all be of the first data set."""
+    samples = [{"dataset": d, "id": f"{d}-{i}", "question": "q", "reference": "r"} for d in "abc" for i in range(60)]
+    (tmp_path / "run.yaml").write_text("{}")
+    (tmp_path / "gallery").mkdir()
+    (tmp_path / "gallery" / "gallery.json").write_text(json.dumps({"samples": samples}))
+    text = report.write(tmp_path).read_text()
+    assert [text.count(f'<p class="source">{d} · ') for d in "abc"] == [16, 16, 16]
+
+
+def test_a_script_that_could_not_score_is_named(tmp_path: Path) -> None:
+    lines = [{"kind": "eval", "step": 1, "eval/a/loss": 1.0, "failed": {"a/bleu": "ZeroDivisionError: <b>"}}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert "Could not score: a/bleu (ZeroDivisionError: <b>)." in Page(report.write(tmp_path).read_text()).text
+
+
 def test_errors(tmp_path: Path, a_run: Path) -> None:
     with pytest.raises(ConfigError, match="at least one run"):
         report.compare([], tmp_path / "x.html")

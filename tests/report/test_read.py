@@ -119,6 +119,12 @@ def test_direction_of_a_metric(tmp_path: Path) -> None:
     run = _run(tmp_path, *evals)
     assert run.best is not None
     assert not run.best.higher
+    (tmp_path / "best.json").write_text(
+        json.dumps({"metric": "eval/a/m/score", "step": 2, "value": 3.0, "greater_is_better": True})
+    )
+    run = _run(tmp_path, *evals)
+    assert run.best is not None
+    assert run.best.higher
 
 
 def test_no_run(tmp_path: Path) -> None:

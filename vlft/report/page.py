@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import shlex
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -20,7 +21,7 @@ from vlft.report.read import Curve, Histogram, Picture, RunFacts, Shown, best_po
 _EXAMPLES = 3
 """Samples shown for each reason of the ledger."""
 _MOST_SHOWN = 48
-"""Samples of the gallery: the page carries their pictures."""
+"""Samples of the gallery, as many of each data set: the page carries their pictures."""
 _MOST_ROWS = 24
 """Rows of the table of evaluations."""
 _MOST_CHIPS = 6
@@ -210,6 +211,8 @@ def key_figures(run: RunFacts) -> list[Figure]:
     if chosen:
         curve = run.evals[chosen[0]]
         step, value = best_point(curve, higher=chosen[1])
+        if run.best and run.best.metric == chosen[0]:
+            step, value = run.best.step, run.best.value
         figures.append(Figure(f"Best {eval_name(chosen[0])}", f"{value:.4g}", f"at step {step:,}{_kept(run, step)}"))
     pace, mfu = speed(run, "tokens"), run.curves.get("perf/mfu", Curve()).values
     if pace:
@@ -249,7 +252,7 @@ def _evaluations(run: RunFacts) -> dict[str, Any] | None:
     values = {key: dict(zip(map(int, run.evals[key].steps), run.evals[key].values, strict=True)) for key in keys}
     chosen = chosen_metric(run)
     good = {key: chosen[1] if chosen and key == chosen[0] else higher_is_better(key) for key in keys}
-    best = {key: best_point(run.evals[key], higher=good[key])[0] for key in keys}
+    best = {key: best_point(run.evals[key], higher=good[key])[0] for key in keys if len(set(values[key].values())) > 1}
     forms = {key: _form(values[key].values()) for key in keys}
     if len(steps) > _MOST_ROWS:
         wanted = {steps[0], *best.values(), *[s for s in steps if s in run.checkpoints]}
@@ -259,7 +262,7 @@ def _evaluations(run: RunFacts) -> dict[str, Any] | None:
     for step in steps:
         cells = tuple(forms[k].format(values[k][step]) if step in values[k] else "–" for k in keys)
         note = "before training" if step == 0 else "on disk" if step in run.checkpoints else ""
-        rows.append(Row(f"{step:,}", cells, tuple(best[k] == step for k in keys), note=note))
+        rows.append(Row(f"{step:,}", cells, tuple(best.get(k) == step for k in keys), note=note))
     return {"head": [_figure_of(k) for k in keys], "rows": rows}
 
 
@@ -424,7 +427,7 @@ def _sections(runs: Sequence[RunFacts], names: Sequence[str]) -> list[Section]:
         *draw.one("Peak memory, GiB", "perf/peak_memory_gib", zero=True),
     ]
     return [
-        Section("learning", "Learning", tuple(learning)),
+        Section("learning", "Learning", tuple(learning), tuple(_per_run(runs, names, _not_scored))),
         Section("steps", "Rates and gradients", tuple(steps), tuple(_per_run(runs, names, _skips))),
         Section("speed", "Speed and memory", tuple(pace), tuple(_per_run(runs, names, _pace))),
     ]
@@ -435,6 +438,11 @@ def _per_run(runs: Sequence[RunFacts], names: Sequence[str], say: Callable[[RunF
         said = say(run)
         if said:
             yield said if len(runs) == 1 else f"{name}: {said[0].lower()}{said[1:]}"
+
+
+def _not_scored(run: RunFacts) -> str:
+    told = "; ".join(f"{name} ({error})" for name, error in run.failed.items())
+    return f"Could not score: {told}." if told else ""
 
 
 def _skips(run: RunFacts) -> str:
@@ -521,7 +529,13 @@ def _cards(runs: Sequence[RunFacts], names: Sequence[str]) -> tuple[list[tuple[s
     for i, run in enumerate(runs):
         for shown in run.gallery:
             samples.setdefault((shown.dataset, shown.id), [None] * len(runs))[i] = shown
-    cards = [_card(found, runs, names) for found in list(samples.values())[:_MOST_SHOWN]]
+    each = max(1, _MOST_SHOWN // max(1, len({dataset for dataset, _ in samples})))
+    taken: Counter[str] = Counter()
+    cards: list[Card] = []
+    for (dataset, _), found in samples.items():
+        taken[dataset] += 1
+        if taken[dataset] <= each and len(cards) < _MOST_SHOWN:
+            cards.append(_card(found, runs, names))
     drawn = {mark.kind for card in cards for _, _, marks in card.pictures for mark in marks}
     kinds = [("reference", "Reference"), ("before", _before(runs)), *_afters(runs, names)]
     return [kind for kind in kinds if kind[0] in drawn], cards

@@ -111,6 +111,8 @@ class RunFacts:
     evals: Mapping[str, Curve]
     """Of the eval lines, by their key: "eval/DATASET/loss", "eval/DATASET/SCRIPT/METRIC"."""
     eval_seconds: float
+    failed: Mapping[str, str]
+    """"DATASET/SCRIPT" -> why it could not score at the last evaluation at which it could not."""
     skipped: Mapping[str, int]
     """Reason -> steps that did not update the weights."""
     unused: tuple[Unused, ...]
@@ -152,6 +154,7 @@ def read(root: Path) -> RunFacts:
         root=root, name=root.resolve().name, options=_options(root / "run.yaml"), card=card,
         curves=_curves(train, _train_values), evals=found,
         eval_seconds=sum(_number(_mapping(line.get("perf")).get("eval_seconds")) or 0.0 for line in evals),
+        failed={str(k): str(v) for line in evals for k, v in _mapping(line.get("failed")).items()},
         skipped=dict(Counter(str(line["skipped"]) for line in train if line.get("skipped"))),
         unused=tuple(_ledger(root / "ledger.jsonl")), data=_data(_json(root / "data.json")), boxes=boxes,
         gallery=gallery, before_step=before, after_step=after, best=best, checkpoints=_checkpoints(root),
@@ -254,13 +257,15 @@ def higher_is_better(metric: str) -> bool:
 
 
 def _best(root: Path, evals: Mapping[str, Curve]) -> Best | None:
-    """What best.json says. Its value tells the direction where the curve decides it, otherwise the name does."""
+    """What best.json says; where it does not say the direction, its value's place on the curve or the name does."""
     found = _json(root / "best.json")
     metric, step, value = found.get("metric"), _number(found.get("step")), _number(found.get("value"))
     if not isinstance(metric, str) or step is None or value is None:
         return None
     values, higher = evals.get(metric, Curve()).values, higher_is_better(metric)
-    if values and min(values) < max(values) and value in (min(values), max(values)):
+    if isinstance(found.get("greater_is_better"), bool):
+        higher = found["greater_is_better"]
+    elif values and min(values) < max(values) and value in (min(values), max(values)):
         higher = value == max(values)
     return Best(metric, int(step), value, higher)
 
