@@ -59,6 +59,7 @@ PREPARED: dict[str, tuple[Any, dict[str, Any]]] = {
     "head and norm": (PartialLlmFullVit, {"llm_frozen_layers": 3, "train_vit": False, "train_projector": False}),
     "adapters, ViT": (LoraLlmFullVit, {"lora_rank": 8}),
     "adapters, frozen ViT": (Lora, {"lora_rank": 8}),
+    "adapters as wide as the model": (Lora, {"lora_rank": 64}),
     "few adapters": (Lora, FEW),
     "few adapters, projector": (Lora, FEW | {"train_projector": True}),
 }
@@ -147,6 +148,9 @@ def test_equals_the_counter(tiny: Callable[..., Path], family: str, what: str, s
         ["visual.patch_embed.proj.weight"],
         ["visual.deepstack_merger_list.1.linear_fc1.weight", "language_model.norm.weight"],
         ["embed_tokens.weight"],
+        ["layers.1.self_attn.q_norm.weight"],
+        ["layers.1.post_attention_layernorm.weight"],
+        ["visual.merger.norm.weight", "visual.merger.ln_q.weight"],
         ["lm_head.weight"],
         ["pos_embed.weight", "lm_head.weight"],
     ],
