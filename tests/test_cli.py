@@ -469,13 +469,30 @@ def test_bundled_deepspeed_by_an_old_path(work: Path, monkeypatch: pytest.Monkey
 
 def test_missing_packages_are_found_before_torch_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
     """With all other problems, and from a YAML file under its name there."""
-    for package in ("wandb", "deepspeed"):
+    for package in ("wandb", "tensorboard", "deepspeed"):
         monkeypatch.setitem(sys.modules, package, None)
-    assert problems(words("--use_wandb --deepspeed zero2 --epochs 0")) == [
+    assert problems(words("--use_wandb --report_to tensorboard --deepspeed zero2 --epochs 0")) == [
         "--epochs is '0'; give a number above 0.",
+        "--report_to needs tensorboard: pip install 'vlft[tensorboard]', or leave it out.",
         "--use_wandb needs wandb: pip install 'vlft[wandb]', or leave it out.",
         "--deepspeed needs DeepSpeed: pip install 'vlft[deepspeed]', or leave it out.",
     ]
+
+
+def test_trackers_are_listed_and_switched_off(work: Path) -> None:
+    run = parse(words("--report_to tensorboard trackio --use_wandb --wandb_run_name first"), start=False)
+    assert run.config.trackers == ("tensorboard", "trackio", "wandb")
+    (work / "run.yaml").write_text(resolved_yaml(run))
+    # What only names a run there goes with the last tracker that has names.
+    again = load_run("run.yaml", ["--report_to", "tensorboard", "--no-use_wandb"])
+    assert (again.config.trackers, again.config.wandb_run_name) == (("tensorboard",), None)
+    assert load_run("run.yaml", ["--report_to", "none"]).config.trackers == ("wandb",)
+    assert load_run("run.yaml", ["--report_to", "none", "--use_wandb", "false"]).config.trackers == ()
+    assert parse(words("--report_to wandb --wandb_project x")).config.trackers == ("wandb",)
+    assert problems(words("--report_to tensorbord")) == [
+        "--report_to is 'tensorbord'; did you mean 'tensorboard'? give one or more of wandb, tensorboard, trackio."
+    ]
+    assert "add --use_wandb" in problems(words("--report_to tensorboard --wandb_project x"))[0]
 
 
 # Commands and exit codes ----------------------------------------------------------------------------------------------
@@ -654,6 +671,8 @@ for argv in {argvs}:
     vlft.cli.main(argv)
 heavy = {{"torch", "transformers", "peft", "accelerate", "kornia", "numpy"}} & set(sys.modules)
 assert not heavy, heavy
+vlft.cli.main(["plugins"])  # imports the metrics, whose libraries may want numpy
+assert "torch" not in sys.modules
 print("seconds of CPU:", time.process_time())
 assert time.process_time() < 2
 """
@@ -665,7 +684,6 @@ def test_answers_without_torch(work: Path) -> None:
         words("--epocs 1 --llm_frozen_layers 3"),
         ["--help"],
         ["--tuning_strategy", "qlora", "--help"],
-        ["plugins"],
         ["merge", "x"],
     ]
     done = subprocess.run(

@@ -20,7 +20,8 @@ train_split_ratio use_data_augmentation augmentation epochs max_steps per_device
 per_device_eval_batch_size
 gradient_accumulation_steps learning_rate_llm learning_rate_vit learning_rate_projector weight_decay warmup_steps
 lr_scheduler_type max_grad_norm max_seq_length on_too_long min_pixels max_pixels tuning_strategy save_steps
-save_total_limit eval_steps eval_dataset_scripts use_wandb wandb_project wandb_run_name deepspeed mixed_precision
+save_total_limit eval_steps eval_dataset_scripts report_to use_wandb wandb_project wandb_run_name deepspeed
+mixed_precision
 gradient_checkpointing seed num_workers max_bad_fraction allow_remote_images trust_remote_code""")
 
 
@@ -33,7 +34,8 @@ def run(*words: str, strategy: str = "full") -> c.Run:
     return parse([*base, *words], start=False)
 
 
-OURS = {"cache_dir", "max_skipped_steps"}
+ISSUE += shlex.split("eval_max_new_tokens eval_limit metric_for_best")
+OURS = {"cache_dir", "max_skipped_steps", "eval_on_start", "eval_temperature", "greater_is_better"}
 
 
 def test_every_option_of_the_issue_and_no_other_but_ours() -> None:
@@ -251,7 +253,13 @@ CHANGED = {
     "save_total_limit": "7",
     "eval_steps": "7",
     "eval_dataset_scripts": "a:exact_match",
+    "eval_max_new_tokens": "7",
+    "eval_limit": "7",
+    "eval_temperature": "0.5",
+    "eval_on_start": "true",
+    "metric_for_best": "a/loss",
     "use_wandb": "true",
+    "report_to": "tensorboard",
     "deepspeed": "zero2",
     "gradient_checkpointing": "true",
     "num_workers": "0",
@@ -277,6 +285,7 @@ CHANGED = {
     "learning_rate_projector": "7e-6",
 }
 ELSEWHERE = {
+    "greater_is_better",
     "mixed_precision",
     "per_device_train_batch_size",
     "gradient_accumulation_steps",

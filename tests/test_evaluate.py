@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import struct
-import time
-from collections.abc import Callable, Iterator
+import shutil
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -13,8 +12,12 @@ from typing import Any
 import pytest
 import torch
 from runs import command, ledger, metrics, start, train, write_data
+from safetensors.torch import load_file
 
+from vlft.cli import main
+from vlft.data.loader import eval_steps
 from vlft.data.prepare import Data
+from vlft.data.show import last_answer
 from vlft.errors import ConfigError, TrainingError
 from vlft.export import merged
 from vlft.metrics import Prediction
@@ -44,7 +47,7 @@ def test_an_evaluation_is_written_for_each_dataset_and_script(
     options = {"eval_steps": 2, "max_steps": 4, "train_split_ratio": 0.7, "eval_dataset_scripts": scripts}
     train(command(tiny(), two_sets, tmp_path / "out", "lora", per_device_eval_batch_size=3, **options))
     lines = metrics(tmp_path / "out", "eval")
-    assert [line["step"] for line in lines] == [2, 4]
+    assert [line["step"] for line in lines] == [0, 2, 4]
     keys = {"eval/train/loss", "eval/held/loss", "eval/held/exact_match/exact_match", "eval/held/my_metric/mean_length"}
     assert keys <= set(lines[0])
     written = (tmp_path / "out/eval/step-000004/held.jsonl").read_text().splitlines()
@@ -86,14 +89,14 @@ def test_greedy_answers_equal_hugging_faces_generate_one_by_one(
     job.packed.eval()
     tokenizer = job.data.chat.tokenizer
     (row,) = [r for s in job.data.eval_steps(["held"]) for r in s.rows]
-    made = evaluate.generate(job.model, row, job.inputs, tokenizer, 8)
+    made = evaluate.generate(job.model, row, job.inputs, tokenizer, evaluate.Answers(max_new_tokens=8))
     assert len(made) == 5
     plain: Any = load_hf(tiny(), "cpu")
     borders, pixels = row.cu_seqlens.tolist(), job.inputs(row, False)["pixel_values"]
     patches = [int(g.prod()) for g in row.image_grid_thw]
     for i, (begins, end) in enumerate(pairwise(borders)):
         ids, labels = row.input_ids_T[:, begins:end], row.labels_T[0, begins:end]
-        first, _ = evaluate._last_answer(labels)
+        first, _ = last_answer(labels.numpy())
         mine = [k for k, s in enumerate(row.image_sample.tolist()) if s == i]
         own = {}
         if mine:
@@ -106,7 +109,7 @@ def test_greedy_answers_equal_hugging_faces_generate_one_by_one(
             mm_token_type_ids=(prompt == plain.config.image_token_id).int(), **own,
         )  # fmt: skip
         assert tokenizer.decode(out[0, first:], skip_special_tokens=True) == made[i][1]
-    references = [reference for _, _, reference in made]
+    references = [job.data.describe(sample).reference for sample, _ in made]
     assert sorted(references)[0] in ("blue square", "describe", "green square", "red square", "grey square")
 
 
@@ -161,58 +164,6 @@ def test_exact_match_normalises_as_squad_does() -> None:
     assert exact_match([]) == {}
 
 
-def wandb_records(raw: bytes) -> Iterator[bytes]:
-    """Records of a .wandb file: a 7-byte head, then LevelDB's log format in blocks of 32 KiB."""
-    assert raw[:4] == b":W&B"
-    at, block, parts = 7, 32768, b""
-    while at + 7 <= len(raw):
-        if block - at % block < 7:
-            at += block - at % block
-            continue
-        _, length, kind = struct.unpack("<IHB", raw[at : at + 7])
-        parts += raw[at + 7 : at + 7 + length]
-        at += 7 + length
-        if kind in (1, 4):  # whole, or the last part
-            yield parts
-            parts = b""
-
-
-def finished_records(file: Path, kind: Any) -> list[Any]:
-    """All records, once the last is there: wandb's service may still write when the run's process goes on."""
-    for _ in range(60):
-        records = []
-        for raw in wandb_records(file.read_bytes()):
-            records.append(kind())
-            records[-1].ParseFromString(raw)
-        if records and records[-1].WhichOneof("record_type") == "exit":
-            return records
-        time.sleep(0.5)
-    raise AssertionError(f"{file} has no exit record after 30 s")
-
-
-def test_wandb_gets_what_metrics_jsonl_gets(
-    tiny: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Real wandb in offline mode; the run is read back from the file that it left."""
-    from wandb.proto import wandb_internal_pb2
-
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
-    monkeypatch.setenv("WANDB_SILENT", "true")
-    options = {"use_wandb": True, "wandb_project": "shapes", "wandb_run_name": "first", "max_steps": 3}
-    train(command(tiny(), write_data(tmp_path), tmp_path / "out", "lora", **options))
-    (file,) = tmp_path.rglob("*.wandb")
-    losses, names = [], set()
-    for record in finished_records(file, wandb_internal_pb2.Record):
-        if record.WhichOneof("record_type") == "run":
-            names |= {record.run.project, record.run.display_name}
-        items = {"/".join(i.nested_key) or i.key: i.value_json for i in record.history.item}
-        if "train/loss" in items:
-            losses.append(json.loads(items["train/loss"]))
-    assert losses == [m["loss"] for m in metrics(tmp_path / "out")]
-    assert {"shapes", "first"} <= names
-
-
 def test_a_second_stage_starts_from_the_merged_result_of_the_first(tiny: Callable[..., Path], tmp_path: Path) -> None:
     registry = write_data(tmp_path)
     first, second = tmp_path / "first", tmp_path / "second"
@@ -227,19 +178,259 @@ def test_a_second_stage_starts_from_the_merged_result_of_the_first(tiny: Callabl
     assert PackedVLM(merged(second / "model"), source.parts, source.config.image_token_id)
 
 
+@pytest.fixture(scope="module")
+def two_data_sets(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """Two data sets with three scripts each, a library's among them and a file."""
+    folder = tmp_path_factory.mktemp("two")
+    (folder / "my_metric.py").write_text(MY_METRIC)
+    write_data(folder, 12, name="train")
+    write_data(folder, 5, name="held", seed=1, split="eval")
+    registry = write_data(folder, 4, name="more", seed=2, split="eval")
+    return registry, f"exact_match,chrf,{folder / 'my_metric.py'}"
+
+
+@pytest.fixture(scope="module")
+def by_one_process(
+    tiny: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory, two_data_sets: tuple[Path, str]
+) -> Path:
+    out = tmp_path_factory.mktemp("one") / "out"
+    registry, scripts = two_data_sets
+    words = command(tiny(), registry, out, "full", per_device_eval_batch_size=2, **evaluated(scripts))
+    train(words)
+    return out
+
+
+def evaluated(scripts: str) -> dict[str, Any]:
+    names = (f"held:{scripts}", f"more:{scripts}")
+    return {"max_steps": 1, "eval_dataset_scripts": names, "mixed_precision": "no", "eval_max_new_tokens": 24}
+
+
 @pytest.mark.parametrize("layout", [None, "zero3"])
-def test_two_processes_answer_as_one_does(
-    tiny: Callable[..., Path], tmp_path: Path, two_sets: Path, layout: str | None
+def test_two_processes_answer_and_score_as_one_does(
+    tiny: Callable[..., Path], tmp_path: Path, two_data_sets: tuple[Path, str], by_one_process: Path, layout: str | None
 ) -> None:
     """Five questions on two ranks: one has a turn without any, and under ZeRO-3 must call every layer all the same."""
-    options = {"max_steps": 1, "eval_dataset_scripts": "held:exact_match", "mixed_precision": "no"}
-    train(command(tiny(), two_sets, tmp_path / "one", "full", per_device_eval_batch_size=2, **options))
+    registry, scripts = two_data_sets
     more = {"per_device_train_batch_size": 2, "per_device_eval_batch_size": 1, "deepspeed": layout}
-    start(command(tiny(), two_sets, tmp_path / "two", "full", **options, **more), processes=2)
-    for name in ("one", "two"):
-        assert len((tmp_path / name / "eval/step-000001/held.jsonl").read_text().splitlines()) == 5
-    a, b = (metrics(tmp_path / name, "eval")[0] for name in ("one", "two"))
-    assert a.keys() == b.keys()
-    assert all(a[key] == pytest.approx(b[key], rel=1e-4) for key in a if key.startswith("eval/"))
-    answers = [(tmp_path / name / "eval/step-000001/held.jsonl").read_text() for name in ("one", "two")]
-    assert answers[0] == answers[1]
+    out = tmp_path / "two"
+    start(command(tiny(), registry, out, "full", **evaluated(scripts), **more), processes=2)
+    for one, two in zip(metrics(by_one_process, "eval"), metrics(out, "eval"), strict=True):
+        assert one.keys() == two.keys()
+        assert sum(key.count("/") == 3 for key in one) == 2 * 4, "three scripts for each set, one gives two numbers"
+        for key, value in one.items():
+            # A loss is a sum in another order; answers are texts.
+            assert two[key] == (pytest.approx(value, rel=1e-5) if key.endswith("/loss") else value), key
+    for step in ("step-000000", "step-000001"):
+        for name, count in (("held", 5), ("more", 4)):
+            texts = [(run / "eval" / step / f"{name}.jsonl").read_text() for run in (by_one_process, out)]
+            assert texts[0] == texts[1]
+            assert len(texts[0].splitlines()) == count
+
+
+def test_every_held_out_sample_is_used_exactly_once(
+    tiny: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    registry = write_data(tmp_path, 9, name="held", split="eval", counts=(1, 0))
+    (tmp_path / "train.jsonl").write_text((tmp_path / "held.jsonl").read_text())
+    write_data(tmp_path, 2, name="train")
+    from vlft import train as story
+
+    jobs: list[Job] = []
+    for name in ("fit", "hand_over"):
+        monkeypatch.setattr(story, name, jobs.append)
+    monkeypatch.setattr(story.recovery, "judge", lambda job: None)
+    train(command(tiny(), registry, tmp_path / "out", "lora"))
+    data = jobs[0].data
+    everyone = data._held_out
+    assert len(everyone) == 9
+    for n in range(1, 10):
+        for ranks in (1, 2, 3):
+            for batch in (1, 2):
+                parts = []
+                for rank in range(ranks):
+                    steps = list(
+                        eval_steps(data.index, data.fitted, data.chat, everyone[:n], rank=rank, world_size=ranks,
+                                   batch_size=batch)
+                    )  # fmt: skip
+                    parts.append([row.sample_ids for step in steps for row in step.rows])
+                used = sorted(i for rows in parts for ids in rows for i in ids)
+                assert used == everyone[:n].tolist(), (n, ranks)
+                assert len({len(rows) for rows in parts}) == 1, "the ranks' collectives stay in step"
+
+
+def test_a_limit_takes_the_same_samples_each_time_and_the_loss_takes_all(
+    tiny: Callable[..., Path], tmp_path: Path
+) -> None:
+    write_data(tmp_path, 8, name="train")
+    registry = write_data(tmp_path, 12, name="held", seed=1, split="eval")
+    options = {"eval_dataset_scripts": "held:exact_match", "eval_max_new_tokens": 3, "max_steps": 2, "eval_steps": 1}
+    train(command(tiny(), registry, tmp_path / "all", "lora", **options))
+    train(command(tiny(), registry, tmp_path / "some", "lora", eval_limit=4, **options))
+    losses = [[line["eval/held/loss"] for line in metrics(tmp_path / name, "eval")] for name in ("all", "some")]
+    assert losses[0] == losses[1]
+    asked = []
+    for step in range(3):
+        lines = (tmp_path / f"some/eval/step-{step:06d}/held.jsonl").read_text().splitlines()
+        asked.append([json.loads(line)["id"] for line in lines])
+    assert asked[0] == asked[1] == asked[2]
+    assert len(set(asked[0])) == 4
+    assert asked[0] != [f"r{i}" for i in range(4)], "drawn, not the first of the file"
+    gallery = json.loads((tmp_path / "some/gallery/gallery.json").read_text())
+    assert [sample["id"] for sample in gallery["samples"]] == asked[0]
+
+
+def test_greedy_does_not_depend_on_the_neighbours_in_a_batch(
+    tiny: Callable[..., Path], tmp_path: Path, two_data_sets: tuple[Path, str]
+) -> None:
+    """Qwen's checkpoints ask for a repetition penalty and for sampling; a penalty would count a batch's padding."""
+    model = tmp_path / "model"
+    shutil.copytree(tiny(), model)
+    asks = {"do_sample": True, "temperature": 0.9, "top_p": 0.5, "top_k": 3, "repetition_penalty": 1.9}
+    (model / "generation_config.json").write_text(json.dumps(asks))
+    texts = []
+    for batch in (1, 5):
+        out = tmp_path / f"out{batch}"
+        options = {"eval_dataset_scripts": "held:exact_match", "eval_max_new_tokens": 24, "max_steps": 1}
+        train(command(model, two_data_sets[0], out, "lora", per_device_eval_batch_size=batch, **options))
+        texts.append((out / "eval/step-000000/held.jsonl").read_text())
+    assert texts[0] == texts[1]
+    plain = tmp_path / "plain"
+    train(command(tiny(), two_data_sets[0], plain, "lora", **options))
+    assert (plain / "eval/step-000000/held.jsonl").read_text() == texts[0]
+
+
+BROKEN = {
+    "no_words": "def evaluate(made):\n    return {'x': sum(1 / len(p.prediction) for p in made)}",
+    "no_number": "def evaluate(made):\n    return {'x': float('nan')}",
+    "no_dict": "def evaluate(made):\n    return 0.5",
+}
+
+
+def test_a_script_that_fails_on_a_trial_ends_the_run_before_its_first_step(
+    tiny: Callable[..., Path], tmp_path: Path, two_data_sets: tuple[Path, str]
+) -> None:
+    for name, text in BROKEN.items():
+        (tmp_path / f"{name}.py").write_text(text)
+    scripts = ",".join(str(tmp_path / f"{name}.py") for name in BROKEN)
+    words = command(tiny(), two_data_sets[0], tmp_path / "out", "lora", eval_dataset_scripts=f"held:{scripts}")
+    with pytest.raises(ConfigError) as caught:
+        train(words)
+    said = "\n".join(caught.value.problems)
+    for part in ("held: no_words failed", "ZeroDivisionError", "x nan, which is no finite number", "answered float"):
+        assert part in said
+    assert not (tmp_path / "out").exists()
+
+
+LATE = """
+calls = 0
+def evaluate(made):
+    global calls
+    calls += 1
+    if calls == 4 + 3:  # three of the trial
+        raise OSError("the judge is away")
+    return {"value": (0, 0, 0, 0.5, 0.9, 0.7, 0, 0.8)[calls - 1]}
+"""
+
+
+def test_a_script_that_fails_later_costs_its_number_and_nothing_else(
+    tiny: Callable[..., Path], tmp_path: Path, two_data_sets: tuple[Path, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "late.py").write_text(LATE)
+    options = {"eval_dataset_scripts": f"held:{tmp_path / 'late.py'}", "max_steps": 4, "eval_steps": 1}
+    train(command(tiny(), two_data_sets[0], tmp_path / "out", "lora", eval_max_new_tokens=3, **options))
+    lines = metrics(tmp_path / "out", "eval")
+    assert [line.get("eval/held/late/value") for line in lines] == [0.5, 0.9, 0.7, None, 0.8]
+    assert lines[3]["failed"] == {"held/late": "OSError: the judge is away"}
+    assert (tmp_path / "out/eval/step-000003/held.jsonl").exists()
+    assert "WARNING: the script held/late failed at step 3" in capsys.readouterr().out
+
+
+def test_the_best_checkpoint_is_kept_and_becomes_the_result(
+    tiny: Callable[..., Path], tmp_path: Path, two_data_sets: tuple[Path, str]
+) -> None:
+    """Best at step 1, which no --save_steps asks for, and which later saves would delete; on a resume, too."""
+    (tmp_path / "late.py").write_text(LATE)
+    out = tmp_path / "out"
+    options = {
+        "eval_dataset_scripts": f"held:{tmp_path / 'late.py'}", "metric_for_best": "held/late/value", "eval_steps": 1,
+        "eval_max_new_tokens": 3, "save_steps": 2, "save_total_limit": 1, "learning_rate_llm": 1e-2,
+    }  # fmt: skip
+    train(command(tiny(), two_data_sets[0], out, "vit_only", **{**options, "learning_rate_llm": None}, max_steps=3))
+    best = {"schema": 1, "metric": "eval/held/late/value", "greater_is_better": True, "step": 1, "value": 0.9}
+    assert json.loads((out / "best.json").read_text()) == best
+    assert [p.name for p in sorted((out / "checkpoints").iterdir())] == ["step-000001", "step-000003"]
+    kept = load_file(next((out / "checkpoints/step-000001").glob("weights*")))
+    result = {k: v for f in (out / "model").glob("*.safetensors") for k, v in load_file(f).items()}
+    vision = {k: v for k, v in kept.items() if "blocks.0.attn.qkv" in k}
+    assert vision
+    for name, value in vision.items():
+        found = next(v for k, v in result.items() if k.endswith(name.removeprefix("model.")))
+        assert torch.equal(found.float(), value.float())
+
+    again = command(tiny(), two_data_sets[0], out, "vit_only", **{**options, "learning_rate_llm": None}, max_steps=5)
+    train([*again, "--resume_from_checkpoint", "latest"])
+    assert json.loads((out / "best.json").read_text())["step"] == 1
+    assert [p.name for p in sorted((out / "checkpoints").iterdir())] == ["step-000001", "step-000005"]
+
+
+def test_an_unknown_metric_for_best_is_told_at_the_start(
+    tiny: Callable[..., Path], tmp_path: Path, two_data_sets: tuple[Path, str]
+) -> None:
+    words = command(tiny(), two_data_sets[0], tmp_path / "out", "lora", metric_for_best="held/los")
+    with pytest.raises(
+        ConfigError, match=r"no metric of this run \(the nearest is 'eval/held/loss'\); it has eval/held"
+    ):
+        train(words)
+
+
+def test_vlft_eval_finds_what_the_run_found(
+    tmp_path: Path, by_one_process: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The options come from run.yaml; adapters, whole models and hub folders go the same way."""
+    assert main(["eval", str(by_one_process)]) == 0
+    found = json.loads((by_one_process / "eval/model/metrics.json").read_text())
+    last = metrics(by_one_process, "eval")[-1]
+    assert found["values"].keys() == {key for key in last if key.startswith("eval/")}
+    for key, value in found["values"].items():
+        assert value == pytest.approx(last[key], rel=1e-4), key
+    for name in ("held", "more"):
+        answers = [
+            (by_one_process / "eval" / folder / f"{name}.jsonl").read_text() for folder in ("step-000001", "model")
+        ]
+        assert answers[0] == answers[1]
+    assert "held/chrf/chrf" in capsys.readouterr().out
+
+
+def test_vlft_eval_of_any_folder(
+    tiny: Callable[..., Path], tmp_path: Path, two_data_sets: tuple[Path, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, registry = str(tiny()), str(two_data_sets[0])
+    assert main(["eval", model, "--dataset_config_path", registry]) == 2
+    assert "--output_dir is missing" in capsys.readouterr().err
+    words = [
+        "eval",
+        model,
+        "--dataset_config_path",
+        registry,
+        "--num_workers",
+        "0",
+        "--output_dir",
+        str(tmp_path / "e"),
+    ]
+    words += ["--cache_dir", str(tmp_path / "cache")]
+    assert main([*words, "--split", "all", "--eval_dataset_scripts", "train:exact_match", "--eval_limit", "3"]) == 0
+    found = json.loads((tmp_path / "e/metrics.json").read_text())
+    assert {"eval/train/loss", "eval/held/loss", "eval/more/loss", "eval/train/exact_match/strict"} <= {
+        *found["values"]
+    }
+    assert len((tmp_path / "e/train.jsonl").read_text().splitlines()) == 3
+    assert main([*words, "--dataset_names", "train", "--train_split_ratio", "1"]) == 3
+    assert "give --split all" in capsys.readouterr().err
+
+
+def test_vlft_eval_on_two_processes(tmp_path: Path, by_one_process: Path) -> None:
+    start(["eval", str(by_one_process), "--output_dir", str(tmp_path / "e")], processes=2)
+    one = json.loads((tmp_path / "e/metrics.json").read_text())["values"]
+    last = metrics(by_one_process, "eval")[-1]
+    assert all(value == pytest.approx(last[key], rel=1e-4) for key, value in one.items())
+    assert (tmp_path / "e/held.jsonl").read_text() == (by_one_process / "eval/step-000001/held.jsonl").read_text()

@@ -167,7 +167,13 @@ def test_run_folder_files(finished: Path) -> None:
     tree = re.search(r"```\n(output_dir/.*?)```", RUN_FOLDER, flags=re.DOTALL)
     assert tree
     documented = {line.strip().split("/")[0] for line in tree[1].splitlines()[1:]}
-    assert {path.name for path in finished.iterdir()} == documented - {"base", "budget.json"}
+    assert {path.name for path in finished.iterdir()} == documented - {
+        "base",
+        "budget.json",
+        "best.json",
+        "trackers.json",
+        "tensorboard",
+    }
     assert sorted(p.name for p in (finished / "checkpoints").iterdir()) == ["step-000002", "step-000003"]
     assert [p.name for p in (finished / "eval" / "step-000002").iterdir()] == ["toy.jsonl"]
 
@@ -181,16 +187,29 @@ def test_metrics(finished: Path) -> None:
     kinds = dict(re.findall(r"^\| `([^`]+)` \| (\w+) \|", rest.split("\n## ")[0], flags=re.MULTILINE))
     perf = set(
         re.findall(r"`(\w+_\w+)`", rest.split("In `perf` of a train line:")[1].split("In `perf` of an eval line:")[0])
-    )
+    )  # `mfu` is of a GPU
     lines = _lines(finished / "metrics.jsonl")
     assert {line["kind"] for line in lines} == {"train", "eval"}
     for line in lines:
         own = {re.sub(r"^eval/toy/exact_match/\w+$", "eval/<dataset>/<script>/<metric>", key) for key in line}
         own = {key.replace("eval/toy/loss", "eval/<dataset>/loss") for key in own}
-        assert own == {key for key, kind in kinds.items() if kind in ("both", line["kind"])}
+        assert own == {key for key, kind in kinds.items() if kind in ("both", line["kind"])} - {"failed"}
         assert set(line["perf"]) == (perf if line["kind"] == "train" else {"eval_seconds"})
-    assert [line["step"] for line in lines] == [1, 2, 2, 3, 3]
-    assert set(lines[0]["learning_rate"]) == {"llm", "projector"}
+    assert [line["step"] for line in lines] == [0, 1, 2, 2, 3, 3]
+    assert set(lines[1]["learning_rate"]) == {"llm", "projector"}
+    assert lines[1]["padding"] == 0
+    assert lines[1]["dataset_loss"] == {"toy": pytest.approx(lines[1]["loss"])}
+
+
+def test_data(finished: Path) -> None:
+    about = json.loads((finished / "data.json").read_text())
+    assert list(about) == _documented("data.json")
+    assert about["unused"] == {"image_missing": 1}
+    counts = about["datasets"]["toy"]
+    assert counts["train"] + counts["held_out"] == 16 == sum(about["tokens"]["counts"])
+    gallery = json.loads((finished / "gallery" / "gallery.json").read_text())
+    assert list(gallery) == ["schema", "boxes", "samples"]
+    assert all((finished / "gallery" / p["file"]).is_file() for s in gallery["samples"] for p in s["pictures"])
 
 
 def test_ledger(finished: Path) -> None:

@@ -127,13 +127,16 @@ def write(root: Path, step: int, rank: int, tensors: Iterable[tuple[str, str, Te
     return files
 
 
-def finish(root: Path, step: int, files: Mapping[str, Facts], state: Mapping[str, Any], keep: int) -> Path:
+def finish(
+    root: Path, step: int, files: Mapping[str, Facts], state: Mapping[str, Any], keep: int, best: int = 0
+) -> Path:
     """Put what all ranks wrote in its place and delete old checkpoints; call on one process, after `write` on all.
 
     Args:
         files: of all ranks.
         state: JSON-able; `step`, `schema` and `files` are added.
         keep: complete checkpoints to keep, this one included.
+        best: step of a checkpoint that is kept beside them; 0 for none.
     Raises:
         CheckpointError: it could not be written; the previous checkpoints are as they were.
     """
@@ -153,7 +156,7 @@ def finish(root: Path, step: int, files: Mapping[str, Facts], state: Mapping[str
             set_aside(root, step - 1)
         beside.rename(target)
         _sync(root)
-        keep_newest(root, keep)
+        keep_newest(root, keep, best)
     except OSError as error:
         shutil.rmtree(beside, ignore_errors=True)
         raise _unwritten(root, step, error) from error
@@ -184,10 +187,11 @@ def _delete(folder: Path) -> None:
     shutil.rmtree(folder)
 
 
-def keep_newest(root: Path, limit: int) -> None:
-    """Delete all but the newest `limit` complete checkpoints, and what interrupted saves left behind."""
+def keep_newest(root: Path, limit: int, best: int = 0) -> None:
+    """Delete all but the newest `limit` complete checkpoints and the best, and what interrupted saves left behind."""
     for old in complete(root)[:-limit]:
-        _delete(old)
+        if old != step_folder(root, best):
+            _delete(old)
     for left in (*root.glob(".writing-*"), *(p for p in root.glob("step-*") if not (p / "state.json").exists())):
         shutil.rmtree(left, ignore_errors=True)
 

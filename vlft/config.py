@@ -42,6 +42,7 @@ GROUPS: dict[str, str] = {
     "tracking": "Tracking",
     "machine": "Machine",
 }
+TrackerName = Literal["wandb", "tensorboard", "trackio"]
 RATE_PARTS: tuple[Part, ...] = ("llm", "vit", "projector")
 """Parts with a rate of their own; the head takes the LLM's."""
 
@@ -68,35 +69,28 @@ def default_cache_dir() -> Path:
     return Path(os.environ.get("VLFT_CACHE") or "~/.cache/vlft").expanduser()
 
 
-class RunConfig(BaseModel):
-    """The core's options. A strategy's own stand in its `Config`."""
+class CommandOptions(BaseModel):
+    """Base of every command's options: fields with descriptions, from which flags and help are made."""
 
     # `model_name_or_path` is the field's name everywhere; pydantic would keep "model_" for itself.
     model_config = ConfigDict(
         extra="forbid", frozen=True, allow_inf_nan=False, coerce_numbers_to_str=True, protected_namespaces=()
     )
 
-    model_name_or_path: str = _model(..., "Base model: hub name, folder, or output_dir/model of an earlier run.")
-    output_dir: Path = _model(..., "Folder of the run; must be empty unless the run is resumed.", resume="yes")
-    resume_from_checkpoint: str | None = _model(
-        None,
-        "Checkpoint folder to go on from, or 'latest' in output_dir (with none there, the run starts fresh).",
-        resume="yes",
-    )
-    tuning_strategy: str = _model(..., "Which parts train and how, by name; 'vlft plugins' lists them.")
+    def problems(self, failed: set[str]) -> list[str]:  # noqa: ARG002
+        """What is wrong on the disk; options in `failed` were told already."""
+        return []
+
+
+class SharedOptions(CommandOptions):
+    """What training and `vlft eval` both take: which data, cut how, and how answers are made and scored."""
+
     trust_remote_code: bool = _model(False, "Run Python code that comes with the checkpoint.", resume="yes")
 
     dataset_config_path: Path = _data(Path("configs/dataset_config.json"), "Registry of datasets, a JSON file.")
     dataset_names: tuple[str, ...] | None = _data(None, "Datasets of the registry to use.", shown="all")
     train_split_ratio: float = _data(
         0.9, "Share of each dataset that trains; the rest is held out for evaluation (1: no evaluation).", gt=0, le=1
-    )
-    use_data_augmentation: bool = _data(False, "Change training pictures at random, seeded by the sample.")
-    augmentation: Literal["photometric", "geometric"] | None = _data(
-        lambda values: "photometric" if values.get("use_data_augmentation") else None,
-        "Kind of change: photometric (colour, blur, noise, JPEG) or geometric (flips and crops too, except for samples "
-        "with boxes). Giving it switches augmentation on.",
-        shown="photometric, when augmentation is on",
     )
     max_seq_length: int = _data(2048, "Longest sample, in tokens, pictures included.", gt=0)
     on_too_long: Literal["shrink", "drop", "error"] = _data(
@@ -114,6 +108,115 @@ class RunConfig(BaseModel):
         le=1,
     )
     allow_remote_images: bool = _data(False, "Fetch pictures that are given as http(s) addresses.")
+
+    seed: int = _training(42, "Seed of order, split, augmentation, dropout and new weights.", ge=0, lt=2**32)
+
+    eval_dataset_scripts: dict[str, tuple[str, ...]] = _evaluation(
+        dict,
+        "Metrics of generated answers: 'dataset:script1,script2', a script being an installed name or a Python file.",
+        resume="yes",
+        shown="none",
+    )
+    eval_max_new_tokens: int = _evaluation(256, "Longest generated answer, in tokens.", resume="yes", gt=0)
+    eval_limit: int | None = _evaluation(
+        None,
+        "Held-out samples of a dataset that are answered in an evaluation, always the same ones; the loss takes all.",
+        resume="yes",
+        shown="all",
+        gt=0,
+    )
+    eval_temperature: float = _evaluation(
+        0.0,
+        "Temperature, a factor of the distribution from which answers are drawn; 0: greedy, without penalties.",
+        resume="yes",
+        ge=0,
+    )
+
+    mixed_precision: Literal["no", "bf16", "fp16"] | None = _machine(
+        None, "Dtype of the products.", resume="no", shown="bf16 where the device has it, else no"
+    )
+    num_workers: int = _machine(
+        4, "Processes that decode pictures, per training process (0: in the process itself).", ge=0
+    )
+    cache_dir: Path = _machine(default_cache_dir, "Folder of the data index.", shown="$VLFT_CACHE, or ~/.cache/vlft")
+
+    @field_validator("mixed_precision", mode="before")
+    @classmethod
+    def _unquoted_no(cls, value: Any) -> Any:
+        """YAML reads an unquoted `no` as false."""
+        return "no" if value is False else value
+
+    @field_validator("dataset_names", mode="before")
+    @classmethod
+    def _one_name(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value
+
+    @field_validator("eval_dataset_scripts", mode="before")
+    @classmethod
+    def _scripts(cls, value: Any) -> dict[str, tuple[str, ...]]:
+        return parse_scripts(value)
+
+    @field_validator("dataset_config_path", "cache_dir")
+    @classmethod
+    def _home_of_shared(cls, value: Path) -> Path:
+        return value.expanduser()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _not_given(cls, data: Any) -> Any:
+        """`null` means not given, so that run.yaml can show an option that has its default."""
+        return {k: v for k, v in data.items() if v is not None} if isinstance(data, dict) else data
+
+
+class EvalOptions(SharedOptions):
+    """Options of `vlft eval`. Where MODEL belongs to a run, what is not given is as it was in the run."""
+
+    model: str = _model(..., "What to evaluate: a run, its model/, any Hugging Face folder or hub name.")
+    output_dir: Path | None = _model(
+        None, "Folder for predictions and metrics.json; must be empty.", shown="eval/model/ of the run"
+    )
+    config: Path | None = _model(None, "run.yaml to take the options from.", shown="that of the run, for a run's model")
+    split: Literal["held_out", "all"] = _data(
+        "held_out", "Which samples: those that training with this train_split_ratio holds out, or all."
+    )
+    max_pixels: int | None = _data(  # type: ignore[assignment]
+        None, "Largest size of a picture, in pixels (width x height).", shown="the model's", ge=784
+    )
+    per_device_eval_batch_size: int = _evaluation(1, "Samples a process takes in one forward.", gt=0)
+
+    def problems(self, failed: set[str]) -> list[str]:
+        found = []
+        if "output_dir" not in failed and self.output_dir is None:
+            found.append("--output_dir is missing; give a folder for the answers (only a run has a place for them).")
+        if "dataset_config_path" not in failed and not self.dataset_config_path.is_file():
+            found.append(f"--dataset_config_path {self.dataset_config_path}: there is no such file; give the registry.")
+        return found
+
+    @field_validator("model")
+    @classmethod
+    def _home_of_model(cls, value: str) -> str:
+        return str(Path(value).expanduser()) if value.startswith("~") else value
+
+
+class RunConfig(SharedOptions):
+    """The core's options of a training. A strategy's own stand in its `Config`."""
+
+    model_name_or_path: str = _model(..., "Base model: hub name, folder, or output_dir/model of an earlier run.")
+    output_dir: Path = _model(..., "Folder of the run; must be empty unless the run is resumed.", resume="yes")
+    resume_from_checkpoint: str | None = _model(
+        None,
+        "Checkpoint folder to go on from, or 'latest' in output_dir (with none there, the run starts fresh).",
+        resume="yes",
+    )
+    tuning_strategy: str = _model(..., "Which parts train and how, by name; 'vlft plugins' lists them.")
+
+    use_data_augmentation: bool = _data(False, "Change training pictures at random, seeded by the sample.")
+    augmentation: Literal["photometric", "geometric"] | None = _data(
+        lambda values: "photometric" if values.get("use_data_augmentation") else None,
+        "Kind of change: photometric (colour, blur, noise, JPEG) or geometric (flips and crops too, except for samples "
+        "with boxes). Giving it switches augmentation on.",
+        shown="photometric, when augmentation is on",
+    )
 
     epochs: float = _training(
         1.0,
@@ -157,7 +260,6 @@ class RunConfig(BaseModel):
     max_skipped_steps: int = _training(
         10, "Steps in a row whose loss or gradient is not finite before the run stops.", resume="yes", gt=0
     )
-    seed: int = _training(42, "Seed of order, split, augmentation, dropout and new weights.", ge=0, lt=2**32)
 
     learning_rate_llm: float | None = _rate(
         text="Peak rate of the LLM and head, per step. "
@@ -174,58 +276,54 @@ class RunConfig(BaseModel):
     save_total_limit: int = _saving(3, "Checkpoints to keep; older ones are deleted.", resume="yes", gt=0)
 
     eval_steps: int = _evaluation(200, "An evaluation every so many optimizer steps.", resume="yes", gt=0)
-    eval_dataset_scripts: dict[str, tuple[str, ...]] = _evaluation(
-        dict,
-        "Metrics of generated answers: 'dataset:script1,script2', a script being an installed name or a Python file.",
+    eval_on_start: bool | None = _evaluation(
+        None,
+        "An evaluation before the first step, too: what the base model can do.",
         resume="yes",
-        shown="none",
+        shown="on with eval_dataset_scripts",
+    )
+    metric_for_best: str | None = _evaluation(
+        None,
+        "Key of metrics.jsonl by which the best checkpoint is kept and becomes model/, as 'eval/invoices/anls/anls' or "
+        "'invoices/loss'.",
+        resume="yes",
+        shown="none: model/ is of the last step",
+    )
+    greater_is_better: bool | None = _evaluation(
+        None,
+        "Direction of metric_for_best.",
+        resume="yes",
+        shown="by the metric: a loss or error rate should fall, the rest rise",
     )
 
-    use_wandb: bool = _tracking(False, "Log to Weights & Biases as well as to metrics.jsonl.")
-    wandb_project: str | None = _tracking(None, "Project at Weights & Biases.", shown="vlft")
-    wandb_run_name: str | None = _tracking(None, "Name of the run at Weights & Biases.", shown="wandb's own")
+    report_to: tuple[TrackerName, ...] | None = _tracking(
+        None, "Trackers to log to as well as to metrics.jsonl; TensorBoard's files lie in output_dir/tensorboard."
+    )
+    use_wandb: bool = _tracking(False, "Log to Weights & Biases: the same as wandb in report_to.")
+    wandb_project: str | None = _tracking(None, "Project at Weights & Biases and in trackio.", shown="vlft")
+    wandb_run_name: str | None = _tracking(
+        None, "Name of the run at Weights & Biases and in trackio.", shown="the tracker's own"
+    )
 
     deepspeed: str | None = _machine(
         None,
         "DeepSpeed configuration: a name that ships with vlft (zero2, zero3, zero3_offload) or a JSON file.",
         shown="none",
     )
-    mixed_precision: Literal["no", "bf16", "fp16"] | None = _machine(
-        None, "Dtype of the products.", resume="no", shown="bf16 where the device has it, else no"
-    )
     gradient_checkpointing: bool | None = _machine(
         None,
         "Compute activations again in the backward pass: less memory, more time.",
         shown="on with CUDA, off on a CPU",
     )
-    num_workers: int = _machine(
-        4, "Processes that decode pictures, per training process (0: in the process itself).", ge=0
-    )
-    cache_dir: Path = _machine(default_cache_dir, "Folder of the data index.", shown="$VLFT_CACHE, or ~/.cache/vlft")
 
     @model_validator(mode="before")
     @classmethod
-    def _not_given(cls, data: Any) -> Any:
-        """`null` means not given, so that run.yaml can show an option that has its default."""
-        if not isinstance(data, dict):
-            return data
-        given = {name: value for name, value in data.items() if value is not None}
-        if "augmentation" in given:
-            given.setdefault("use_data_augmentation", True)
-        return given
+    def _augmentation_given(cls, data: Any) -> Any:
+        if isinstance(data, dict) and data.get("augmentation") is not None:
+            return {"use_data_augmentation": True, **{k: v for k, v in data.items() if v is not None}}
+        return data
 
-    @field_validator("mixed_precision", mode="before")
-    @classmethod
-    def _unquoted_no(cls, value: Any) -> Any:
-        """YAML reads an unquoted `no` as false."""
-        return "no" if value is False else value
-
-    @field_validator("dataset_names", mode="before")
-    @classmethod
-    def _one_name(cls, value: Any) -> Any:
-        return [value] if isinstance(value, str) else value
-
-    @field_validator("output_dir", "dataset_config_path", "cache_dir")
+    @field_validator("output_dir")
     @classmethod
     def _home(cls, value: Path) -> Path:
         return value.expanduser()
@@ -235,11 +333,6 @@ class RunConfig(BaseModel):
     def _home_in_words(cls, value: str | None) -> str | None:
         """A shell does not expand `~` in YAML."""
         return str(Path(value).expanduser()) if value and value.startswith("~") else value
-
-    @field_validator("eval_dataset_scripts", mode="before")
-    @classmethod
-    def _scripts(cls, value: Any) -> dict[str, tuple[str, ...]]:
-        return parse_scripts(value)
 
     @model_validator(mode="after")
     def _together(self, info: ValidationInfo) -> Self:
@@ -254,6 +347,17 @@ class RunConfig(BaseModel):
         if problems and "" not in failed:
             raise ValueError("\n".join(problems))
         return self
+
+    @field_validator("report_to", mode="before")
+    @classmethod
+    def _one_tracker(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value
+
+    @property
+    def trackers(self) -> tuple[TrackerName, ...]:
+        """What is logged to beside metrics.jsonl, without repetitions."""
+        found: tuple[TrackerName, ...] = (*(self.report_to or ()), *(("wandb",) if self.use_wandb else ()))
+        return tuple(dict.fromkeys(found))
 
     def _contradictions(self) -> list[tuple[tuple[str, ...], bool, str]]:
         low, high = self.min_pixels, self.max_pixels
@@ -270,14 +374,19 @@ class RunConfig(BaseModel):
                 "constant_with_warmup or leave it out.",
             ),
             (
+                ("greater_is_better", "metric_for_best"),
+                self.greater_is_better is not None and self.metric_for_best is None,
+                "is given, but there is no metric_for_best; add --metric_for_best or leave it out.",
+            ),
+            (
                 ("augmentation", "use_data_augmentation"),
                 self.augmentation is not None and not self.use_data_augmentation,
                 f"is {self.augmentation}, but use_data_augmentation is false; leave one of the two out.",
             ),
             *(
                 (
-                    (name, "use_wandb"),
-                    getattr(self, name) is not None and not self.use_wandb,
+                    (name, "use_wandb", "report_to"),
+                    getattr(self, name) is not None and not {"wandb", "trackio"} & {*self.trackers},
                     "is given, but nothing is logged there; add --use_wandb or leave it out.",
                 )
                 for name in ("wandb_project", "wandb_run_name")
@@ -369,6 +478,8 @@ def _flatten(annotation: Any) -> tuple[list[Any], list[str], list[str]]:
     if origin is typing.Annotated:
         inner = _flatten(args[0])
         return inner[0], inner[1], inner[2] + [word for item in args[1:] for word in _limit(item)]
+    if origin is tuple and typing.get_origin(args[0]) is Literal:
+        return [annotation], [str(arg) for arg in typing.get_args(args[0])], []
     if origin not in (typing.Union, types.UnionType):
         return [annotation], [], []
     parts = [_flatten(arg) for arg in args]
@@ -384,7 +495,7 @@ def _limit(item: Any) -> list[str]:
 
 def _kind(types_: list[Any], choices: list[str], is_list: bool) -> str:
     if choices:
-        return f"one of {', '.join(choices)}"
+        return f"one or more of {', '.join(choices)}" if is_list else f"one of {', '.join(choices)}"
     if is_list:
         return "one or more words"
     for known, name in ((bool, "true or false"), (float, "a number"), (int, "a whole number"), (Path, "a path")):

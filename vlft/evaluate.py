@@ -1,5 +1,7 @@
 """Held-out loss for each dataset, and generated answers for the metrics that were asked for; on all ranks.
 
+`evaluate` is the whole of it, for a run and for `vlft eval`.
+
 Every held-out sample is used exactly once. Sums travel, not averages, so the result does not depend on the ranks.
 
 T tokens of a row, B samples, S supervised tokens.
@@ -7,24 +9,89 @@ T tokens of a row, B samples, S supervised tokens.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from itertools import pairwise
+from dataclasses import dataclass
+from functools import partial
+from itertools import cycle, pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from vlft.data.collate import Row
-from vlft.data.prepare import Described
+from vlft.data.prepare import Data
+from vlft.data.show import Described, last_answer
 from vlft.engine import Engine
 from vlft.errors import ConfigError
 from vlft.metrics import Metric, Prediction
 from vlft.models.attention import plain_attention
-from vlft.models.forward import IGNORE, base_model
+from vlft.models.forward import base_model
 
 Inputs = Callable[[Row, bool], dict[str, Any]]
 """(row, training) -> keyword arguments of the packed forward."""
 Describe = Callable[[int], Described]
+Scores = dict[str, float]
+
+
+@dataclass(frozen=True)
+class Answers:
+    """How answers are generated."""
+
+    max_new_tokens: int = 256
+    temperature: float = 0.0
+    """0: greedy."""
+    seed: int = 0
+    """Of sampling; the same answer needs the same batches, too."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What one evaluation found; the same on all ranks."""
+
+    values: Scores
+    """By the keys of metrics.jsonl."""
+    made: dict[str, list[Prediction]]
+    """The answers, by data set."""
+    failed: dict[str, str]
+    """Errors of scripts that could not score them, by "<dataset>/<script>"."""
+
+
+def evaluate(
+    engine: Engine,
+    packed: nn.Module,
+    model: nn.Module,
+    held_out: Callable[[Sequence[str], int | None], Iterable[Row]],
+    inputs: Inputs,
+    data: Data,
+    scripts: Mapping[str, Mapping[str, Metric]],
+    answers: Answers,
+) -> Evaluation:
+    """Losses of all held-out samples, answers to those of `scripts`, and the scripts' scores.
+
+    Args:
+        packed: the module that gives losses; `model`: the one inside it, which generates. Both in eval mode.
+        held_out: (datasets, limit) -> this rank's rows.
+        scripts: by data set; the functions are needed on the main process only.
+    """
+    made: dict[str, list[Prediction]] = {}
+    failed: dict[str, str] = {}
+    names = data.eval_datasets
+    with engine.autocast():
+        values = held_out_loss(engine, packed, held_out(names, None), inputs, data.dataset_of, names)
+        for dataset in scripts:
+            rows = held_out([dataset], data.options.eval_limit)
+            made[dataset] = predictions(engine, model, rows, inputs, data.chat.tokenizer, data.describe, answers)
+    for dataset, metrics in scripts.items():
+        # Once: a script may ask a judge that costs money.
+        scores, errors = engine.on_main(partial(score, dataset, made[dataset], metrics))
+        values |= scores
+        failed |= errors
+    return Evaluation(values, made, failed)
+
+
+_WRONG = ("", "no idea", "{[1, 2")
+"""Answers that a script must live with."""
 
 
 @torch.no_grad()
@@ -49,24 +116,13 @@ def held_out_loss(
     return {f"eval/{n}/loss": total[i] / total[half + i] for i, n in enumerate(names) if total[half + i]}
 
 
-def _last_answer(labels_T: Tensor) -> tuple[int, int]:
-    """[start, end) of the last supervised run of tokens; labels are shifted, so the token of label t is t + 1."""
-    places = (labels_T != IGNORE).nonzero().flatten().tolist()
-    start = end = places[-1]
-    while start - 1 in places:
-        start -= 1
-    return start + 1, end + 2
-
-
-def _prompts(row: Row) -> list[tuple[int, Tensor, Tensor]]:
-    """(index in the row, prompt tokens, reference tokens) of each sample."""
+def _prompts(row: Row) -> list[tuple[int, Tensor]]:
+    """(index in the row, tokens before the last answer) of each sample that has one."""
     found = []
-    borders = row.cu_seqlens.tolist()
-    for i, (start, end) in enumerate(pairwise(borders)):
-        ids, labels = row.input_ids_T[0, start:end].cpu(), row.labels_T[0, start:end].cpu()
-        if bool((labels != IGNORE).any()):
-            first, last = _last_answer(labels)
-            found.append((i, ids[:first], ids[first:last]))
+    for i, (start, end) in enumerate(pairwise(row.cu_seqlens.tolist())):
+        first, _ = last_answer(row.labels_T[0, start:end].cpu().numpy())
+        if first:
+            found.append((i, row.input_ids_T[0, start : start + first].cpu()))
     return found
 
 
@@ -86,11 +142,21 @@ def _blank_picture(vision: Any, device: torch.device) -> dict[str, Tensor]:
     return {"pixel_values": torch.zeros(side * side, width, device=device), "image_grid_thw": grid}
 
 
+def _decoding(answers: Answers, row: Row) -> dict[str, Any]:
+    """Arguments of `generate`. Greedy is the likeliest token and nothing else: a checkpoint's repetition penalty would
+    count the padding of a batch, so that an answer depended on its neighbours."""
+    if not answers.temperature:
+        plain = dict.fromkeys(("temperature", "top_p", "top_k"))
+        return {"do_sample": False, "num_beams": 1, "repetition_penalty": 1.0, **plain}
+    torch.manual_seed(answers.seed + sum(row.sample_ids))
+    return {"do_sample": True, "num_beams": 1, "temperature": answers.temperature}
+
+
 @torch.no_grad()
 def generate(
-    model: nn.Module, row: Row, inputs: Inputs, tokenizer: Any, max_new_tokens: int, *, together: bool = False
-) -> list[tuple[int, str, str]]:
-    """Greedy answers to the last question of each sample: (sample, prediction, reference).
+    model: nn.Module, row: Row, inputs: Inputs, tokenizer: Any, answers: Answers, *, together: bool = False
+) -> list[tuple[int, str]]:
+    """Answers to the last question of each sample: (sample, text).
 
     Args:
         model: the prepared model itself, not the packed wrapper.
@@ -100,7 +166,7 @@ def generate(
     prompts = _prompts(row)
     if not prompts and not together:
         return []
-    asked = [p for _, p, _ in prompts]
+    asked = [p for _, p in prompts]
     hf: Any = base_model(model)
     device = next(hf.parameters()).device
     packed = inputs(row, False)
@@ -118,18 +184,15 @@ def generate(
             attention_mask=mask.to(device),
             mm_token_type_ids=(ids == hf.config.image_token_id).int().to(device),
             **pictures,
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
+            max_new_tokens=answers.max_new_tokens,
             synced_gpus=together,
             pad_token_id=tokenizer.pad_token_id,
+            **_decoding(answers, row),
         )
     # Stale deltas would shift the positions of the next forward.
     hf.model.rope_deltas = None
-    if not prompts:
-        return []
     texts = tokenizer.batch_decode(out[: len(prompts), ids.shape[1] :].cpu(), skip_special_tokens=True)
-    references = tokenizer.batch_decode([r for _, _, r in prompts], skip_special_tokens=True)
-    return [(row.sample_ids[i], t, r) for (i, _, _), t, r in zip(prompts, texts, references, strict=True)]
+    return [(row.sample_ids[i], text) for (i, _), text in zip(prompts, texts, strict=False)]
 
 
 def predictions(
@@ -139,34 +202,65 @@ def predictions(
     inputs: Inputs,
     tokenizer: Any,
     describe: Describe,
-    max_new_tokens: int = 256,
+    answers: Answers,
 ) -> list[Prediction]:
-    """Answers of all ranks, in the order of the samples."""
-    found: list[tuple[int, str, str]] = []
+    """Answers of all ranks, in the order of the samples, on all ranks."""
+    found: list[tuple[int, str]] = []
     together = engine.shards_weights and engine.world_size > 1
     with engine.generating():
         for row in rows:
-            found += generate(model, row, inputs, tokenizer, max_new_tokens, together=together)
-    made = []
-    for sample, text, reference in sorted(engine.gather(found)):
-        about = describe(sample)
-        made.append(Prediction(about.id, about.question, text, reference, about.images, about.record))
-    return made
+            found += generate(model, row, inputs, tokenizer, answers, together=together)
+    return [as_prediction(describe(sample), text) for sample, text in sorted(engine.gather(found))]
 
 
-def score(dataset: str, made: Sequence[Prediction], metrics: Mapping[str, Metric]) -> dict[str, float]:
-    """ "eval/<dataset>/<script>/<metric>" of every script.
+def as_prediction(about: Described, text: str) -> Prediction:
+    return Prediction(about.id, about.question, text, about.reference, about.images, about.record, about.sizes)
 
-    Raises:
-        ConfigError: a script fails, or answers something else than numbers by name.
-    """
-    scores: dict[str, float] = {}
+
+def score(dataset: str, made: Sequence[Prediction], metrics: Mapping[str, Metric]) -> tuple[Scores, dict[str, str]]:
+    """Scores by "eval/<dataset>/<script>/<metric>", and the errors of scripts that fail by "<dataset>/<script>"."""
+    scores: Scores = {}
+    failed: dict[str, str] = {}
     for stem, metric in metrics.items():
         try:
-            scores |= {f"eval/{dataset}/{stem}/{name}": float(value) for name, value in metric(made).items()}
+            scores |= {f"eval/{dataset}/{stem}/{name}": value for name, value in _checked(metric(made)).items()}
         except Exception as error:  # whatever a user's file raises is told the same way
-            raise ConfigError(
-                f"--eval_dataset_scripts: {stem} failed on {len(made)} answers of {dataset}: {type(error).__name__}: "
-                f"{str(error)[:200]}; correct it and go on with --resume_from_checkpoint latest."
-            ) from error
-    return scores
+            failed[f"{dataset}/{stem}"] = f"{type(error).__name__}: {str(error)[:200]}"
+    return scores, failed
+
+
+def _checked(found: Any) -> Scores:
+    """Raises: TypeError, ValueError if these are not finite numbers by name."""
+    if not isinstance(found, Mapping):
+        raise TypeError(f"it answered {type(found).__name__}, not a dict of numbers by name")
+    values = {str(name): float(value) for name, value in found.items()}
+    if odd := [f"{name} {value}" for name, value in values.items() if not math.isfinite(value)]:
+        raise ValueError(f"it answered {', '.join(odd)}, which is no finite number")
+    return values
+
+
+def rehearse(dataset: str, some: Sequence[Described], metrics: Mapping[str, Metric]) -> set[str]:
+    """Score made-up answers of real samples, right and wrong ones: a broken script ends here and not after hours.
+
+    Returns:
+        The keys that `score` will give.
+    Raises:
+        ConfigError: all the scripts that fail.
+    """
+    keys: set[str] = set()
+    problems: dict[str, str] = {}
+    right = [as_prediction(about, about.reference) for about in some]
+    wrong = [as_prediction(about, text) for about, text in zip(some, cycle(_WRONG), strict=False)]
+    for made in (right, wrong, right[:1]):
+        scores, failed = score(dataset, made, metrics)
+        keys |= scores.keys()
+        problems |= failed
+    if problems:
+        raise ConfigError(
+            [
+                f"--eval_dataset_scripts {name.replace('/', ': ', 1)} failed on answers made up for a trial: {error}; "
+                "correct it."
+                for name, error in problems.items()
+            ]
+        )
+    return keys

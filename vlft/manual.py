@@ -91,7 +91,7 @@ def _rates_line(cls: type[Strategy]) -> str:
 
 
 def options_page() -> str:
-    """docs/options.md. Written by `python -c "import vlft.manual; vlft.manual.write_options_page()"`; a test compares."""
+    """docs/options.md; `python -c "import vlft.manual; vlft.manual.write_options_page()"` writes it."""
     core = options_of(RunConfig)
     lines = [_PAGE_HEAD]
     for group, title in GROUPS.items():

@@ -36,17 +36,26 @@ from vlft.words import Flags, Given, build, plain_name, read_file, read_flags, s
 def _merge(file: dict[str, Given], flags: dict[str, Given]) -> dict[str, Given]:
     """Flags over file. Where two options depend on each other, the flag decides for both: a run.yaml holds them all."""
     merged = {name: given for name, given in (file | flags).items() if given.value is not None}
-    for switch, dependents in (
-        ("use_data_augmentation", ("augmentation",)),
-        ("use_wandb", ("wandb_project", "wandb_run_name")),
-    ):
-        off = switch in flags and str(flags[switch].value).lower() in ("false", "0", "no", "off")
-        for name in dependents:
-            if off and name not in flags:
+    if _is_off(flags.get("use_data_augmentation")) and "augmentation" not in flags:
+        merged.pop("augmentation", None)
+    if not _names_its_runs(merged) and {"use_wandb", "report_to"} & {*flags}:
+        for name in ("wandb_project", "wandb_run_name"):
+            if name not in flags:
                 merged.pop(name, None)
     if "augmentation" in flags and "use_data_augmentation" not in flags:
         merged.pop("use_data_augmentation", None)
     return merged
+
+
+def _is_off(given: Given | None) -> bool:
+    return given is not None and str(given.value).lower() in ("false", "0", "no", "off")
+
+
+def _names_its_runs(given: Mapping[str, Given]) -> bool:
+    """Whether one of the trackers that are asked for takes the name of a project and of a run."""
+    trackers = given["report_to"].value if "report_to" in given else ()
+    listed = {trackers} if isinstance(trackers, str) else {*map(str, trackers)}
+    return bool(listed & {"wandb", "trackio"}) or ("use_wandb" in given and not _is_off(given["use_wandb"]))
 
 
 def parse(argv: Sequence[str], *, start: bool = True) -> Run:
@@ -240,12 +249,13 @@ def _check_disk(
         problems += _registry_problems(config, place)
     if "cache_dir" not in failed and (found := no_folder(config.cache_dir)):
         problems.append(f"{place('cache_dir')} {config.cache_dir} cannot be made: {found}; choose another.")
-    for option, package, wanted in (
-        ("use_wandb", "wandb", config.use_wandb),
-        ("deepspeed", "DeepSpeed", config.deepspeed),
-    ):
+    needed: list[tuple[str, str]] = [
+        ("use_wandb" if n == "wandb" and config.use_wandb else "report_to", n) for n in config.trackers
+    ]
+    needed += [("deepspeed", "DeepSpeed")] if config.deepspeed else []
+    for option, package in needed:
         extra = package.lower()
-        if wanted and importlib.util.find_spec(extra) is None:
+        if importlib.util.find_spec(extra) is None:
             problems.append(f"{place(option)} needs {package}: pip install 'vlft[{extra}]', or leave it out.")
     for dataset, scripts in config.eval_dataset_scripts.items():
         where = f"{place('eval_dataset_scripts')} {dataset}"

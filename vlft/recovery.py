@@ -14,6 +14,7 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
+from vlft import checkpoint as checkpoints
 from vlft.data.budget import Load
 from vlft.data.collate import Row
 from vlft.data.loader import Step
@@ -126,13 +127,13 @@ class EvaluationStoppedError(Exception):
     """A signal asks for the end: an evaluation may outlast a launcher's patience, and the resume makes it again."""
 
 
-def rows_until_stopped(job: Job, datasets: Sequence[str]) -> Iterator[Row]:
+def rows_until_stopped(job: Job, datasets: Sequence[str], limit: int | None) -> Iterator[Row]:
     """Held-out rows; samples that cannot be decoded go to the ledger.
 
     Raises:
         EvaluationStoppedError: on all ranks, once one of them was asked to end.
     """
-    for step in job.data.eval_steps(datasets):
+    for step in job.data.eval_steps(datasets, limit):
         asked, failed = job.engine.sums([float(job.interrupt.asked), len(step.failures)])
         if agree_to_stop(job, asked):
             raise EvaluationStoppedError
@@ -174,6 +175,19 @@ def judge(job: Job) -> None:
             "look at the data, or choose a strategy that fits them."
         )
     job.journal.say(f"WARNING: {text} Their weights in the result are not the data's.")
+
+
+def best_weights(job: Job) -> dict[str, Tensor]:
+    """Trained weights of the best checkpoint, by name, where --metric_for_best asks for one other than the last."""
+    best = job.best
+    if best is None or best.step in (0, job.done_steps):
+        return {}
+    folder = checkpoints.step_folder(job.folder.checkpoints, best.step)
+    if folder not in checkpoints.complete(job.folder.checkpoints):
+        job.journal.say(f"WARNING: {folder}, the best by {best.metric}, is gone; model/ is of step {job.done_steps}.")
+        return {}
+    job.journal.say(f"model/ is of step {best.step}, the best by {best.metric} ({best.value:.4g}).")
+    return dict(checkpoints.load_weights(folder, job.model))
 
 
 def stop(job: Job) -> NoReturn:

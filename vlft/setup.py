@@ -6,7 +6,7 @@ Whatever can be wrong with options, data, model, strategy or checkpoint is found
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,22 +14,41 @@ import torch
 from torch import nn
 
 from vlft import checkpoint as checkpoints
-from vlft import export
+from vlft import evaluate, export
 from vlft.batch import ToInputs
-from vlft.config import Run, accumulation_for, check_output_dir, check_resume, global_batch, resolved, resolved_yaml
+from vlft.config import (
+    Run,
+    RunConfig,
+    accumulation_for,
+    check_output_dir,
+    check_resume,
+    global_batch,
+    resolved,
+    resolved_yaml,
+)
 from vlft.data.budget import Budget
 from vlft.data.loader import Step
 from vlft.data.prepare import Data, DataOptions, prepare_data
 from vlft.engine import Engine, seed_start
 from vlft.errors import CheckpointError, ConfigError, StrategyError, VlftError
+from vlft.evaluate import Answers
+from vlft.gallery import write_gallery
 from vlft.interrupt import Interrupt
-from vlft.metrics import Metric, load_script
+from vlft.meter import Meter
+from vlft.metrics import Metric, load_script, lower_is_better
 from vlft.models.forward import PackedVLM, base_model
 from vlft.models.load import Checkpoint, Source, cast, open_checkpoint, read_json, source_of
 from vlft.optim import Multiplier, build_optimizer, schedule
 from vlft.proof import PartRow, Proof, check_groups, part_table, render
+from vlft.rivals import nearest
 from vlft.strategy import ParamGroup, Strategy
-from vlft.tracking import Journal, RunFolder, Trackers, cut_back, run_card, told, write_json
+from vlft.trackers import Trackers
+from vlft.tracking import Best, Journal, RunFolder, cut_back, run_card, told, write_json
+
+SAMPLES_OF_A_TRIAL = 4
+"""On which every script is tried before the first step."""
+GALLERY = 12
+"""Held-out samples of each data set that the report shows."""
 
 
 @dataclass
@@ -64,6 +83,10 @@ class Job:
     """What rows may hold, as steps that are done have taught."""
     trial: Budget
     """The same, with what this step tries."""
+    meter: Meter
+    answers: Answers
+    best: Best | None
+    """The best evaluation so far, where --metric_for_best asks for it."""
     warned: bool = False
     """Of slow saves."""
     stopping: bool = False
@@ -73,6 +96,21 @@ class Job:
     def open_steps(self) -> None:
         """(Re)start the loader, at the step after the last one done, with the budget that holds now."""
         self.steps = self.data.steps(self.done_steps, self.total_steps, self.costs, self.trial)
+
+    @property
+    def eval_on_start(self) -> bool:
+        asked = self.run.config.eval_on_start
+        return bool(self.metrics) if asked is None else asked
+
+    @property
+    def is_best(self) -> bool:
+        """Whether the step that was done last is the best one so far."""
+        return self.best is not None and self.best.step == self.done_steps > 0
+
+    def judge_best(self) -> None:
+        """After an evaluation, on all ranks: which is the best now?"""
+        if best := self.best:
+            self.best = self.engine.on_main(lambda: self.journal.best(best))
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps beside tensors."""
@@ -89,7 +127,7 @@ def setup(run: Run, engine: Engine) -> Job:
     resume = engine.on_main(lambda: checkpoints.find(config.resume_from_checkpoint, folder.checkpoints))
     # Once, not on every rank: the checksums of a large model's states take a while.
     state = engine.on_main(lambda: checkpoints.read_state(resume)) if resume else None
-    metrics = {d: dict(load_script(s) for s in scripts) for d, scripts in config.eval_dataset_scripts.items()}
+    metrics = load_metrics(engine, config.eval_dataset_scripts)
     checkpoint = base_checkpoint(run, engine, folder)
     source = source_of(checkpoint, engine.precision, engine.device, sharded=engine.shards_weights)
 
@@ -103,11 +141,7 @@ def setup(run: Run, engine: Engine) -> Job:
             f"the data are not those of {resume} (now {data.plan.samples_per_epoch} training samples an epoch); go on "
             "with the data as they were, or start a new --output_dir from the result."
         )
-    if unknown := sorted(set(metrics) - set(data.eval_datasets)):
-        raise ConfigError(
-            f"--eval_dataset_scripts names {', '.join(unknown)}, which has no held-out samples; "
-            "lower --train_split_ratio or leave it out."
-        )
+    best = choose_best(config, try_metrics(engine, data, metrics))
     total = config.max_steps or math.ceil(config.epochs * data.steps_per_epoch)
 
     seed_start(config.seed)
@@ -119,6 +153,7 @@ def setup(run: Run, engine: Engine) -> Job:
         base_model(model).gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
     optimizer = build_optimizer(model, groups, run.rates, config.weight_decay)
     table = part_table(model, groups, source.parts, run.rates, source.tied_head)
+    meter = Meter(model, source.parts, source.config, engine.device, engine.precision)
     saved = checkpoints.load_weights(resume, model) if resume else {}
     if resume:
         engine.restore_weights(model, saved)
@@ -133,20 +168,78 @@ def setup(run: Run, engine: Engine) -> Job:
     warmup = math.ceil(0.03 * total) if config.warmup_steps is None else config.warmup_steps
     done = int(state["step"]) if state else 0
     budget = known_budget(state, folder, engine)
-    trackers = Trackers(engine.accelerator, enabled=config.use_wandb, project=config.wandb_project,
-                        run_name=config.wandb_run_name, options=resolved(run))  # fmt: skip
+    trackers = Trackers(
+        config.trackers, folder.root, project=config.wandb_project, run_name=config.wandb_run_name, done_steps=done,
+        options=resolved(run), rates=lambda: {g["name"]: g["lr"] for g in optimizer.param_groups},
+    )  # fmt: skip
     job = Job(
         run, engine, folder, source, strategy, model, packed, optimizer,
         schedule(config.lr_scheduler_type, warmup, total), proof, data,
         ToInputs(checkpoint.pictures, config.augmentation, engine.device), metrics,
         Journal(folder, trackers, is_main=engine.is_main, total_steps=total), Interrupt(speaks=engine.is_main),
         part_costs(table), batch, total, done, int(state["skipped"]) if state else 0, budget, budget,
+        meter, Answers(config.eval_max_new_tokens, config.eval_temperature, config.seed), best,
     )  # fmt: skip
+    engine.on_main(trackers.start)
     open_folder(job)
+    job.judge_best()
     for note in (*run.notes, *data.summary, start_sentence(job)):
         job.journal.say(note)
     job.journal.say(render(table))
     return job
+
+
+def load_metrics(engine: Engine, scripts: Mapping[str, Sequence[str]]) -> dict[str, dict[str, Metric]]:
+    """The scripts of each data set by their stem, on the main process; on the others the data sets alone."""
+    found: dict[str, dict[str, Metric]] = {dataset: {} for dataset in scripts}
+
+    def load() -> None:
+        for dataset, names in scripts.items():
+            found[dataset] = dict(load_script(name) for name in names)
+
+    engine.on_main(load)
+    return found
+
+
+def try_metrics(engine: Engine, data: Data, metrics: Mapping[str, Mapping[str, Metric]]) -> set[str]:
+    """Try every script on a few held-out samples of its data set.
+
+    Returns:
+        The keys that evaluations will give.
+    Raises:
+        ConfigError: a script of a data set without held-out samples, or one that fails.
+    """
+    if unknown := sorted(set(metrics) - set(data.eval_datasets)):
+        raise ConfigError(
+            f"--eval_dataset_scripts names {', '.join(unknown)}, which has no held-out samples; "
+            "lower --train_split_ratio or leave it out."
+        )
+
+    def rehearse() -> set[str]:
+        keys: set[str] = set()
+        for dataset, scripts in metrics.items():
+            keys |= evaluate.rehearse(dataset, data.some_held_out(dataset, SAMPLES_OF_A_TRIAL), scripts)
+        return keys
+
+    return {f"eval/{name}/loss" for name in data.eval_datasets} | engine.on_main(rehearse)
+
+
+def choose_best(config: RunConfig, keys: Collection[str]) -> Best | None:
+    """What --metric_for_best means.
+
+    Raises:
+        ConfigError: no evaluation gives it.
+    """
+    if config.metric_for_best is None:
+        return None
+    key = "eval/" + config.metric_for_best.removeprefix("eval/")
+    if key not in keys:
+        raise ConfigError(
+            f"--metric_for_best {config.metric_for_best} is no metric of this run{nearest(key, keys)}; it has "
+            f"{', '.join(sorted(keys)) or 'none, since nothing is held out'}."
+        )
+    given = config.greater_is_better
+    return Best(key, not lower_is_better(key) if given is None else given)
 
 
 def prepare_strategy(run: Run, source: Source) -> tuple[Strategy, nn.Module, list[ParamGroup]]:
@@ -225,6 +318,7 @@ def data_options(run: Run, engine: Engine, checkpoint: Checkpoint, batch: int) -
         train_batch_size=c.per_device_train_batch_size, eval_batch_size=c.per_device_eval_batch_size,
         rows_per_rank=accumulation_for(c, engine.world_size, batch), rank=engine.rank, world_size=engine.world_size,
         num_workers=c.num_workers, pin_memory=engine.device.type == "cuda", progress=engine.is_main,
+        eval_limit=c.eval_limit,
     )  # fmt: skip
 
 
@@ -244,7 +338,8 @@ def open_folder(job: Job) -> None:
     write_json(folder.root / "run_card.json", card)
     for aside in checkpoints.set_aside(folder.checkpoints, job.done_steps):
         job.journal.say(f"{aside} is of a course that this run leaves; it is kept until you delete it.")
-    cut_back(folder.metrics, job.done_steps)
+    # The evaluation before the first step belongs to a course that begins there.
+    cut_back(folder.metrics, job.done_steps or -1)
     cut_back(folder.ledger, job.done_steps)
     if not job.done_steps:
         folder.ledger.write_text("")
@@ -253,3 +348,6 @@ def open_folder(job: Job) -> None:
     unfit = job.data.account([job.data.unfit(i, job.done_steps) for i in job.budget.without])
     job.journal.ledger(entry.json() for entry in unfit)
     (folder.root / "run.yaml").write_text(resolved_yaml(job.run))
+    write_json(folder.data, job.data.statistics())
+    if not (folder.gallery / "gallery.json").exists():
+        write_gallery(folder.gallery, job.data.gallery(GALLERY), boxes=job.source.checkpoint.family.box_convention)

@@ -6,6 +6,7 @@ Other programs read these files; their names and keys are a contract (docs/run-f
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import subprocess
@@ -13,20 +14,47 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import torch
-from accelerate.tracking import filter_trackers
 
-from vlft.errors import CheckpointError, ConfigError
+from vlft.errors import CheckpointError
+from vlft.trackers import Trackers
 
 SCHEMA = 1
 _PACKAGES = (
     "vlft", "torch", "transformers", "accelerate", "peft", "bitsandbytes", "kornia", "deepspeed", "numpy", "pillow"
 )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Best:
+    """The evaluation with the best value of one metric."""
+
+    metric: str
+    """A key of eval lines in metrics.jsonl."""
+    greater: bool
+    """Is a greater value better?"""
+    step: int = 0
+    """0: none yet. An evaluation before the first step does not count: it has no checkpoint."""
+    value: float = math.nan
+
+    def among(self, lines: Iterable[Mapping[str, Any]]) -> Best:
+        """The best of these lines; of equal ones the first."""
+        found = [(float(line[self.metric]), int(line["step"])) for line in lines if line.get(self.metric) is not None]
+        found = [(value, step) for value, step in found if step]
+        if not found:
+            return replace(self, step=0, value=math.nan)
+        value, step = max(found, key=lambda one: (one[0] if self.greater else -one[0], -one[1]))
+        return replace(self, step=step, value=value)
+
+    def json(self) -> dict[str, Any]:
+        return {"schema": SCHEMA, "metric": self.metric, "greater_is_better": self.greater, "step": self.step,
+                "value": self.value}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -56,6 +84,21 @@ class RunFolder:
     @property
     def metrics(self) -> Path:
         return self.root / "metrics.jsonl"
+
+    @property
+    def data(self) -> Path:
+        """Counts and histograms of the data."""
+        return self.root / "data.json"
+
+    @property
+    def gallery(self) -> Path:
+        """Held-out pictures, for people."""
+        return self.root / "gallery"
+
+    @property
+    def best(self) -> Path:
+        """Which checkpoint is the best so far."""
+        return self.root / "best.json"
 
     @property
     def ledger(self) -> Path:
@@ -139,33 +182,13 @@ def run_card(**facts: Any) -> dict[str, Any]:
     }
 
 
-class Trackers:
-    """Trackers beyond metrics.jsonl. Only the main process logs."""
-
-    def __init__(
-        self, accelerator: Any, *, enabled: bool, project: str | None, run_name: str | None, options: dict[str, Any]
-    ) -> None:
-        """Raises: ConfigError if wandb is asked for and missing (Accelerate would drop it at debug level)."""
-        self.accelerator = accelerator if enabled else None
-        if not enabled:
-            return
-        if _installed("wandb") is None:
-            raise ConfigError("--use_wandb needs wandb: pip install 'vlft[wandb]'.")
-        accelerator.log_with = filter_trackers(["wandb"])
-        init = {"wandb": {"name": run_name}} if run_name else {}
-        accelerator.init_trackers(project or "vlft", config=options, init_kwargs=init)
-
-    def log(self, line: Mapping[str, Any]) -> None:
-        """Send one metrics line, flattened with slashes."""
-        if self.accelerator is None:
-            return
-        flat: dict[str, Any] = {}
-        for key, value in line.items():
-            if isinstance(value, Mapping):
-                flat |= {f"{key}/{k}": v for k, v in value.items()}
-            elif key not in ("schema", "kind", "step"):
-                flat[key if key.startswith("eval/") else f"{line['kind']}/{key}"] = value
-        self.accelerator.log(flat, step=int(line["step"]))
+def write_predictions(path: Path, made: Iterable[Any]) -> None:
+    """The generated answers of one data set, as JSON lines."""
+    with _writable(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        text = "".join(json.dumps(p.json(), ensure_ascii=False) + "\n" for p in made)
+        # A path that is no UTF-8 holds half surrogates, which JSON writes as such an escape.
+        path.write_bytes(text.encode("utf-8", "backslashreplace"))
 
 
 class Journal:
@@ -174,29 +197,61 @@ class Journal:
     def __init__(self, folder: RunFolder, trackers: Trackers, *, is_main: bool, total_steps: int) -> None:
         self.folder, self.trackers, self.is_main, self.total = folder, trackers, is_main, total_steps
         self._spoke = 0.0
+        trackers.warn = self.say
+
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """The run ends: trackers send what they still hold."""
+        if self.is_main:
+            self.trackers.close(0 if error is None else int(getattr(error, "exit_code", 1)))
 
     def say(self, text: str) -> None:
         if self.is_main:
             print(text, flush=True)
 
+    def evaluations(self) -> list[dict[str, Any]]:
+        """Lines of metrics.jsonl that evaluations wrote."""
+        lines = self.folder.metrics.read_text().splitlines() if self.folder.metrics.exists() else []
+        return [line for line in map(json.loads, lines) if line["kind"] == "eval"]
+
     def evaluated(self, step: int) -> bool:
         """Whether the evaluation of `step` is in metrics.jsonl."""
-        lines = self.folder.metrics.read_text().splitlines() if self.folder.metrics.exists() else []
-        return any(line["kind"] == "eval" and line["step"] == step for line in map(json.loads, lines))
+        return any(line["step"] == step for line in self.evaluations())
+
+    def best(self, best: Best) -> Best:
+        """The best evaluation so far; best.json says so. Call on the main process."""
+        found = best.among(self.evaluations())
+        if found.step:
+            write_json(self.folder.best, found.json())
+        else:
+            self.folder.best.unlink(missing_ok=True)
+        return found
+
+    def evaluation(
+        self,
+        step: int,
+        values: Mapping[str, float],
+        made: Mapping[str, Iterable[Any]],
+        failed: Mapping[str, str],
+        seconds: float,
+    ) -> None:
+        """Write an evaluation's predictions, then its line: a line means that all is there."""
+        if not self.is_main:
+            return
+        for dataset, answers in made.items():
+            write_predictions(self.folder.predictions(step, dataset), answers)
+        for name, error in failed.items():
+            self.say(f"WARNING: the script {name} failed at step {step}: {error}; 'vlft eval' can score again.")
+        more = {"failed": dict(failed)} if failed else {}
+        self.metrics({"step": step, "kind": "eval", **values, **more, "perf": {"eval_seconds": seconds}})
 
     def ledger(self, lines: Iterable[Mapping[str, Any]]) -> None:
         if self.is_main:
             append(self.folder.ledger, lines)
-
-    def predictions(self, step: int, dataset: str, made: Iterable[Any]) -> None:
-        """Write the generated answers of one dataset."""
-        if self.is_main:
-            path = self.folder.predictions(step, dataset)
-            with _writable(path):
-                path.parent.mkdir(parents=True, exist_ok=True)
-                text = "".join(json.dumps(p.json(), ensure_ascii=False) + "\n" for p in made)
-                # A path that is no UTF-8 holds half surrogates, which JSON writes as such an escape.
-                path.write_bytes(text.encode("utf-8", "backslashreplace"))
 
     def metrics(self, line: dict[str, Any]) -> None:
         if not self.is_main:
@@ -224,15 +279,6 @@ def _sentence(line: Mapping[str, Any], total: int) -> str:
         f"{head}  loss {loss}  grad {norm}{skipped}  lr {rates}  "
         f"{perf['tokens_per_second']:.0f} tok/s  {perf['peak_memory_gib']:.1f} GiB"
     )
-
-
-def peak_memory_gib(device: torch.device) -> float:
-    """Peak memory of this process: allocated on the GPU, resident on the CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import math
 import time
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from vlft import checkpoint as checkpoints
 from vlft import card, evaluate, export, recovery
+from vlft import checkpoint as checkpoints
 from vlft.config import Run, deepspeed_path
 from vlft.data.budget import Load
 from vlft.data.loader import Step
 from vlft.engine import seed_row, start_engine
+from vlft.meter import loss_by_dataset
 from vlft.optim import set_rates
 from vlft.setup import Job, setup
-from vlft.tracking import peak_memory_gib
 
 
 def main(run: Run) -> None:
@@ -27,9 +28,10 @@ def main(run: Run) -> None:
     engine = start_engine(config.mixed_precision, deepspeed, config.max_grad_norm)
     try:
         job = setup(run, engine)
-        fit(job)
-        recovery.judge(job)
-        hand_over(job)
+        with job.journal:
+            fit(job)
+            recovery.judge(job)
+            hand_over(job)
     except torch.OutOfMemoryError as error:
         raise recovery.end_of_memory(error) from error
     # Not in a `finally`: the command line tells an error once for all ranks through the process group.
@@ -53,7 +55,7 @@ def fit(job: Job) -> None:
             step = next(job.steps)
             began = time.monotonic()
             line = train_step(job, step)
-            line["perf"] = performance(job, line, began, waited=began - asked)
+            line["perf"] = performance(job, step, line, began, waited=began - asked)
             job.done_steps = step.number + 1
             job.journal.metrics(line)
             saved = job.stopping or job.done_steps % config.save_steps == 0 or job.done_steps == job.total_steps
@@ -62,7 +64,7 @@ def fit(job: Job) -> None:
             # After the save: a user's script that fails must not cost the steps since the checkpoint before.
             if evaluation_due(job) and not job.stopping:
                 run_evaluation(job)
-            if job.stopping and not saved:
+            if (job.stopping or job.is_best) and not saved:
                 save_checkpoint(job)
             if job.stopping:
                 recovery.stop(job)
@@ -72,7 +74,7 @@ def train_step(job: Job, step: Step) -> dict[str, Any]:
     """Forward, backward, update. The divisor counts what was really decoded, on all ranks, before the first forward."""
     engine = job.engine
     while True:
-        supervised, samples, tokens, images, failed = engine.sums(job.data.counts(step))
+        supervised, samples, tokens, images, failed, padding = engine.sums(job.data.counts(step))
         losses, unfit = forward_backward(job, step, supervised) if supervised else ([], None)
         if engine.reduce(fits=unfit is None):
             break
@@ -80,7 +82,8 @@ def train_step(job: Job, step: Step) -> dict[str, Any]:
     job.budget = job.trial
     if failed:
         job.journal.ledger(entry.json() for entry in job.data.account(engine.gather(step.failures)))
-    loss_sum, asked_to_stop = engine.sums([sum(float(x.double().sum()) for x in losses), float(job.interrupt.asked)])
+    mine = [sum(float(x.double().sum()) for x in losses), float(job.interrupt.asked)]
+    loss_sum, asked_to_stop, *by_dataset = engine.sums(mine + loss_by_dataset(step.rows, losses, len(job.data.names)))
     recovery.agree_to_stop(job, asked_to_stop)
     rates = set_rates(job.optimizer, job.rate_factor(step.number))
     norm, norms, skipped = 0.0, dict.fromkeys(rates, 0.0), None if supervised else "nothing_to_learn"
@@ -101,9 +104,11 @@ def train_step(job: Job, step: Step) -> dict[str, Any]:
     return {
         "step": step.number + 1, "kind": "train",
         "loss": loss_sum / supervised if supervised and math.isfinite(loss_sum) else None,
+        "dataset_loss": job.data.by_name(by_dataset),
         "grad_norm": norm if math.isfinite(norm) else None, "skipped": skipped, "learning_rate": rates,
         "grad_norms": {part: n if math.isfinite(n) else None for part, n in norms.items()},
         "tokens": int(tokens), "supervised_tokens": int(supervised), "samples": int(samples), "images": int(images),
+        "padding": padding / (tokens + padding) if tokens else 0.0,
         "epoch": (step.number + 1) / job.data.steps_per_epoch,
     }  # fmt: skip
 
@@ -125,44 +130,34 @@ def forward_backward(job: Job, step: Step, supervised: float) -> tuple[list[Tens
     return losses, None
 
 
-def performance(job: Job, line: dict[str, Any], began: float, waited: float) -> dict[str, float]:
+def performance(job: Job, step: Step, line: dict[str, Any], began: float, waited: float) -> dict[str, float]:
+    work = job.engine.sums(job.meter.work(step.rows))
     seconds = time.monotonic() - began
-    return {
-        "step_seconds": seconds, "data_wait_seconds": waited,
-        "tokens_per_second": line["tokens"] / (seconds + waited),
-        "samples_per_second": line["samples"] / (seconds + waited),
-        "peak_memory_gib": peak_memory_gib(job.engine.device),
-    }  # fmt: skip
+    return job.meter.perf(work, job.engine.world_size, line["tokens"], line["samples"], seconds, waited)
 
 
 def evaluation_due(job: Job) -> bool:
-    last = job.done_steps == job.total_steps
-    return bool(job.done_steps and job.data.eval_datasets and (last or job.done_steps % job.run.config.eval_steps == 0))
+    if not job.data.eval_datasets:
+        return False
+    if not job.done_steps:
+        return job.eval_on_start
+    return job.done_steps == job.total_steps or job.done_steps % job.run.config.eval_steps == 0
 
 
 def run_evaluation(job: Job) -> None:
-    engine, data = job.engine, job.data
-    job.packed.eval()
     began = time.monotonic()
+    job.packed.eval()
     try:
-        with engine.autocast():
-            line: dict[str, Any] = evaluate.held_out_loss(
-                engine, job.packed, recovery.rows_until_stopped(job, data.eval_datasets), job.inputs, data.dataset_of,
-                data.eval_datasets,
-            )  # fmt: skip
-            for dataset, scripts in job.metrics.items():
-                made = evaluate.predictions(
-                    engine, job.model, recovery.rows_until_stopped(job, [dataset]), job.inputs, data.chat.tokenizer,
-                    data.describe,
-                )  # fmt: skip
-                line |= evaluate.score(dataset, made, scripts)
-                job.journal.predictions(job.done_steps, dataset, made)
+        rows = partial(recovery.rows_until_stopped, job)
+        found = evaluate.evaluate(
+            job.engine, job.packed, job.model, rows, job.inputs, job.data, job.metrics, job.answers
+        )  # fmt: skip
     except recovery.EvaluationStoppedError:
         return
     finally:
         job.packed.train()
-    perf = {"eval_seconds": time.monotonic() - began}
-    job.journal.metrics({"step": job.done_steps, "kind": "eval", **line, "perf": perf})
+    job.journal.evaluation(job.done_steps, found.values, found.made, found.failed, time.monotonic() - began)
+    job.judge_best()
 
 
 def save_checkpoint(job: Job) -> None:
@@ -173,7 +168,8 @@ def save_checkpoint(job: Job) -> None:
     tensors = engine.saved_tensors(job.model, job.optimizer)
     shares = engine.together(lambda: checkpoints.write(root, step, engine.rank, tensors))
     files = {name: facts for share in shares for name, facts in share.items()}
-    engine.on_main(lambda: checkpoints.finish(root, step, files, job.state(), job.run.config.save_total_limit))
+    limit, best = job.run.config.save_total_limit, job.best.step if job.best else 0
+    engine.on_main(lambda: checkpoints.finish(root, step, files, job.state(), limit, best))
     recovery.warn_of_slow_save(job, time.monotonic() - began)
 
 
@@ -185,10 +181,12 @@ def save_checkpoint(job: Job) -> None:
 def hand_over(job: Job) -> None:
     whole = job.engine.weights(job.model, export.needed(job.strategy, job.model, job.source))
     if job.engine.is_main:
+        best = recovery.best_weights(job)
+        whole |= best
         limits = {"min_pixels": job.data.options.min_pixels, "max_pixels": job.data.options.max_pixels}
         facts = {"strategy": job.run.config.tuning_strategy, "options": job.run.options.model_dump(mode="json"),
                  "distribution": job.run.distribution, "unproved": job.proof.missing,
-                 "run": card.facts(job.folder.root)}  # fmt: skip
+                 "run": card.facts(job.folder.root, job.best.step if job.best and best else None)}  # fmt: skip
         export.save_result(job.strategy, job.model, job.source, whole, job.folder.model, facts=facts, **limits)
         job.journal.say(f"model: {job.folder.model}")
         if (job.folder.model / "adapter_config.json").exists():

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -12,18 +14,22 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
+from vlft.data import show
 from vlft.data.budget import Budget
-from vlft.data.formats import Record, TextPart
 from vlft.data.index import Index, open_index
 from vlft.data.index import summary as index_summary
 from vlft.data.ledger import LedgerEntry, check_bad_fraction
 from vlft.data.loader import Step, eval_steps, step_loader, surviving
+from vlft.data.mixing import mix64
 from vlft.data.plan import Plan
 from vlft.data.registry import read_registry
 from vlft.data.sample import Fitted, Limits, fit, split
+from vlft.data.show import Described, Shown
 from vlft.data.tokens import Chat
-from vlft.errors import ConfigError, DataError
+from vlft.errors import ConfigError, DataError, RecordError
 from vlft.family import Family
+
+_LIMIT_SALT = 0x11417
 
 
 @dataclass(frozen=True)
@@ -57,16 +63,10 @@ class DataOptions:
     num_workers: int
     pin_memory: bool
     progress: bool
-
-
-@dataclass
-class Described:
-    """A held-out sample as predictions show it."""
-
-    id: str
-    question: str
-    images: tuple[str, ...]
-    record: Any
+    eval_limit: int | None = None
+    """Held-out samples of a data set that are answered."""
+    use: Literal["train", "held_out", "all"] = "train"
+    """Training with evaluations, or an evaluation alone: of what is held out, or of everything."""
 
 
 class Data:
@@ -83,7 +83,7 @@ class Data:
     ) -> None:
         self.options, self.index, self.fitted, self.chat, self.plan = options, index, fitted, chat, plan
         self._held_out = held_out
-        self._names = [spec.name for spec in index.specs]
+        self.names = [spec.name for spec in index.specs]
         self._bad: dict[tuple[str, str], LedgerEntry] = {}
 
     @property
@@ -98,7 +98,7 @@ class Data:
     @property
     def eval_datasets(self) -> list[str]:
         """Data sets that have held-out samples."""
-        return [self._names[n] for n in np.unique(self.index.dataset[self._held_out])]
+        return [self.names[n] for n in np.unique(self.index.dataset[self._held_out])]
 
     @property
     def summary(self) -> list[str]:
@@ -128,11 +128,13 @@ class Data:
             start,
         )  # fmt: skip
 
-    def eval_steps(self, datasets: Sequence[str]) -> Iterator[Step]:
-        """Held-out rows of this rank; over all ranks each sample once, and the same number of rows everywhere."""
-        o = self.options
-        wanted = [n for n, name in enumerate(self._names) if name in datasets]
-        ids = self._held_out[np.isin(self.index.dataset[self._held_out], wanted)]
+    def eval_steps(self, datasets: Sequence[str], limit: int | None = None) -> Iterator[Step]:
+        """Held-out rows of this rank; over all ranks each sample once, and the same number of rows everywhere.
+
+        Args:
+            limit: samples of each data set, always the same ones; None for all.
+        """
+        o, ids = self.options, self._chosen(datasets, limit)
         return surviving(
             lambda first: eval_steps(
                 self.index, self.fitted, self.chat, ids, rank=o.rank, world_size=o.world_size,
@@ -153,11 +155,22 @@ class Data:
         return LedgerEntry(self.dataset_of(i), self.index.sample_id(i), "not_finite", text, step)
 
     def counts(self, step: Step) -> list[float]:
-        """Of this rank's part of a step: supervised tokens, samples, tokens, pictures, samples that failed."""
+        """Of this rank's part of a step: supervised tokens, samples, tokens, pictures, samples that failed, padding."""
         real = [row for row in step.rows if row.sample_ids]
         tokens = sum(row.input_ids_T.shape[1] for row in real)
         pictures = sum(len(row.image_grid_thw) for row in real)
-        return [float(n) for n in (step.supervised_tokens, step.samples, tokens, pictures, len(step.failures))]
+        padding = sum(row.input_ids_T.shape[1] for row in step.rows) - tokens
+        return [float(n) for n in (step.supervised_tokens, step.samples, tokens, pictures, len(step.failures), padding)]
+
+    def by_name(self, sums: Sequence[float]) -> dict[str, float | None]:
+        """Mean loss of each data set that a step holds; None where it is not finite.
+
+        Args:
+            sums: (2 * data sets,) losses, then learnt tokens.
+        """
+        half = len(self.names)
+        means = {name: sums[n] / sums[half + n] for n, name in enumerate(self.names) if sums[half + n]}
+        return {name: mean if math.isfinite(mean) else None for name, mean in means.items()}
 
     def account(self, failures: Sequence[LedgerEntry]) -> list[LedgerEntry]:
         """Remember samples that failed to decode, on any rank; returns those not seen before.
@@ -189,18 +202,37 @@ class Data:
         self._bad = {(e["dataset"], e["message"]): LedgerEntry(**e) for e in bad}
 
     def dataset_of(self, sample: int) -> str:
-        return self._names[int(self.index.dataset[sample])]
+        return self.names[int(self.index.dataset[sample])]
 
     def describe(self, sample: int) -> Described:
-        record = self.index.parsed(sample)
-        images = tuple(str(s) if isinstance(s, str) else "(bytes)" for s in self.index.sources(sample))
-        return Described(self.index.sample_id(sample), _question(record), images, self.index.record(sample))
+        return show.describe(self.index, self.fitted, self.chat, sample)
 
+    def some_held_out(self, dataset: str, count: int) -> list[Described]:
+        """The first held-out samples of a data set, in words; none whose record has changed since it was indexed."""
+        found = []
+        for i in self._chosen([dataset], count).tolist():
+            with suppress(RecordError):
+                found.append(self.describe(i))
+        return found
 
-def _question(record: Record) -> str:
-    """Text of the last user turn."""
-    turns = [turn for turn in record.turns if turn.role == "user"]
-    return "".join(part.text for part in turns[-1].parts if isinstance(part, TextPart)).strip() if turns else ""
+    def gallery(self, count: int) -> Iterator[Shown]:
+        """Up to `count` held-out samples of each data set with their pictures: of those that evaluations answer."""
+        ids = self._chosen(self.names, self.options.eval_limit)
+        return show.gallery(self.index, self.fitted, self.chat, ids, self.names, count)
+
+    def statistics(self) -> dict[str, Any]:
+        """What data.json holds."""
+        return show.statistics(self.index, self.fitted, self.plan.ids, self._held_out, self.names, self.ledger)
+
+    def _chosen(self, datasets: Sequence[str], limit: int | None) -> npt.NDArray[np.int64]:
+        """Held-out samples, ascending; of more than `limit` in a data set those with the smallest hashes."""
+        chosen = [np.zeros(0, np.int64)]
+        for n, name in enumerate(self.names):
+            mine = self._held_out[self.index.dataset[self._held_out] == n]
+            if name in datasets:
+                order = np.argsort(mix64(self.index.identity[mine], _LIMIT_SALT), kind="stable")
+                chosen.append(mine if limit is None else np.sort(mine[order[:limit]]))
+        return np.concatenate(chosen)
 
 
 def prepare_data(options: DataOptions) -> Data:
@@ -230,11 +262,20 @@ def prepare_data(options: DataOptions) -> Data:
     limits = Limits(o.min_pixels, o.max_pixels, o.max_seq_length, o.on_too_long, factor, o.merge_size)
     fitted = fit(index, limits)
     train, held_out = split(index, specs, o.train_split_ratio, usable=fitted.usable)
-    if not len(train):
+    if o.use == "all":
+        train, held_out = train[:0], np.sort(np.concatenate([train, held_out]))
+    if o.use != "train" and not len(held_out):
+        raise DataError(
+            f"no sample of {', '.join(s.name for s in specs)} is held out; lower --train_split_ratio, or give "
+            "--split all."
+        )
+    if not len(train) and o.use == "train":
         raise DataError(
             f"no sample is left to train on: of {index.total} records {len(index.ledger)} cannot be used, "
             f"{len(fitted.ledger)} are longer than --max_seq_length {o.max_seq_length}, {len(held_out)} are held out; "
             "add records, or raise --max_seq_length or --train_split_ratio."
         )
-    plan = Plan(train, index.dataset[train], [s.weight for s in specs], seed=o.seed, global_batch=o.global_batch)
+    # An evaluation alone never asks for a training step; a plan needs samples all the same.
+    planned, weights = (train, [s.weight for s in specs]) if o.use == "train" else (held_out, [1.0] * len(specs))
+    plan = Plan(planned, index.dataset[planned], weights, seed=o.seed, global_batch=o.global_batch)
     return Data(o, index, fitted, chat, plan, held_out)

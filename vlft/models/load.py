@@ -10,7 +10,7 @@ import logging
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +81,8 @@ class PictureFacts:
     rescale_factor: float
     min_pixels: int
     """Smallest picture area that the checkpoint's processor allows, in pixels."""
+    max_pixels: int
+    """Largest one."""
 
     @property
     def factor(self) -> int:
@@ -117,11 +119,8 @@ def processor_settings(folder: Path) -> dict[str, Any]:
 
 def _picture_facts(folder: Path, vision: dict[str, Any]) -> PictureFacts:
     found = processor_settings(folder)
-    size = found.get("size") or {}
     patch, merge = int(vision.get("patch_size", 14)), int(vision.get("spatial_merge_size", 2))
-    smallest = (
-        found.get("min_pixels") or size.get("shortest_edge") or size.get("min_pixels") or 4 * (patch * merge) ** 2
-    )
+    smallest, largest = _limits(found, patch * merge)
     return PictureFacts(
         patch_size=patch,
         merge_size=merge,
@@ -130,7 +129,27 @@ def _picture_facts(folder: Path, vision: dict[str, Any]) -> PictureFacts:
         std=tuple(found.get("image_std", (0.26862954, 0.26130258, 0.27577711))),
         rescale_factor=float(found.get("rescale_factor", 1 / 255)),
         min_pixels=int(smallest),
+        max_pixels=int(largest),
     )
+
+
+def picture_facts(checkpoint: Checkpoint) -> PictureFacts:
+    """Those of the folder itself: the result of a run has the limits that it was trained with, its base may not."""
+    if checkpoint.adapter is None or not any((checkpoint.folder / name).exists() for name in _PROCESSOR_FILES):
+        return checkpoint.pictures
+    facts, own = checkpoint.pictures, _limits(processor_settings(checkpoint.folder), checkpoint.pictures.factor)
+    return replace(facts, min_pixels=own[0], max_pixels=own[1])
+
+
+_PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
+
+
+def _limits(settings: dict[str, Any], factor: int) -> tuple[int, int]:
+    """Smallest and largest picture area, in pixels; the defaults are those of transformers' processor."""
+    size = settings.get("size") or {}
+    low = settings.get("min_pixels") or size.get("shortest_edge") or size.get("min_pixels") or 4 * factor**2
+    high = settings.get("max_pixels") or size.get("longest_edge") or size.get("max_pixels") or 16384 * factor**2
+    return int(low), int(high)
 
 
 def _base_folder(path: Path, adapter: dict[str, Any], trust_remote_code: bool) -> Path:

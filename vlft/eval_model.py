@@ -1,0 +1,127 @@
+"""`vlft eval`: the evaluation of a run for a finished model, or for any Hugging Face folder. Data parallel.
+
+output_dir/
+    metrics.json          the model, the options, the values by the keys of metrics.jsonl
+    DATASET.jsonl         the answers, for the data sets of --eval_dataset_scripts
+    ledger.jsonl          held-out samples that could not be used
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from vlft.batch import ToInputs
+from vlft.config import EvalOptions
+from vlft.data.collate import Row
+from vlft.data.ledger import LedgerEntry
+from vlft.data.prepare import Data, DataOptions, prepare_data
+from vlft.engine import Engine, start_engine
+from vlft.errors import ConfigError, DeviceMemoryError
+from vlft.evaluate import Answers, Evaluation, evaluate
+from vlft.export import merged
+from vlft.models.forward import PackedVLM
+from vlft.models.load import Checkpoint, compute_dtype, load_hf, open_checkpoint, picture_facts
+from vlft.setup import load_metrics, try_metrics
+from vlft.terminal import table
+from vlft.tracking import append, run_card, write_json, write_predictions
+
+
+@dataclass
+class Judged:
+    """A model and its data, ready to be evaluated."""
+
+    engine: Engine
+    packed: PackedVLM
+    data: Data
+    inputs: ToInputs
+    ledger: list[LedgerEntry]
+
+    def rows(self, datasets: Sequence[str], limit: int | None) -> Iterator[Row]:
+        """Held-out rows of this rank; what cannot be decoded is remembered."""
+        for step in self.data.eval_steps(datasets, limit):
+            if step_failures := self.engine.gather(step.failures):
+                self.ledger += self.data.account([replace(entry, step=0) for entry in step_failures])
+            yield from step.rows
+
+
+def main(options: EvalOptions) -> None:
+    """Evaluate, write, and print a table.
+
+    Raises:
+        VlftError: as training does; nothing is written then.
+    """
+    began = time.monotonic()
+    engine = start_engine(options.mixed_precision)
+    if engine.shards_states:
+        raise ConfigError("vlft eval is data parallel: every process holds the whole model; launch it with ddp.yaml.")
+    try:
+        scripts = load_metrics(engine, options.eval_dataset_scripts)
+        judged = load(options, engine)
+        try_metrics(engine, judged.data, scripts)
+        answers = Answers(options.eval_max_new_tokens, options.eval_temperature, options.seed)
+        found = evaluate(engine, judged.packed, judged.packed.model, judged.rows, judged.inputs, judged.data, scripts,
+                         answers)  # fmt: skip
+    except torch.OutOfMemoryError as error:
+        raise DeviceMemoryError(
+            "the model and one batch do not fit into this device; lower --per_device_eval_batch_size, "
+            "--eval_max_new_tokens or --max_pixels."
+        ) from error
+    if engine.is_main:
+        hand_over(options, judged, found, time.monotonic() - began)
+    engine.close()
+
+
+def load(options: EvalOptions, engine: Engine) -> Judged:
+    checkpoint = open_checkpoint(options.model, trust_remote_code=options.trust_remote_code)
+    pictures = picture_facts(checkpoint)
+    data = engine.main_first(lambda: prepare_data(data_options(options, engine, checkpoint)))
+    if checkpoint.is_adapter:
+        model: Any = merged(checkpoint.folder, device=str(engine.device))
+    else:
+        model = load_hf(checkpoint.folder, engine.device, options.trust_remote_code)
+    model.to(compute_dtype(engine.precision, model.config)).eval()
+    packed = PackedVLM(model, checkpoint.family.parts, model.config.image_token_id).eval()
+    return Judged(engine, packed, data, ToInputs(pictures, None, engine.device), list(data.ledger))
+
+
+def data_options(options: EvalOptions, engine: Engine, checkpoint: Checkpoint) -> DataOptions:
+    o, pictures = options, picture_facts(checkpoint)
+    return DataOptions(
+        registry=o.dataset_config_path, names=o.dataset_names, folder=checkpoint.folder, family=checkpoint.family,
+        patch_size=pictures.patch_size, merge_size=pictures.merge_size, min_pixels=o.min_pixels or pictures.min_pixels,
+        max_pixels=o.max_pixels or pictures.max_pixels, max_seq_length=o.max_seq_length, on_too_long=o.on_too_long,
+        train_split_ratio=o.train_split_ratio, max_bad_fraction=o.max_bad_fraction,
+        allow_remote_images=o.allow_remote_images, cache_dir=o.cache_dir, seed=o.seed, global_batch=1,
+        train_batch_size=1, eval_batch_size=o.per_device_eval_batch_size, rows_per_rank=1, rank=engine.rank,
+        world_size=engine.world_size, num_workers=o.num_workers, pin_memory=engine.device.type == "cuda",
+        progress=engine.is_main, eval_limit=o.eval_limit, use=o.split,
+    )  # fmt: skip
+
+
+def hand_over(options: EvalOptions, judged: Judged, found: Evaluation, seconds: float) -> None:
+    """Write the files, beside what they replace until they are whole, and print the values."""
+    folder = options.output_dir
+    assert folder is not None  # `vlft.commands` fills it in, or refuses
+    beside = folder.with_name(f".writing-{folder.name}")
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir(parents=True)
+    for dataset, made in found.made.items():
+        write_predictions(beside / f"{dataset}.jsonl", made)
+    append(beside / "ledger.jsonl", (entry.json() for entry in judged.ledger))
+    facts = run_card(options=options.model_dump(mode="json"), values=found.values, failed=found.failed,
+                     world_size=judged.engine.world_size, seconds=seconds)  # fmt: skip
+    write_json(beside / "metrics.json", facts)
+    shutil.rmtree(folder, ignore_errors=True)
+    beside.rename(folder)
+    print(table(("metric", "value"), [(key.removeprefix("eval/"), f"{v:.4g}") for key, v in found.values.items()]))
+    for name, error in found.failed.items():
+        print(f"WARNING: the script {name} failed: {error}")
+    if judged.ledger:
+        print(f"{len(judged.ledger)} samples could not be used: {folder / 'ledger.jsonl'}")
+    print(f"answers and values: {folder}")
