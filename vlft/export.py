@@ -160,6 +160,22 @@ def _save_plain(model: Any, source: Source, whole: Mapping[str, Tensor], folder:
     state |= {n: b for n, b in model.state_dict().items() if n not in state}
     model.config.dtype = dtype
     model.save_pretrained(folder, state_dict=state)
+    _add_older_names(folder / "config.json")
+
+
+def _add_older_names(path: Path) -> None:
+    """Say the rotary embedding's settings by transformers 4's names, too.
+
+    transformers 5 writes `rope_parameters` only. vLLM on transformers 4 and llama.cpp's converter look for
+    `rope_scaling` with its `mrope_section`; without it they would take plain positions, or stop. transformers 5 reads
+    both as one.
+    """
+    whole = json.loads(path.read_text())
+    text = whole.get("text_config", {})
+    if isinstance(settings := text.get("rope_parameters"), dict) and "rope_theta" in settings:
+        text["rope_theta"] = settings["rope_theta"]
+        text["rope_scaling"] = {key: value for key, value in settings.items() if key != "rope_theta"}
+        path.write_text(json.dumps(whole, indent=2) + "\n")
 
 
 def save_result(
@@ -404,6 +420,7 @@ def write_whole(
         meta |= {"quantization": None, "merged_onto": onto}
     with _replacing(output) as beside:
         whole.save_pretrained(beside, max_shard_size=max_shard_size)
+        _add_older_names(beside / "config.json")
         for pattern in _CARRIED:
             for file in source.glob(pattern):
                 shutil.copyfile(file, beside / file.name)
