@@ -490,7 +490,7 @@ def test_trackers_are_listed_and_switched_off(work: Path) -> None:
     assert load_run("run.yaml", ["--report_to", "none", "--use_wandb", "false"]).config.trackers == ()
     assert parse(words("--report_to wandb --wandb_project x")).config.trackers == ("wandb",)
     assert problems(words("--report_to tensorbord")) == [
-        "--report_to is 'tensorbord'; did you mean 'tensorboard'? give one or more of wandb, tensorboard, trackio."
+        "--report_to is 'tensorbord' (the nearest is 'tensorboard'); give one or more of wandb, tensorboard, trackio."
     ]
     assert "add --use_wandb" in problems(words("--report_to tensorboard --wandb_project x"))[0]
 
