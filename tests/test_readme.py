@@ -60,8 +60,17 @@ def test_command_line_parses(words: list[str], tmp_path: Path, monkeypatch: pyte
     (tmp_path / "output" / "qlora" / "run.yaml").write_text(
         yaml.safe_dump({"model_name_or_path": "a/b", "output_dir": "output/qlora", "tuning_strategy": "qlora"})
     )
+    (tmp_path / "output" / "invoices-7b").mkdir()
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "0001.png").touch()
+    if words[0] == "export":
+        (tmp_path / "output" / "invoices-7b").rmdir()  # not made yet
     if words[0] == "merge":
         assert parse_command(COMMANDS["merge"], words[1:]).model == Path("output/qlora/model")
+    elif words[0] in ("export", "verify", "chat"):
+        options = parse_command(COMMANDS[words[0]], words[1:])
+        assert options.model == words[1]
+        assert {w.removeprefix("--") for w in words if w.startswith("--")} <= options.model_fields_set
     elif words == ["plugins"]:
         assert "exact_match" in plugins_table()
     elif "--help" in words:

@@ -15,6 +15,7 @@ from typing import Any
 
 import yaml
 
+from vlft.errors import ModelError
 from vlft.models.load import META, processor_settings, read_json
 
 NAME = "README.md"
@@ -157,8 +158,18 @@ def title(folder: Path) -> str:
 
 
 def write(folder: Path, name: str) -> None:
-    """Write README.md into a result's folder, from its vlft.json and model files."""
-    card(folder, name).save(folder / NAME)
+    """Write README.md into a result's folder, from its vlft.json and model files.
+
+    Raises:
+        ModelError: vlft.json, which may be a stranger's, holds something else than a run's facts.
+    """
+    try:
+        made = card(folder, name)
+    except (LookupError, TypeError, AttributeError, ValueError) as error:
+        raise ModelError(
+            f"the facts of the run in {META} cannot be used ({type(error).__name__}: {error}); remove 'run' there."
+        ) from error
+    made.save(folder / NAME)
 
 
 def card(folder: Path, name: str) -> Any:
@@ -176,7 +187,8 @@ def card(folder: Path, name: str) -> Any:
         _data(name, run, adapter, strategy), template_path=str(_TEMPLATE), name=name, folder=name, lead=lead,
         adapter=adapter is not None, modules=", ".join(f"`{m}`" for m in (adapter or {}).get("modules_to_save") or ()),
         quantization=meta.get("quantization"), python=_python(name, base, adapter), pixels=_pixels(folder), run=run,
-        rows=list(_rows(meta, run)) if run else [], datasets=_dataset_rows(run), command=shlex.join(map(str, run.get("command", []))),
+        rows=list(_rows(meta, run)) if run else [], datasets=_dataset_rows(run),
+        command=shlex.join(map(str, run.get("command", []))),
         metrics=[(key, _number(value)) for key, value in run.get("metrics", {}).items()], step=run.get("step"),
         best=_other_best(run),
     )  # fmt: skip

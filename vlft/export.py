@@ -230,6 +230,9 @@ def _replacing(folder: Path) -> Iterator[Path]:
             folder.rename(old)
         beside.rename(folder)
         shutil.rmtree(old, ignore_errors=True)
+    except VlftError:
+        shutil.rmtree(beside, ignore_errors=True)
+        raise
     except (OSError, SafetensorError) as error:
         shutil.rmtree(beside, ignore_errors=True)
         raise ModelError(

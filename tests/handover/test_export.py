@@ -168,3 +168,14 @@ def test_base_names(run: Path, tmp_path: Path) -> None:
     assert card.hub_name(str(first)) == "Qwen/Qwen2-VL-2B-Instruct"
     (snapshot / "README.md").write_text("---\n: [\n---\n")
     assert card.base_license(str(snapshot)) == {}
+
+
+@pytest.mark.parametrize("said", ['"run"', "[1]", '{"rates": 3}', '{"metrics": {"eval": 1}}', '{"best": {"step": 1}}'])
+def test_a_stranger_s_facts(said: str, run: Path, tmp_path: Path) -> None:
+    """vlft.json may come from anyone: a sentence, and nothing half written."""
+    shutil.copytree(run / "model", tmp_path / "model")
+    meta = json.loads((tmp_path / "model" / "vlft.json").read_text()) | {"run": json.loads(said)}
+    (tmp_path / "model" / "vlft.json").write_text(json.dumps(meta))
+    with pytest.raises(ModelError, match=r"the facts of the run in vlft.json cannot be used .*; remove 'run' there"):
+        export.merge(tmp_path / "model", tmp_path / "out")
+    assert {p.name for p in tmp_path.iterdir()} == {"model"}

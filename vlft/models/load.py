@@ -22,7 +22,7 @@ from vlft.family import Family, Parts, family_of
 
 META = "vlft.json"
 """Beside a result: what merging it needs to know."""
-WANTED_FILES = ("*.json", "*.safetensors", "*.txt", "*.jinja", "*.model", "*.tiktoken")
+WANTED_FILES = ("*.json", "*.safetensors", "*.txt", "*.jinja", "*.model", "*.tiktoken", "README.md")
 
 
 def resolve_folder(name: str, *, trust_remote_code: bool = False) -> Path:
