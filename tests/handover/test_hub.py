@@ -19,10 +19,10 @@ from typing import Any
 import huggingface_hub
 import pytest
 from huggingface_hub import constants
+from runs import start
 
 from vlft import hub
 from vlft.errors import ModelError
-from vlft.handover import export_model
 
 
 class Hub:
@@ -143,7 +143,11 @@ def _point_at(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_everything_arrives(server: Hub, run: Path, tmp_path: Path) -> None:
-    said = export_model(str(run), tmp_path / "out", push_to_hub="me/charts", private=True, max_shard_size="300KB")
+    """A process of its own, which finds the hub by HF_ENDPOINT as it would a mirror."""
+    words = ["export", str(run), "--output_dir", str(tmp_path / "out"), "--max_shard_size", "300KB"]
+    words += ["--push_to_hub", "me/charts", "--private"]
+    hub_s = {"HF_ENDPOINT": server.address, "HF_TOKEN": "hf_secret", "HF_HUB_OFFLINE": "0"}
+    said = start(words, **hub_s, HF_HUB_DISABLE_XET="1").stdout
     assert f"pushed to {server.address}/me/charts." in said
     (asked,) = server.created
     assert (asked["name"], asked["organization"]) == ("charts", "me")
