@@ -55,9 +55,9 @@ EXACT = Tolerance(1e-3, 1e-4, answers=True)
 a weight that is missing or of another step by 1e-2 and more."""
 ROUNDED = Tolerance(0.25, 0.025, answers=False)
 """Where one side computes or is stored in 16 bits (8 significant bits in bf16). Rounding alone was measured at up to
-0.11 and 0.02 (random models of 3 and of 28 layers, bf16 against fp32, adapters merged in bf16), and it makes tokens that
-lie closer than that change places: from there on greedy answers go apart, so they are shown and not judged. What
-training has changed by less than this cannot be told from rounding; compare in fp32 (--mixed_precision no) to see it."""
+0.11 and 0.02 (random models of 3 and of 28 layers, bf16 against fp32, adapters merged in bf16). It lets tokens that lie
+closer than that change places, from where on greedy answers go apart, so they are shown and not judged. A difference
+below these limits cannot be told from rounding."""
 
 
 @dataclass(frozen=True)
