@@ -55,6 +55,7 @@ def command(model: Path, registry: Path, output: Path, strategy: str, **options:
         "num_workers": 0,
         "train_split_ratio": 1.0,
         "cache_dir": registry.parent / "cache",
+        "report": "false",
     }
     words = ["--model_name_or_path", str(model), "--dataset_config_path", str(registry), "--output_dir", str(output)]
     words += ["--tuning_strategy", strategy]

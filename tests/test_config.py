@@ -35,7 +35,7 @@ def run(*words: str, strategy: str = "full") -> c.Run:
 
 
 ISSUE += shlex.split("eval_max_new_tokens eval_limit metric_for_best")
-OURS = {"cache_dir", "max_skipped_steps", "eval_on_start", "eval_temperature", "greater_is_better"}
+OURS = {"cache_dir", "max_skipped_steps", "eval_on_start", "report", "eval_temperature", "greater_is_better"}
 
 
 def test_every_option_of_the_issue_and_no_other_but_ours() -> None:
@@ -260,6 +260,7 @@ CHANGED = {
     "metric_for_best": "a/loss",
     "use_wandb": "true",
     "report_to": "tensorboard",
+    "report": "false",
     "deepspeed": "zero2",
     "gradient_checkpointing": "true",
     "num_workers": "0",

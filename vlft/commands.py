@@ -128,6 +128,30 @@ def plugins_table() -> str:
     return "\n".join("  ".join([*map(str.ljust, row[:4], widths), row[4]]).rstrip() for row in rows)
 
 
+class ReportOptions(Options):
+    runs: tuple[Path, ...] = Field(description="Folders of runs: one, or several to compare.")
+    output: Path | None = Field(
+        None,
+        description="The page's file.",
+        json_schema_extra={"shown": "report.html in the run's folder; comparison.html here for several"},
+    )
+
+    def problems(self, failed: set[str]) -> list[str]:
+        return [
+            f"RUNS {run}: there is no such folder{sibling(run)}; give the output_dir of a run."
+            for run in self.runs
+            if not run.is_dir() and "runs" not in failed
+        ]
+
+
+def _report(options: ReportOptions) -> None:
+    from vlft import report
+
+    runs = options.runs
+    output = options.output or (runs[0] / report.NAME if len(runs) == 1 else Path("comparison.html"))
+    print(report.compare(runs, output))
+
+
 class MergeOptions(Options):
     model: Path = Field(description="Result of a run: output_dir/model.")
     output_dir: Path = Field(description="Folder for the merged model; must be empty.")
@@ -284,6 +308,13 @@ COMMANDS = {
     command.name: command
     for command in (
         Command("eval", "loss and metrics of a model on held-out data", EvalOptions, _eval, ("model",), complete_eval),
+        Command(
+            "report",
+            "a run's curves, answers and data on one page; or runs side by side",
+            ReportOptions,
+            _report,
+            ("runs",),
+        ),
         Command("merge", "adapters into a whole model", MergeOptions, _merge, ("model",)),
         Command("export", "a whole model ready to serve, here or on the hub", ExportOptions, _export, ("model",)),
         Command("verify", "does a result say what its run trained?", VerifyOptions, _verify, ("model",)),

@@ -296,6 +296,7 @@ class RunConfig(SharedOptions):
         shown="by the metric: a loss or error rate should fall, the rest rise",
     )
 
+    report: bool = _tracking(True, "Write report.html at every save.")
     report_to: tuple[TrackerName, ...] | None = _tracking(
         None, "Trackers to log to as well as to metrics.jsonl; TensorBoard's files lie in output_dir/tensorboard."
     )
