@@ -110,7 +110,9 @@ def history(records: list[Any]) -> dict[str, list[Any]]:
 
 
 def test_wandb_gets_every_series_and_the_options(tiny: Callable[..., Path], offline: Path) -> None:
-    train(words(tiny(), offline, use_wandb=True, wandb_project="shapes", wandb_run_name="first", train_split_ratio=0.8))
+    names = {"use_wandb": True, "wandb_project": "shapes", "wandb_run_name": "first"}
+    held_out = {"train_split_ratio": 0.8, "eval_dataset_scripts": "toy:exact_match", "eval_max_new_tokens": 3}
+    train(words(tiny(), offline, **names, **held_out, eval_on_start="false"))
     (file,) = offline.rglob("*.wandb")
     records = finished_records(file)
     found = history(records)
@@ -124,6 +126,8 @@ def test_wandb_gets_every_series_and_the_options(tiny: Callable[..., Path], offl
     runs = [record.run for record in records if record.WhichOneof("record_type") == "run"]
     assert {"shapes"} == {run.project for run in runs}
     assert {"first"} == {run.display_name for run in runs}
+    (artifact,) = [record.artifact for record in records if record.WhichOneof("record_type") == "artifact"]
+    assert any(entry.path.endswith(".png") for entry in artifact.manifest.contents)  # the gallery's pictures
     options = {u.key: json.loads(u.value_json) for r in records for u in (*r.run.config.update, *r.config.update)}
     assert options["lr_scheduler_type"] == "constant"
 
@@ -143,12 +147,12 @@ def test_predictions_become_a_table_with_pictures(offline: Path) -> None:
 
     for colour in ("red", "blue"):
         Image.new("RGB", (90, 60), colour).save(offline / f"{colour}.jpg")
-    both = tuple(str(offline / f"{colour}.jpg") for colour in ("red", "blue"))
-    rows = [
-        SimpleNamespace(id=f"r{i}", question="what", prediction="red", reference="blue", thumbnails=both[: i % 3])
-        for i in range(40)
-    ]
-    trackers = Trackers(["wandb"], offline / "out", project=None, run_name=None, done_steps=0, options={})
+    both = [offline / f"{colour}.jpg" for colour in ("red", "blue")]
+    rows = [SimpleNamespace(id=f"r{i}", question="what", prediction="red", reference="blue") for i in range(40)]
+    pictures = {("toy", "r38"): both[:1], ("toy", "r39"): both, ("other", "r0"): both}
+    trackers = Trackers(
+        ["wandb"], offline / "out", project=None, run_name=None, done_steps=0, options={}, thumbnails=lambda: pictures
+    )
     trackers.start()
     assert isinstance(trackers._running["wandb"].run, Run)
     trackers.log({"step": 1, "kind": "train", "loss": 1.0})
@@ -164,8 +168,9 @@ def test_predictions_become_a_table_with_pictures(offline: Path) -> None:
     table = json.loads(files["predictions/toy.table.json"].read_text())
     assert table["columns"] == ["id", "pictures", "question", "reference", "prediction"]
     first, second, third = table["data"][:3]
-    assert (first[0], first[1], first[2:]) == ("r0", None, ["what", "blue", "red"])
-    for shown, size, colour in ((second[1], (90, 60), (254, 0, 0)), (third[1], (180, 60), (254, 0, 0))):
+    assert [row[0] for row in table["data"]] == ["r38", "r39", *(f"r{i}" for i in range(30))]
+    assert third == ["r0", None, "what", "blue", "red"]
+    for shown, size, colour in ((first[1], (90, 60), (254, 0, 0)), (second[1], (180, 60), (254, 0, 0))):
         with Image.open(files[shown["path"]]) as picture:
             assert picture.size == size == (shown["width"], shown["height"])
             assert picture.convert("RGB").getpixel((5, 5)) == colour

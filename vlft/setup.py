@@ -32,7 +32,7 @@ from vlft.data.prepare import Data, DataOptions, prepare_data
 from vlft.engine import Engine, seed_start
 from vlft.errors import CheckpointError, ConfigError, StrategyError, VlftError
 from vlft.evaluate import Answers
-from vlft.gallery import write_gallery
+from vlft.gallery import thumbnails, write_gallery
 from vlft.interrupt import Interrupt
 from vlft.meter import Meter
 from vlft.metrics import Metric, load_script, lower_is_better
@@ -42,6 +42,7 @@ from vlft.optim import Multiplier, build_optimizer, schedule
 from vlft.proof import PartRow, Proof, check_groups, part_table, render
 from vlft.rivals import nearest
 from vlft.strategy import ParamGroup, Strategy
+from vlft.terminal import dataset_table
 from vlft.trackers import Trackers
 from vlft.tracking import Best, Journal, RunFolder, cut_back, run_card, told, write_json
 
@@ -171,6 +172,7 @@ def setup(run: Run, engine: Engine) -> Job:
     trackers = Trackers(
         config.trackers, folder.root, project=config.wandb_project, run_name=config.wandb_run_name, done_steps=done,
         options=resolved(run), rates=lambda: {g["name"]: g["lr"] for g in optimizer.param_groups},
+        thumbnails=lambda: thumbnails(folder.gallery),
     )  # fmt: skip
     job = Job(
         run, engine, folder, source, strategy, model, packed, optimizer,
@@ -183,9 +185,10 @@ def setup(run: Run, engine: Engine) -> Job:
     engine.on_main(trackers.start)
     open_folder(job)
     job.judge_best()
-    for note in (*run.notes, *data.summary, start_sentence(job)):
-        job.journal.say(note)
-    job.journal.say(render(table))
+    if engine.is_main:
+        counts = dataset_table(read_json(folder.data)["datasets"])
+        for note in (*run.notes, *data.summary, counts, start_sentence(job), render(table)):
+            job.journal.say(note)
     return job
 
 

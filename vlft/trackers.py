@@ -38,6 +38,7 @@ class Trackers:
         done_steps: int,
         options: Mapping[str, Any],
         rates: Callable[[], Mapping[str, float]] = dict,
+        thumbnails: Callable[[], Mapping[tuple[str, str], Sequence[Path]]] = dict,
     ) -> None:
         """Nothing is begun before `start`.
 
@@ -49,9 +50,10 @@ class Trackers:
             done_steps: steps that an earlier part of the run has logged; 0 for a run that begins.
             options: shown as the run's configuration.
             rates: name of an optimizer group -> its learning rate now; logged with every train line.
+            thumbnails: (data set, id) -> files of small pictures.
         """
         self.names, self.folder, self.project, self.run_name = tuple(names), folder, project or "vlft", run_name
-        self.done_steps, self.options, self.rates = done_steps, dict(options), rates
+        self.done_steps, self.options, self.rates, self.thumbnails = done_steps, dict(options), rates, thumbnails
         self.warn: Callable[[str], None] = print
         """Tells people that a tracker failed."""
         self._running: dict[str, Any] = {}
@@ -132,21 +134,22 @@ class Trackers:
         self._try(lambda tracker: tracker.log(flat, step=step), self._running)
 
     def predictions(self, step: int, dataset: str, rows: Iterable[Any]) -> None:
-        """Show the first generated answers of a data set, with their pictures, as a table at wandb.
+        """Show generated answers of a data set as a table at wandb: those that have small pictures, then the first.
 
         Args:
-            rows: with `id`, `question`, `reference`, `prediction`, and `thumbnails`, paths of small pictures.
+            rows: with `id`, `question`, `reference` and `prediction`.
         """
         if "wandb" not in self._running:
             return
-        some = [row for _, row in zip(range(TABLE_ROWS), rows, strict=False)]
 
         def send(tracker: WandBTracker) -> None:
             import wandb
 
+            pictures = self.thumbnails()
+            some = sorted(rows, key=lambda row: (dataset, row.id) not in pictures)[:TABLE_ROWS]
             data = []
             for row in some:
-                picture = side_by_side([Path(p) for p in getattr(row, "thumbnails", ())])
+                picture = side_by_side(pictures.get((dataset, row.id), ()))
                 shown = None if picture is None else wandb.Image(picture)
                 data.append([row.id, shown, row.question, row.reference, row.prediction])
             columns = ["id", "pictures", "question", "reference", "prediction"]

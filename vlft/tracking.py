@@ -12,7 +12,7 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from vlft.errors import CheckpointError
+from vlft.terminal import ending, open_terminal
 from vlft.trackers import Trackers
 
 SCHEMA = 1
@@ -196,7 +197,8 @@ class Journal:
 
     def __init__(self, folder: RunFolder, trackers: Trackers, *, is_main: bool, total_steps: int) -> None:
         self.folder, self.trackers, self.is_main, self.total = folder, trackers, is_main, total_steps
-        self._spoke = 0.0
+        self.terminal = open_terminal(total_steps, speaks=is_main)
+        self.began = time.monotonic()
         trackers.warn = self.say
 
     def __enter__(self) -> Journal:
@@ -205,13 +207,29 @@ class Journal:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """The run ends: trackers send what they still hold."""
+        """The run ends: the terminal is plain again, trackers send what they still hold."""
+        self.terminal.close()
         if self.is_main:
             self.trackers.close(0 if error is None else int(getattr(error, "exit_code", 1)))
 
     def say(self, text: str) -> None:
-        if self.is_main:
-            print(text, flush=True)
+        self.terminal.say(text)
+
+    def doing(self, what: str) -> None:
+        """What takes the time until the next step."""
+        self.terminal.doing(what)
+
+    def ended(self, trained: str, best: Best | None, *, merges: bool) -> None:
+        """Say what came of the run, on the main process.
+
+        Args:
+            trained: what was, in words.
+            merges: the result is an adapter.
+        """
+        results = _results(self.evaluations(), best)
+        unused = sum(1 for _ in self.folder.ledger.open()) if self.folder.ledger.exists() else 0
+        seconds = time.monotonic() - self.began
+        self.say(ending(trained, results, unused, seconds, self.folder.root, merges=merges))
 
     def evaluations(self) -> list[dict[str, Any]]:
         """Lines of metrics.jsonl that evaluations wrote."""
@@ -244,6 +262,7 @@ class Journal:
             return
         for dataset, answers in made.items():
             write_predictions(self.folder.predictions(step, dataset), answers)
+            self.trackers.predictions(step, dataset, answers)
         for name, error in failed.items():
             self.say(f"WARNING: the script {name} failed at step {step}: {error}; 'vlft eval' can score again.")
         more = {"failed": dict(failed)} if failed else {}
@@ -259,26 +278,16 @@ class Journal:
         whole = {"schema": SCHEMA, **line}
         append(self.folder.metrics, [whole])
         self.trackers.log(whole)
-        now = time.monotonic()
-        if line["kind"] == "eval" or now - self._spoke >= 1.0 or line["step"] == self.total:
-            self._spoke = now
-            self.say(_sentence(line, self.total))
+        (self.terminal.evaluated if line["kind"] == "eval" else self.terminal.step)(line)
 
 
-def _sentence(line: Mapping[str, Any], total: int) -> str:
-    head = f"step {line['step']}/{total}"
-    if line["kind"] == "eval":
-        found = "  ".join(f"{k} {v:.4g}" for k, v in line.items() if k.startswith("eval/"))
-        return f"{head}  {found}"
-    perf = line["perf"]
-    rates = " ".join(f"{part} {rate:.2e}" for part, rate in line["learning_rate"].items())
-    loss = "-" if line["loss"] is None else f"{line['loss']:.4f}"
-    norm = "-" if line["grad_norm"] is None else f"{line['grad_norm']:.3g}"
-    skipped = f"  skipped ({line['skipped']})" if line["skipped"] else ""
-    return (
-        f"{head}  loss {loss}  grad {norm}{skipped}  lr {rates}  "
-        f"{perf['tokens_per_second']:.0f} tok/s  {perf['peak_memory_gib']:.1f} GiB"
-    )
+def _results(evaluations: Sequence[Mapping[str, Any]], best: Best | None) -> list[str]:
+    """A sentence for each metric of the last evaluation, and one for the best."""
+    last = evaluations[-1] if evaluations else {}
+    lines = [f"{key} {value:.4g} at step {last['step']}" for key, value in last.items() if key.startswith("eval/")]
+    if best is not None and best.step:
+        lines.append(f"best {best.metric} {best.value:.4g} at step {best.step}: that is what model/ holds")
+    return lines
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

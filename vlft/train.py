@@ -146,6 +146,7 @@ def evaluation_due(job: Job) -> bool:
 
 def run_evaluation(job: Job) -> None:
     began = time.monotonic()
+    job.journal.doing("evaluating")
     job.packed.eval()
     try:
         rows = partial(recovery.rows_until_stopped, job)
@@ -164,6 +165,7 @@ def save_checkpoint(job: Job) -> None:
     """All ranks: each writes a share of the tensors, then the main process puts the folder in its place."""
     engine, root, step = job.engine, job.folder.checkpoints, job.done_steps
     began = time.monotonic()
+    job.journal.doing("saving")
     engine.on_main(lambda: checkpoints.begin(root, step))
     tensors = engine.saved_tensors(job.model, job.optimizer)
     shares = engine.together(lambda: checkpoints.write(root, step, engine.rank, tensors))
@@ -188,7 +190,9 @@ def hand_over(job: Job) -> None:
                  "distribution": job.run.distribution, "unproved": job.proof.missing,
                  "run": card.facts(job.folder.root, job.best.step if job.best and best else None)}  # fmt: skip
         export.save_result(job.strategy, job.model, job.source, whole, job.folder.model, facts=facts, **limits)
-        job.journal.say(f"model: {job.folder.model}")
-        if (job.folder.model / "adapter_config.json").exists():
-            job.journal.say(f"merge: vlft merge {job.folder.model} --output_dir {job.folder.root / 'merged'}")
+        trained = f"{', '.join(job.proof.proved) or 'nothing'} by {job.run.config.tuning_strategy}"
+        adapter = (job.folder.model / "adapter_config.json").exists()
+        job.journal.ended(
+            f"{trained} for {job.done_steps} steps", job.best if best or job.is_best else None, merges=adapter
+        )
     job.engine.wait()
