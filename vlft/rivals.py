@@ -39,7 +39,8 @@ _SAME: dict[str, str] = {
     "save_total_limit": "max_checkpoints keep_last checkpoints_total_limit",
     "eval_steps": "eval_interval eval_every",
     "eval_dataset_scripts": "compute_metrics eval_metric metric",
-    "report_to": "tracker log_with report",
+    "report_to": "tracker log_with",
+    "metric_for_best": "metric_for_best_model",
     "wandb_project": "project project_name",
     "wandb_run_name": "run_name experiment_name wandb_name",
     "deepspeed": "deepspeed_config ds_config deepspeed_config_file",
@@ -125,7 +126,7 @@ _TOLD: dict[str, str] = {
         "remove_unused_columns dataloader_pin_memory dataloader_drop_last ddp_find_unused_parameters lazy_preprocess"
     ),
     "upload output_dir/model after the run": "push_to_hub hub_model_id",
-    "choose a checkpoint by the eval lines of metrics.jsonl": "load_best_model_at_end metric_for_best_model",
+    "give --metric_for_best": "load_best_model_at_end",
 }
 """What to do here -> names elsewhere, where it is not just another name."""
 
