@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
+from transformers import AutoModelForImageTextToText, AutoTokenizer
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from vlft.chat import Conversation, Talker
 from vlft.cli import main
@@ -46,7 +47,7 @@ def test_pictures_are_those_of_hugging_face_s_processor(
     for folder in folders:
         talker = Talker.load(str(folder))
         ours = talker.patches([talker.see(path) for path in paths])
-        theirs = AutoImageProcessor.from_pretrained(folder)(
+        theirs = Qwen2VLImageProcessorPil.from_pretrained(folder)(
             [_as_transformers_opens(path) for path in paths], return_tensors="pt"
         )
         assert torch.equal(ours["image_grid_thw"], theirs["image_grid_thw"])
@@ -71,7 +72,7 @@ def test_the_answer_is_that_of_plain_transformers(run: Path, talker: Talker, tmp
     path = _picture(tmp_path / "p.png", 90, 140)
     model: Any = AutoModelForImageTextToText.from_pretrained(tmp_path / "merged")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "merged")
-    pictures = AutoImageProcessor.from_pretrained(tmp_path / "merged")([Image.open(path)], return_tensors="pt")
+    pictures = Qwen2VLImageProcessorPil.from_pretrained(tmp_path / "merged")([Image.open(path)], return_tensors="pt")
     content = [{"type": "image"}, {"type": "text", "text": "what colour is it"}]
     text = tokenizer.apply_chat_template(
         [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True

@@ -10,7 +10,8 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from vlft import card, export
 from vlft.cli import main
@@ -50,7 +51,7 @@ def test_a_whole_model_in_shards(whole: Path) -> None:
 
 def test_with_what_serving_needs(whole: Path) -> None:
     assert AutoTokenizer.from_pretrained(whole).chat_template
-    assert dict(AutoImageProcessor.from_pretrained(whole).size) == {"shortest_edge": 3136, "longest_edge": 100352}
+    assert dict(Qwen2VLImageProcessorPil.from_pretrained(whole).size) == {"shortest_edge": 3136, "longest_edge": 100352}
     needed = ("generation_config.json", "video_preprocessor_config.json", "README.md", "chat_template.jinja")
     assert all((whole / name).is_file() for name in needed)
 
