@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from runs import environment, metrics, write_data
 from torch.distributed.run import get_args_parser
 
 from vlft import discovery
@@ -95,6 +99,25 @@ def _check_rates(run: Run) -> None:
 def test_the_call_in_a_script_s_comment(script: Path, tmp_path: Path) -> None:
     (line,) = re.findall(rf"^#     examples/{script.name} (.*)$", script.read_text(), flags=re.MULTILINE)
     assert parsed(Ran(script, tmp_path, *line.split()).launch())
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
+def test_a_script_trains_a_tiny_model(script: Path, tiny: Callable[..., Path], tmp_path: Path) -> None:
+    """As it stands: the real launcher, the script's DeepSpeed and Weights & Biases (offline); only paths are others."""
+    registry, out = write_data(tmp_path, 20, counts=(1,)), tmp_path / "out"
+    changed = {"MODEL": str(tiny()), "OUTPUT": str(out), "DATASET": "toy", "FROZEN_LAYERS": "1"}
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    more = ["--dataset_config_path", str(registry), "--cache_dir", str(tmp_path / "cache"), "--num_workers", "0"]
+    done = subprocess.run(
+        ["bash", str(script), *more, "--max_steps", "2", "--no-report"], cwd=tmp_path, capture_output=True, text=True,
+        env=environment(PATH=path, WANDB_DIR=str(tmp_path), WANDB_SILENT="true", **changed), timeout=280, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-4000:]
+    card = json.loads((out / "run_card.json").read_text())
+    assert (card["strategy"], card["distributed_type"]) == (script.stem, "DEEPSPEED")
+    assert [line["step"] for line in metrics(out)] == [1, 2]
+    assert (out / "model" / "vlft.json").exists()
+    assert list(tmp_path.rglob("*.wandb"))
 
 
 @pytest.mark.parametrize("job", JOBS, ids=lambda path: path.stem)
