@@ -252,7 +252,14 @@ def test_the_last_words() -> None:
     ]
 
 
+def test_the_next_command_can_be_pasted() -> None:
+    said = ending("llm", [], 0, 1.0, Path("my run"), merges=True)
+    assert "  vlft merge 'my run/model' --output_dir 'my run/merged'" in said.splitlines()
+    assert "model: my run/model" in said.splitlines()
+
+
 def test_tables_fit() -> None:
     columns, rows = ("part", "parameters", "dtype"), [("projector", "1,234,567", "float32, float32 trained")]
-    assert max(map(len, table(columns, rows, width=24).splitlines())) <= 24
+    assert max(map(len, table(columns, rows, width=40).splitlines())) <= 40
+    assert table(columns, rows, width=24) == "projector: parameters 1,234,567, dtype float32, float32 trained"
     assert "float32, float32 trained" in table(columns, rows)

@@ -8,6 +8,7 @@ process that is killed leaves nothing to repair and forked data workers inherit 
 from __future__ import annotations
 
 import io
+import shlex
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -39,6 +40,8 @@ def table(
 ) -> str:
     """Left-aligned first column, right-aligned others; plain text, no colours.
 
+    Where far too little room is for columns, each row is a sentence of its own.
+
     Args:
         width: columns of text; None: the terminal's, or `WIDTH` in a log.
     """
@@ -50,7 +53,14 @@ def table(
     out = io.StringIO()
     if width is None:
         width = Console().width if sys.stdout.isatty() else WIDTH
-    Console(file=out, width=width, color_system=None).print(drawn)
+    console = Console(file=out, width=width, color_system=None)
+    if console.measure(drawn, options=console.options.update(max_width=10 * WIDTH)).maximum > 1.5 * width:
+        heads = columns[1:]
+        return "\n".join(
+            f"{first}: " + ", ".join(f"{head} {cell}" for head, cell in zip(heads, cells, strict=True) if cell)
+            for first, *cells in rows
+        )
+    console.print(drawn)
     return "\n".join(line.rstrip() for line in out.getvalue().splitlines())
 
 
@@ -93,12 +103,12 @@ def ending(trained: str, results: Sequence[str], unused: int, seconds: float, ru
         seconds: from the start of this process's run.
         merges: the result is an adapter.
     """
-    model = run / "model"
+    model, root = shlex.quote(str(run / "model")), shlex.quote(str(run))
     ledger = f"{unused:,} samples were not used: {run / 'ledger.jsonl'} says why" if unused else "every sample was used"
-    lines = [f"trained {trained} in {duration(seconds)}", *results, ledger, f"model: {model}", "next:"]
-    lines += [f"  vlft report {run}", f'  vlft chat {model} --image PICTURE "QUESTION"']
-    lines += [f"  vlft merge {model} --output_dir {run / 'merged'}"] if merges else []
-    lines += [f"  vlft export {run} --output_dir {run / 'export'}"]
+    lines = [f"trained {trained} in {duration(seconds)}", *results, ledger, f"model: {run / 'model'}", "next:"]
+    lines += [f"  vlft report {root}", f'  vlft chat {model} --image PICTURE "QUESTION"']
+    lines += [f"  vlft merge {model} --output_dir {shlex.quote(str(run / 'merged'))}"] if merges else []
+    lines += [f"  vlft export {root} --output_dir {shlex.quote(str(run / 'export'))}"]
     return "\n".join(lines)
 
 
