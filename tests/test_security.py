@@ -312,6 +312,7 @@ UNSAFE_MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve"
 LOADERS = {"torch": {"load"}, "np": {"load"}, "numpy": {"load"}, "os": {"system", "popen", "execv", "execvp"}}
 EXECUTES = {
     ("vlft/metrics/__init__.py", "exec_module"),  # a metric that the command line names
+    ("vlft/metrics/__init__.py", "import_module"),  # a library that a metric names in its own source
     ("vlft/discovery.py", "EntryPoint.load"),  # a plugin that is installed
     ("vlft/words.py", "yaml.load"),  # with a SafeLoader: see the test below
 }
