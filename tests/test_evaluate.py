@@ -434,3 +434,25 @@ def test_vlft_eval_on_two_processes(tmp_path: Path, by_one_process: Path) -> Non
     last = metrics(by_one_process, "eval")[-1]
     assert all(value == pytest.approx(last[key], rel=1e-4) for key, value in one.items())
     assert (tmp_path / "e/held.jsonl").read_text() == (by_one_process / "eval/step-000001/held.jsonl").read_text()
+
+
+def test_a_report_at_every_save_that_costs_no_run(
+    tiny: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from vlft import report
+
+    written: list[int] = []
+
+    def write(root: Path) -> Path:
+        written.append(len(metrics(root)))
+        if len(written) == 2:
+            raise RuntimeError("no fonts")
+        return real(root)
+
+    real = report.write
+    monkeypatch.setattr(report, "write", write)
+    out = tmp_path / "out"
+    train(command(tiny(), write_data(tmp_path), out, "lora", max_steps=4, save_steps=2, report=True))
+    assert written == [2, 4, 4], "two saves and the end"
+    assert "WARNING: no report.html this time: RuntimeError: no fonts" in capsys.readouterr().out
+    assert "<svg" in (out / "report.html").read_text()

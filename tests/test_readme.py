@@ -153,6 +153,7 @@ def finished(site: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     words = command(
         base, registry, folder / "out", "norms", max_steps=3, save_steps=2, eval_steps=2, train_split_ratio=0.8,
         max_bad_fraction=0.2, eval_dataset_scripts="toy:exact_match", train_projector=True,
+        report=True,
     )  # fmt: skip
     said = start(words, PYTHONPATH=_environment(site)["PYTHONPATH"]).stdout
     assert "norms from norms 0.1.0" in said

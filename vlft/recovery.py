@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from vlft import checkpoint as checkpoints
+from vlft import report
 from vlft.data.budget import Load
 from vlft.data.collate import Row
 from vlft.data.loader import Step
@@ -175,6 +176,16 @@ def judge(job: Job) -> None:
             "look at the data, or choose a strategy that fits them."
         )
     job.journal.say(f"WARNING: {text} Their weights in the result are not the data's.")
+
+
+def write_report(job: Job) -> None:
+    """report.html, on the main process. A page that cannot be drawn costs no run: it is told, and the run goes on."""
+    if not job.run.config.report or not job.engine.is_main:
+        return
+    try:
+        report.write(job.folder.root)
+    except Exception as error:  # whatever a drawing library raises
+        job.journal.say(f"WARNING: no report.html this time: {type(error).__name__}: {error}; see 'vlft report'.")
 
 
 def best_weights(job: Job) -> dict[str, Tensor]:

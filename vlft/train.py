@@ -66,6 +66,8 @@ def fit(job: Job) -> None:
                 run_evaluation(job)
             if (job.stopping or job.is_best) and not saved:
                 save_checkpoint(job)
+            if saved or job.is_best:
+                recovery.write_report(job)
             if job.stopping:
                 recovery.stop(job)
 
@@ -195,4 +197,5 @@ def hand_over(job: Job) -> None:
         job.journal.ended(
             f"{trained} for {job.done_steps} steps", job.best if best or job.is_best else None, merges=adapter
         )
+    recovery.write_report(job)
     job.engine.wait()
