@@ -29,11 +29,14 @@ def squares_sum_up(lines: list[dict[str, Any]]) -> bool:
     )
 
 
+COMPILED = list(Path("~/.cache/torch_extensions").expanduser().glob("*/cpu_adam/cpu_adam.so"))
+"""DeepSpeed compiles its CPU Adam at first use, for minutes: offload is tested where it did."""
 LAYOUTS: dict[str, dict[str, Any]] = {
     "copies": {"processes": 2},
     "ZeRO-2": {"processes": 2, "deepspeed": "zero2"},
     "ZeRO-3": {"processes": 2, "deepspeed": "zero3"},
     "ZeRO-2 alone, bf16": {"processes": 1, "deepspeed": "zero2", "mixed_precision": "bf16"},
+    **({"ZeRO-3 offload": {"processes": 2, "deepspeed": "zero3_offload"}} if COMPILED else {}),
     "FSDP2": {"processes": 2, "fault": {"kind": "fsdp_on_cpu"}, **FSDP},
 }
 

@@ -56,6 +56,27 @@ def test_a_layout_trains_saves_and_resumes_in_bf16(
     assert a.keys() == b.keys()
 
 
+@pytest.mark.parametrize("layout", [None, "zero2", "zero3", "zero3_offload"])
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_norms_of_parts_are_unscaled(
+    tiny: Callable[..., Path], tmp_path: Path, layout: str | None, precision: str
+) -> None:
+    """The squares sum to the whole norm's square, and that is one of fp32 on the CPU, not 65536 times it."""
+    registry = write_data(tmp_path)
+    options = {"max_steps": 24, "lr_scheduler_type": "constant", "warmup_steps": 0} | dict.fromkeys(RATES, 1e-7)
+    start(command(tiny(), registry, tmp_path / "gpu", "full", mixed_precision=precision, deepspeed=layout, **options))
+    cpu = {"CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true"}
+    start(command(tiny(), registry, tmp_path / "cpu", "full", mixed_precision="no", **options), **cpu)
+    done = [line for line in metrics(tmp_path / "gpu") if line["skipped"] is None]
+    assert len(done) >= 3
+    whole = {line["step"]: line["grad_norms"] for line in metrics(tmp_path / "cpu")}
+    for line in done:
+        squares = sum(norm**2 for norm in line["grad_norms"].values())
+        assert squares == pytest.approx(line["grad_norm"] ** 2, rel=1e-3)
+        near = {part: pytest.approx(norm, rel=0.2) for part, norm in whole[line["step"]].items()}
+        assert line["grad_norms"] == near
+
+
 FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 
 
