@@ -43,6 +43,7 @@ class Recorder:
         self.facts: dict[str, Any] = {}
         self.begun = self.first_end = 0.0
         self._profiler: Any = None
+        self._later: list[tuple[Any, ...]] = []
 
     @property
     def timing(self) -> bool:
@@ -56,11 +57,19 @@ class Recorder:
     def work(self, lengths: Sequence[int], grids: Sequence[Sequence[int]], supervised: int) -> None:
         """One row (or padded batch) of the step that runs now: tokens of its samples, (t, h, w) of its pictures."""
         if self.timing:
-            self.lengths += map(int, lengths)
-            self.grids += [[int(n) for n in grid] for grid in grids]
-            self.supervised += int(supervised)
-            self.rows += 1
-            self.samples += len(lengths)
+            self._count(lengths, grids, supervised)
+
+    def _count(self, lengths: Sequence[int], grids: Sequence[Sequence[int]], supervised: int) -> None:
+        self.lengths += lengths
+        self.grids += [list(grid) for grid in grids]
+        self.supervised += supervised
+        self.rows += 1
+        self.samples += len(lengths)
+
+    def work_on_device(self, *tensors: Any) -> None:
+        """The same as `work`, from tensors of a GPU, which are read after the last step: nothing waits here."""
+        if self.timing:
+            self._later.append(tensors)
 
     def dtypes(self, model: Any, optimizer: Any) -> None:
         """Between backward and update of the first step: dtypes of weights and gradients; `end` adds the states."""
@@ -119,6 +128,8 @@ class Recorder:
             config: of the Hugging Face model; counts: (Shape, Training) of vlft.models.flops, or None; mode: of
                 `workload.formula_flops`; rank: of adapters.
         """
+        for tensors in self._later:
+            self._count(*(t.tolist() for t in tensors))
         marks = [self.begun, *self.ends][self.warm : self.warm + self.steps + 1]
         each = [b - a for a, b in pairwise(marks)]
         seconds, tokens = marks[-1] - marks[0], sum(self.lengths)

@@ -99,8 +99,8 @@ def measured_trainer(recorder: Recorder) -> type:
     class Trainer(SFTTrainer):  # type: ignore[misc]
         def training_step(self, model: Any, inputs: Any, *rest: Any, **more: Any) -> Any:
             recorder.begin()
-            supervised = int((inputs["labels"] != -100).sum()) if recorder.timing else 0
-            recorder.work(inputs["attention_mask"].sum(1).tolist(), inputs["image_grid_thw"].tolist(), supervised)
+            learnt = (inputs["labels"] != -100).sum()
+            recorder.work_on_device(inputs["attention_mask"].sum(1), inputs["image_grid_thw"], learnt)
             return super().training_step(model, inputs, *rest, **more)
 
     return Trainer
