@@ -49,7 +49,9 @@ ROWS = {
     "3B-full-fp32": Row("3B", "full", dtype="fp32"),
     "3B-lora": Row("3B", "lora_llm_full_vit"),
     "7B-lora": Row("7B", "lora_llm_full_vit"),
+    "7B-lora-low": Row("7B", "lora_llm_full_vit", ours={"memory": "low"}),
     "7B-qlora": Row("7B", "qlora"),
+    "7B-qlora-low": Row("7B", "qlora", batch=(2, 4), ours={"memory": "low"}),
     "7B-full": Row("7B", "full"),
     "3B-short": Row("3B", "lora", data="short", batch=(16, 4)),
 }

@@ -1,0 +1,38 @@
+"""The benches run, on a tiny model; what they say of time is nobody's business here."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from runs import environment
+
+BENCH = Path(__file__).resolve().parents[1] / "bench"
+
+
+def run(script: str, *words: object) -> list[str]:
+    line = [sys.executable, str(BENCH / script), *map(str, words)]
+    done = subprocess.run(line, capture_output=True, text=True, env=environment(), timeout=200, check=False)
+    assert not done.returncode, f"{done.stdout}\n{done.stderr[-3000:]}"
+    return done.stdout.splitlines()
+
+
+def test_a_row_gives_a_line_and_the_line_a_table(tmp_path: Path) -> None:
+    tiny = ("--size", "tiny", "--device", "cpu", "--records", 4, "--workers", 0, "--root", tmp_path / "root")
+    batch = ("--option", "per_device_train_batch_size=1", "gradient_accumulation_steps=2")
+    steps = ("--steps", 2, "--warm", 1, "--out", tmp_path / "out")
+    (text,) = run("train.py", "--rows", "3B-lora", *tiny, *steps, *batch)
+    line = json.loads(text)
+    assert "error" not in line, line["error"]
+    assert line["steps"] == line["samples_per_step"] == 2
+    assert line["formula_over_count"] == 1.0, "two counts of the same FLOPs"
+    assert {line[name] for name in ("weights", "gradients", "states")} == {"float32"}
+    assert "| 3B `lora_llm_full_vit` | fp32 / fp32 / fp32 |" in "\n".join(run("table.py", tmp_path / "out/lines.jsonl"))
+
+
+def test_a_row_that_fails_gives_a_line_with_its_error(tmp_path: Path) -> None:
+    tiny = ("--size", "tiny", "--device", "cpu", "--records", 4, "--workers", 0, "--root", tmp_path / "root")
+    (text,) = run("train.py", "--rows", "3B-lora", *tiny, "--out", tmp_path, "--option", "no_such_option=1")
+    assert "no_such_option" in json.loads(text)["error"]
