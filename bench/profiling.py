@@ -36,7 +36,7 @@ class Profile:
         self.profiler.stop()
         events = self.profiler.events()
         borders = sorted(e.time_range.start for e in events if e.name == BORDER and "CPU" in str(e.device_type))
-        on_gpu = [e for e in events if "CUDA" in str(e.device_type) and e.name != BORDER]
+        on_gpu = [e for e in events if "CUDA" in str(e.device_type) and not annotates(e)]
         found = shares([(e.time_range.start, e.time_range.end) for e in on_gpu], borders)
         averages = self.profiler.key_averages()
         tables = [f"{name}: {value}" for name, value in found.items()]
@@ -45,6 +45,11 @@ class Profile:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("\n".join(tables) + "\n")
         return found
+
+
+def annotates(event: Any) -> bool:
+    """A name that a library gave to a span, shown on the GPU's line, where it hides gaps between kernels."""
+    return event.name == BORDER or bool(getattr(event, "is_user_annotation", False))
 
 
 def shares(kernels: list[tuple[float, float]], borders: list[float]) -> dict[str, Any]:

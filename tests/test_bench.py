@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from runs import environment
 
 BENCH = Path(__file__).resolve().parents[1] / "bench"
@@ -36,3 +37,13 @@ def test_a_row_that_fails_gives_a_line_with_its_error(tmp_path: Path) -> None:
     tiny = ("--size", "tiny", "--device", "cpu", "--records", 4, "--workers", 0, "--root", tmp_path / "root")
     (text,) = run("train.py", "--rows", "3B-lora", *tiny, "--out", tmp_path, "--option", "no_such_option=1")
     assert "no_such_option" in json.loads(text)["error"]
+
+
+def test_idle_spans_between_steps_are_those_in_which_one_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCH))
+    from profiling import shares
+
+    kernels = [(0.0, 5.0), (6.0, 10.0), (11.0, 20.0), (12.0, 13.0), (22.0, 30.0)]
+    found = shares(kernels, [0.0, 10.5, 21.0, 30.0])
+    # 4 of 30 idle, 3 of them around the two borders; the third step's border is cut off.
+    assert found == {"gpu_busy": round(26 / 30, 4), "gpu_idle_between": round(3 / 30 * 3 / 2, 4)}
