@@ -1,10 +1,12 @@
-"""Do the fast paths learn as they should? Loss of a small model from scratch on the demo's data, three times.
+"""Do the fast paths learn as they should? Loss of a small model on the demo's data, by each of them.
 
     python bench/convergence.py [--steps 300] [--batch 32] [--out runs/bench]
 
 `vlft` as it is, `vlft --reference`, and plain Hugging Face code: padded batches of the same samples in the same order,
-the model's own loss, torch's AdamW at the same rates. On a GPU in bf16 over fp32 weights, on a CPU in fp32. The curves
-go to OUT/convergence.json; stdout has their differences, of losses smoothed over some steps and as they are.
+the model's own loss, torch's AdamW at the same rates. On a GPU in bf16 over fp32 weights, on a CPU in fp32. A fourth
+curve, `blind`, is the plain code with every picture black: as far as it runs from the others, and no further, they tell
+something of the vision tower. --start base begins with the demo's trained model, which sees from the first step. The
+curves go to OUT/convergence.json; stdout has their differences, of losses smoothed over some steps and as they are.
 """
 
 from __future__ import annotations
@@ -20,20 +22,23 @@ from typing import Any
 
 import workload
 
-CURVES = ("vlft", "reference", "huggingface")
+CURVES = ("vlft", "reference", "huggingface", "blind")
+PAIRS = (("vlft", "reference"), ("vlft", "huggingface"), ("reference", "huggingface"), ("huggingface", "blind"))
 RATE = "1.5e-3"
 NOT_LEARNT = -100
 
 
-def make_workload(root: Path, pictures: int) -> tuple[Path, Path]:
-    """The demo's model before it has learnt anything, and its data; made once."""
+def make_workload(root: Path, pictures: int, start: str) -> tuple[Path, Path]:
+    """The demo's model, before or after it was taught the base's world, and the demo's data; made once."""
     import torch
     from transformers import AutoModelForImageTextToText
 
     from demo import draw, make_base
 
     folder, registry = root / "model", root / f"data-{pictures}" / "dataset_config.json"
-    if not (folder / "preprocessor_config.json").exists():
+    if start == "base":
+        folder = workload.ROOT / "demo" / "base"
+    elif not (folder / "preprocessor_config.json").exists():
         torch.manual_seed(0)
         tokenizer = make_base.make_tokenizer()
         model = AutoModelForImageTextToText.from_config(make_base.make_config(tokenizer))
@@ -56,7 +61,7 @@ def by_vlft(given: argparse.Namespace, *, reference: bool) -> dict[str, Any]:
 
     if reference and "reference" not in options_of(RunConfig):
         return {"note": "this vlft has no --reference"}
-    folder, registry = make_workload(given.root, given.pictures)
+    folder, registry = make_workload(given.root, given.pictures, given.start)
     output = given.root / "run"
     shutil.rmtree(output, ignore_errors=True)
     words = ["--model_name_or_path", str(folder), "--dataset_config_path", str(registry), "--dataset_names", "shapes"]
@@ -134,12 +139,12 @@ def part_of(name: str) -> str:
     return "projector" if ".merger." in name else "vit" if ".visual." in name else "llm"
 
 
-def by_huggingface(given: argparse.Namespace) -> dict[str, Any]:
+def by_huggingface(given: argparse.Namespace, *, blind: bool) -> dict[str, Any]:
     import torch
     from transformers import AutoModelForImageTextToText
 
     ours = json.loads((given.root / "vlft.json").read_text())
-    folder, registry = make_workload(given.root, given.pictures)
+    folder, registry = make_workload(given.root, given.pictures, given.start)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa")
     model.to(device).train()
@@ -153,6 +158,8 @@ def by_huggingface(given: argparse.Namespace) -> dict[str, Any]:
     batches, losses, supervised = Batches(folder, registry), [], []
     for members, rates in zip(ours["members"], ours["rates"], strict=True):
         batch = {name: value.to(device) for name, value in batches(members).items()}
+        if blind:
+            batch["pixel_values"].zero_()
         for group in optimizer.param_groups:
             group["lr"] = rates[group["part"]]
         with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
@@ -178,8 +185,8 @@ def smooth(values: list[float], width: int) -> list[float]:
 def differences(curves: dict[str, dict[str, Any]], width: int) -> dict[str, Any]:
     """Of each pair of curves: largest and mean difference of smoothed losses, of single ones, and of the first 50."""
     found: dict[str, Any] = {}
-    for a, b in (("vlft", "reference"), ("vlft", "huggingface"), ("reference", "huggingface")):
-        if "loss" not in curves[a] or "loss" not in curves[b]:
+    for a, b in PAIRS:
+        if "loss" not in curves.get(a, {}) or "loss" not in curves.get(b, {}):
             continue
         one, two = curves[a]["loss"], curves[b]["loss"]
         gaps = [abs(x - y) for x, y in zip(smooth(one, width), smooth(two, width), strict=True)]
@@ -192,7 +199,10 @@ def differences(curves: dict[str, dict[str, Any]], width: int) -> dict[str, Any]
 
 
 def child(name: str, given: argparse.Namespace) -> None:
-    made = by_huggingface(given) if name == "huggingface" else by_vlft(given, reference=name == "reference")
+    if name in ("huggingface", "blind"):
+        made = by_huggingface(given, blind=name == "blind")
+    else:
+        made = by_vlft(given, reference=name == "reference")
     (given.root / f"{name}.json").write_text(json.dumps(made))
 
 
@@ -203,6 +213,7 @@ def main() -> None:
     parser.add_argument("--pictures", type=int, default=3000)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--smooth", type=int, default=20, help="steps that a smoothed loss is the mean of")
+    parser.add_argument("--start", choices=("scratch", "base"), default="scratch")
     parser.add_argument("--curves", default=",".join(CURVES), help="others are taken from the last time")
     parser.add_argument("--root", type=Path, default=Path("/tmp/vlft_bench/convergence"))
     parser.add_argument("--out", type=Path, default=Path("runs/bench"))
@@ -213,14 +224,18 @@ def main() -> None:
     if given.one:
         child(given.one, given)
         return
-    shared = [f"--{k}={getattr(given, k)}" for k in ("steps", "batch", "pictures", "workers", "root", "out")]
+    shared = [f"--{k}={getattr(given, k)}" for k in ("steps", "batch", "pictures", "workers", "root", "out", "start")]
     known = os.environ.get("PYTHONPATH", "")
     path = os.pathsep.join([str(workload.ROOT), str(workload.ROOT / "plugins"), *([known] if known else [])])
     for name in given.curves.split(","):
         env = os.environ | {"PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
         words = [sys.executable, __file__, "--one", name, *shared]
         subprocess.run(words, check=True, env=env, stdout=sys.stderr)
-    curves = {name: json.loads((given.root / f"{name}.json").read_text()) for name in CURVES}
+    curves = {
+        name: json.loads((given.root / f"{name}.json").read_text())
+        for name in CURVES
+        if (given.root / f"{name}.json").exists()
+    }
     found = {"steps": given.steps, "smoothed_over": given.smooth, **differences(curves, given.smooth)}
     for curve in curves.values():
         curve.pop("members", None)
