@@ -126,6 +126,30 @@ def _prompts(row: Row) -> list[tuple[int, Tensor]]:
     return found
 
 
+def pictures_of(
+    row: Row, prompts: Sequence[tuple[int, Tensor]], pixel_values: Tensor | None, vision: Any, image_token_id: int
+) -> dict[str, Tensor]:
+    """`pixel_values` and `image_grid_thw` of the pictures whose tokens lie in the prompts; nothing without any.
+
+    A picture after the last learnt answer is in the row and in no prompt.
+
+    Args:
+        prompts: (index in the row, the first tokens of that sample).
+        pixel_values: of the whole row, (P, ...).
+    """
+    patches_I = row.image_grid_thw.prod(dim=1)
+    kept_I = torch.zeros(len(patches_I), dtype=torch.bool)
+    for i, ids in prompts:
+        left = int((ids == image_token_id).sum()) * vision.spatial_merge_size**2
+        for k in (row.image_sample == i).nonzero().flatten().tolist():
+            kept_I[k] = left > 0
+            left -= int(patches_I[k])
+    if pixel_values is None or not kept_I.any():
+        return {}
+    kept_P = torch.repeat_interleave(kept_I, patches_I).to(pixel_values.device)
+    return {"pixel_values": pixel_values[kept_P], "image_grid_thw": row.image_grid_thw[kept_I].to(pixel_values.device)}
+
+
 def _left_padded(prompts: Sequence[Tensor], pad: int) -> tuple[Tensor, Tensor]:
     width = max(len(p) for p in prompts)
     ids = torch.full((len(prompts), width), pad)
@@ -149,7 +173,8 @@ def _decoding(answers: Answers, row: Row) -> dict[str, Any]:
         plain = dict.fromkeys(("temperature", "top_p", "top_k"))
         return {"do_sample": False, "num_beams": 1, "repetition_penalty": 1.0, **plain}
     torch.manual_seed(answers.seed + sum(row.sample_ids))
-    return {"do_sample": True, "num_beams": 1, "temperature": answers.temperature}
+    # Alone: with the checkpoint's top_k of 1, say, no temperature would change anything.
+    return {"do_sample": True, "num_beams": 1, "temperature": answers.temperature, "top_p": 1.0, "top_k": 0}
 
 
 @torch.no_grad()
@@ -169,14 +194,12 @@ def generate(
     asked = [p for _, p in prompts]
     hf: Any = base_model(model)
     device = next(hf.parameters()).device
-    packed = inputs(row, False)
-    pictures = {}
-    if packed["pixel_values"] is not None:
-        pictures = {"pixel_values": packed["pixel_values"], "image_grid_thw": row.image_grid_thw.to(device)}
-    elif together:
+    pixels, vision = inputs(row, False)["pixel_values"], hf.config.vision_config
+    pictures = pictures_of(row, prompts, pixels, vision, hf.config.image_token_id)
+    if not pictures and together:
         # The other ranks' prompts may hold pictures: a blank one of one token calls the vision tower here too.
         asked.append(torch.tensor([hf.config.image_token_id]))
-        pictures = _blank_picture(hf.config.vision_config, device)
+        pictures = _blank_picture(vision, device)
     ids, mask = _left_padded(asked, tokenizer.pad_token_id)
     with plain_attention(hf):
         out = hf.generate(

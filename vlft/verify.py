@@ -27,7 +27,9 @@ from vlft.batch import ToInputs
 from vlft.data.collate import Row
 from vlft.data.loader import eval_steps
 from vlft.data.prepare import Data, prepare_data
+from vlft.data.show import last_answer
 from vlft.errors import ConfigError, DataError, MismatchError
+from vlft.evaluate import pictures_of
 from vlft.models.attention import plain_attention
 from vlft.models.forward import IGNORE, PackedVLM, base_model
 from vlft.models.load import META, open_checkpoint, read_json
@@ -226,19 +228,19 @@ class _Asker:
     def _arguments(self, row: Row, ids_T: Tensor) -> dict[str, Any]:
         """Keyword arguments of transformers' forward for the first tokens of a row of one sample."""
         ids = ids_T[None].to(self.device)
-        pixels = self.inputs(row, False)["pixel_values"]
-        pictures = {"pixel_values": pixels, "image_grid_thw": row.image_grid_thw.to(self.device)}
+        pixels, config = self.inputs(row, False)["pixel_values"], self.source.config
+        pictures = pictures_of(row, [(0, ids_T)], pixels, config.vision_config, config.image_token_id)
         return {
             "input_ids": ids, "attention_mask": torch.ones_like(ids),
             "mm_token_type_ids": (ids == self.source.config.image_token_id).int(),
-            **(pictures if pixels is not None else {}),
+            **pictures,
         }  # fmt: skip
 
     def _answer(self, hf: Any, row: Row) -> list[int]:
         """Greedy tokens after the last question, without what generation_config.json may add."""
         from transformers import GenerationConfig
 
-        start = _last_answer(row.labels_T[0])
+        start, _ = last_answer(row.labels_T[0].numpy())
         config = GenerationConfig(
             do_sample=False, max_new_tokens=self.max_new_tokens, pad_token_id=self.pad,
             eos_token_id=hf.generation_config.eos_token_id,
@@ -248,15 +250,6 @@ class _Asker:
         hf.model.rope_deltas = None  # stale ones would shift the positions of the next forward
         found: list[int] = out[0, start:].tolist()
         return found
-
-
-def _last_answer(labels_T: Tensor) -> int:
-    """Where the last answer begins; labels are shifted, so the token of label t is t + 1."""
-    places = (labels_T != IGNORE).nonzero().flatten().tolist()
-    start = places[-1]
-    while start - 1 in places:
-        start -= 1
-    return int(start) + 1
 
 
 @contextmanager
