@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Callable
 from itertools import pairwise
@@ -25,6 +26,7 @@ from vlft.metrics.exact_match import evaluate as exact_match
 from vlft.models.forward import PackedVLM
 from vlft.models.load import load_hf, open_checkpoint, source_of
 from vlft.setup import Job
+from vlft.tracking import Best
 
 MY_METRIC = """
 def evaluate(predictions):
@@ -456,3 +458,61 @@ def test_a_report_at_every_save_that_costs_no_run(
     assert written == [2, 4, 4], "two saves and the end"
     assert "WARNING: no report.html this time: RuntimeError: no fonts" in capsys.readouterr().out
     assert "<svg" in (out / "report.html").read_text()
+
+
+def write_records(folder: Path, name: str, records: list[dict[str, Any]], **spec: Any) -> Path:
+    registry = write_data(folder, 4, name="train")
+    (folder / f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    known = json.loads(registry.read_text())
+    known["datasets"][name] = {"json_path": f"{name}.jsonl", "image_root": "images", **spec}
+    registry.write_text(json.dumps(known))
+    return registry
+
+
+def test_pictures_and_turns_after_the_last_learnt_answer(
+    tiny: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are in the row and in no prompt; the question is the one that the reference answers."""
+
+    def turn(role: str, content: str, **more: Any) -> dict[str, Any]:
+        return {"role": role, "content": content, **more}
+
+    asked = [turn("user", "<image>what"), turn("assistant", "red")]
+    unlearnt = [turn("user", "<image>and this"), turn("assistant", "blue", loss=False)]
+    records: list[dict[str, Any]] = [
+        {"id": "unlearnt", "messages": asked + unlearnt, "images": ["train-0-0.png", "train-2-0.png"]},
+        {"id": "trailing", "messages": [*asked, unlearnt[0]], "images": ["train-0-0.png", "train-2-0.png"]},
+        {"id": "plain", "messages": asked, "images": ["train-0-0.png"]},
+    ]
+    registry = write_records(tmp_path, "turns", records, split="eval")
+    out = tmp_path / "out"
+    options = {"max_steps": 1, "eval_dataset_scripts": "turns:exact_match", "eval_max_new_tokens": 8}
+    train(command(tiny(), registry, out, "lora", per_device_eval_batch_size=3, **options))
+    lines = [json.loads(line) for line in (out / "eval/step-000000/turns.jsonl").read_text().splitlines()]
+    assert {line["id"] for line in lines} <= {"unlearnt", "trailing", "plain"}
+    assert len(lines) >= 2
+    assert all((line["question"], line["reference"]) == ("what", "red") for line in lines)
+    assert len({line["prediction"] for line in lines}) == 1, "the same picture and question"
+
+
+def test_a_loss_that_is_not_finite_is_null_and_never_the_best() -> None:
+    lines = [{"m": math.nan, "step": 2}, {"m": None, "step": 3}, {"m": 0.5, "step": 4}, {"m": math.inf, "step": 5}]
+    for greater in (True, False):
+        assert Best("m", greater).among(lines).step == 4
+    assert Best("m", True).among(lines[:2]).step == 0
+
+
+def test_a_resume_leaves_the_answers_of_the_course_that_it_leaves(
+    tiny: Callable[..., Path], tmp_path: Path, two_data_sets: tuple[Path, str]
+) -> None:
+    """And a line that a kill has cut off costs nothing."""
+    out = tmp_path / "out"
+    options = {"eval_dataset_scripts": "held:exact_match", "eval_max_new_tokens": 3, "save_steps": 1, "eval_steps": 1}
+    train(command(tiny(), two_data_sets[0], out, "lora", max_steps=3, **options))
+    with (out / "metrics.jsonl").open("a") as file:
+        file.write('{"schema": 1, "step": 3, "kind": "tra')
+    again = command(tiny(), two_data_sets[0], out, "lora", **{**options, "eval_steps": 3}, max_steps=3)
+    train([*again, "--resume_from_checkpoint", str(out / "checkpoints/step-000001")])
+    names = sorted(path.name for path in (out / "eval").iterdir())
+    assert names == ["left-1-step-000002", "left-1-step-000003", "step-000000", "step-000001", "step-000003"]
+    assert [line["step"] for line in metrics(out, "eval")] == [0, 1, 3]

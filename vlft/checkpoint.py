@@ -153,7 +153,7 @@ def finish(
         _sync(beside / "state.json")
         _sync(beside)
         if target.exists():  # of a course that was left; a kill in between must not leave neither
-            set_aside(root, step - 1)
+            set_aside(complete(root), step - 1)
         beside.rename(target)
         _sync(root)
         keep_newest(root, keep, best)
@@ -168,13 +168,13 @@ def complete(root: Path) -> list[Path]:
     return sorted(p.parent for p in root.glob("step-*/state.json"))
 
 
-def set_aside(root: Path, step: int) -> list[Path]:
-    """Rename the checkpoints after `step`, which a run that goes on from there would otherwise mix with its own."""
+def set_aside(folders: Iterable[Path], step: int) -> list[Path]:
+    """Rename folders of steps after `step`, which a run that goes on from there would otherwise mix with its own."""
     moved = []
-    for later in complete(root):
+    for later in folders:
         if int(later.name.removeprefix("step-")) > step:
             for n in itertools.count(1):
-                target = root / f"left-{n}-{later.name}"
+                target = later.with_name(f"left-{n}-{later.name}")
                 if not target.exists():
                     break
             moved.append(later.rename(target))

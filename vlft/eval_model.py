@@ -28,7 +28,7 @@ from vlft.export import merged
 from vlft.models.forward import PackedVLM
 from vlft.models.load import Checkpoint, compute_dtype, load_hf, open_checkpoint, picture_facts
 from vlft.setup import load_metrics, try_metrics
-from vlft.terminal import table
+from vlft.terminal import figure, table
 from vlft.tracking import append, run_card, write_json, write_predictions
 
 
@@ -119,7 +119,12 @@ def hand_over(options: EvalOptions, judged: Judged, found: Evaluation, seconds: 
     write_json(beside / "metrics.json", facts)
     shutil.rmtree(folder, ignore_errors=True)
     beside.rename(folder)
-    print(table(("metric", "value"), [(key.removeprefix("eval/"), f"{v:.4g}") for key, v in found.values.items()]))
+    print(
+        table(
+            ("metric", "value"),
+            [(key.removeprefix("eval/"), figure(v)) for key, v in found.values.items()],
+        )
+    )
     for name, error in found.failed.items():
         print(f"WARNING: the script {name} failed: {error}")
     if judged.ledger:

@@ -49,7 +49,7 @@ class Answers:
 class Evaluation:
     """What one evaluation found; the same on all ranks."""
 
-    values: Scores
+    values: dict[str, float | None]
     """By the keys of metrics.jsonl."""
     made: dict[str, list[Prediction]]
     """The answers, by data set."""
@@ -102,8 +102,8 @@ def held_out_loss(
     inputs: Inputs,
     dataset_of: Callable[[int], str],
     names: Sequence[str],
-) -> dict[str, float]:
-    """Mean loss over the supervised tokens of each dataset, as "eval/<dataset>/loss"."""
+) -> dict[str, float | None]:
+    """Mean loss over the supervised tokens of each dataset, as "eval/<dataset>/loss"; None where it is not finite."""
     sums, counts = dict.fromkeys(names, 0.0), dict.fromkeys(names, 0)
     for row in rows:
         losses_S = model(**inputs(row, False)).double().cpu()
@@ -113,7 +113,8 @@ def held_out_loss(
             counts[name] += 1
     total = engine.sums([sums[n] for n in names] + [float(counts[n]) for n in names])
     half = len(names)
-    return {f"eval/{n}/loss": total[i] / total[half + i] for i, n in enumerate(names) if total[half + i]}
+    means = {f"eval/{n}/loss": total[i] / total[half + i] for i, n in enumerate(names) if total[half + i]}
+    return {key: mean if math.isfinite(mean) else None for key, mean in means.items()}
 
 
 def _prompts(row: Row) -> list[tuple[int, Tensor]]:
@@ -247,7 +248,8 @@ def score(dataset: str, made: Sequence[Prediction], metrics: Mapping[str, Metric
     for stem, metric in metrics.items():
         try:
             scores |= {f"eval/{dataset}/{stem}/{name}": value for name, value in _checked(metric(made)).items()}
-        except Exception as error:  # whatever a user's file raises is told the same way
+        # Whatever a user's file raises is told the same way; sys.exit() there would end the run in silence.
+        except (Exception, SystemExit) as error:
             failed[f"{dataset}/{stem}"] = f"{type(error).__name__}: {str(error)[:200]}"
     return scores, failed
 

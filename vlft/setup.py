@@ -339,7 +339,8 @@ def open_folder(job: Job) -> None:
         trust_remote_code=config.trust_remote_code, dtypes=sorted({str(p.dtype) for p in job.model.parameters()}),
     )  # fmt: skip
     write_json(folder.root / "run_card.json", card)
-    for aside in checkpoints.set_aside(folder.checkpoints, job.done_steps):
+    checkpoints.set_aside(sorted(folder.evaluations.glob("step-*")), job.done_steps)
+    for aside in checkpoints.set_aside(checkpoints.complete(folder.checkpoints), job.done_steps):
         job.journal.say(f"{aside} is of a course that this run leaves; it is kept until you delete it.")
     # The evaluation before the first step belongs to a course that begins there.
     cut_back(folder.metrics, job.done_steps or -1)

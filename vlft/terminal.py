@@ -76,6 +76,11 @@ def duration(seconds: float) -> str:
     return f"{minutes // 1440} d {minutes % 1440 // 60} h"
 
 
+def figure(value: float | None) -> str:
+    """Four digits; a dash for what is not finite and therefore written as null."""
+    return "-" if value is None else f"{value:.4g}"
+
+
 def thousands(value: float) -> str:
     """`950`, `12.3k`, `1.2M`."""
     for limit, unit in ((1e6, "M"), (1e3, "k")):
@@ -150,7 +155,7 @@ class Plain(Terminal):
         self._estimate(line)
 
     def evaluated(self, line: Mapping[str, Any]) -> None:
-        found = "  ".join(f"{k} {v:.4g}" for k, v in line.items() if k.startswith("eval/"))
+        found = "  ".join(f"{k} {figure(v)}" for k, v in line.items() if k.startswith("eval/"))
         self.say(f"step {line['step']}/{self.total}  {found}")
 
     def _estimate(self, line: Mapping[str, Any]) -> None:

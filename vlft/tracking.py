@@ -47,7 +47,7 @@ class Best:
     def among(self, lines: Iterable[Mapping[str, Any]]) -> Best:
         """The best of these lines; of equal ones the first."""
         found = [(float(line[self.metric]), int(line["step"])) for line in lines if line.get(self.metric) is not None]
-        found = [(value, step) for value, step in found if step]
+        found = [(value, step) for value, step in found if step and math.isfinite(value)]
         if not found:
             return replace(self, step=0, value=math.nan)
         value, step = max(found, key=lambda one: (one[0] if self.greater else -one[0], -one[1]))
@@ -105,8 +105,12 @@ class RunFolder:
     def ledger(self) -> Path:
         return self.root / "ledger.jsonl"
 
+    @property
+    def evaluations(self) -> Path:
+        return self.root / "eval"
+
     def predictions(self, step: int, dataset: str) -> Path:
-        return self.root / "eval" / f"step-{step:06d}" / f"{dataset}.jsonl"
+        return self.evaluations / f"step-{step:06d}" / f"{dataset}.jsonl"
 
 
 def cut_back(path: Path, step: int) -> None:
@@ -232,9 +236,14 @@ class Journal:
         self.say(ending(trained, results, unused, seconds, self.folder.root, merges=merges))
 
     def evaluations(self) -> list[dict[str, Any]]:
-        """Lines of metrics.jsonl that evaluations wrote."""
-        lines = self.folder.metrics.read_text().splitlines() if self.folder.metrics.exists() else []
-        return [line for line in map(json.loads, lines) if line["kind"] == "eval"]
+        """Lines of metrics.jsonl that evaluations wrote; none for a line cut by a kill."""
+        found = []
+        for line in self.folder.metrics.read_text().splitlines() if self.folder.metrics.exists() else ():
+            with suppress(ValueError, KeyError):
+                entry = json.loads(line)
+                if entry["kind"] == "eval":
+                    found.append(entry)
+        return found
 
     def evaluated(self, step: int) -> bool:
         """Whether the evaluation of `step` is in metrics.jsonl."""
@@ -252,7 +261,7 @@ class Journal:
     def evaluation(
         self,
         step: int,
-        values: Mapping[str, float],
+        values: Mapping[str, float | None],
         made: Mapping[str, Iterable[Any]],
         failed: Mapping[str, str],
         seconds: float,
@@ -284,7 +293,8 @@ class Journal:
 def _results(evaluations: Sequence[Mapping[str, Any]], best: Best | None) -> list[str]:
     """A sentence for each metric of the last evaluation, and one for the best."""
     last = evaluations[-1] if evaluations else {}
-    lines = [f"{key} {value:.4g} at step {last['step']}" for key, value in last.items() if key.startswith("eval/")]
+    values = {key: value for key, value in last.items() if key.startswith("eval/") and value is not None}
+    lines = [f"{key} {value:.4g} at step {last['step']}" for key, value in values.items()]
     if best is not None and best.step:
         lines.append(f"best {best.metric} {best.value:.4g} at step {best.step}: that is what model/ holds")
     return lines

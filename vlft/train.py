@@ -47,8 +47,10 @@ def fit(job: Job) -> None:
     config = job.run.config
     job.packed.train()
     with job.interrupt:
-        if evaluation_due(job) and not job.engine.from_main(job.journal.evaluated(job.done_steps)):
+        if evaluation_due(job) and not job.engine.on_main(lambda: job.journal.evaluated(job.done_steps)):
             run_evaluation(job)  # the run that goes on here ended between its save and its evaluation
+            if job.stopping:
+                recovery.stop(job)
         job.open_steps()
         while job.done_steps < job.total_steps:
             asked = time.monotonic()

@@ -27,7 +27,7 @@ class Described:
 
     id: str
     question: str
-    """The last user turn."""
+    """The user turn before the last learnt answer."""
     reference: str
     """The last learnt answer; empty where nothing of the sample is learnt."""
     images: tuple[str, ...]
@@ -63,7 +63,8 @@ def describe(index: Index, fitted: Fitted, chat: Chat, i: int) -> Described:
 
 
 def _question(record: Record) -> str:
-    turns = [turn for turn in record.turns if turn.role == "user"]
+    learnt = [n for n, turn in enumerate(record.turns) if turn.role == "assistant" and turn.loss]
+    turns = [turn for turn in record.turns[: learnt[-1] if learnt else None] if turn.role == "user"]
     return "".join(part.text for part in turns[-1].parts if isinstance(part, TextPart)).strip() if turns else ""
 
 

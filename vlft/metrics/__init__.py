@@ -8,10 +8,14 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
+from zlib import crc32
 
 from vlft.discovery import load_metric
 from vlft.errors import ConfigError, StrategyError
@@ -24,7 +28,7 @@ class Prediction:
     id: str
     """The record's own id, or its place in the file."""
     question: str
-    """The last user turn."""
+    """The user turn before the last learnt answer, which is what is asked."""
     prediction: str
     reference: str
     images: tuple[str, ...]
@@ -99,13 +103,11 @@ def load_script(script: str) -> tuple[str, Metric]:
     if not script.endswith(".py"):
         return script, load_metric(script)[0]
     path = Path(script)
-    spec = importlib.util.spec_from_file_location(f"vlft_script_{path.stem}", path)
-    if spec is None or spec.loader is None or not path.is_file():
+    if not path.is_file():
         raise ConfigError(f"--eval_dataset_scripts: there is no Python file {path}.")
-    module = importlib.util.module_from_spec(spec)
     try:
-        spec.loader.exec_module(module)
-    except Exception as error:  # whatever a user's file raises while it is imported is told the same way
+        module = _run_file(path.absolute())
+    except (Exception, SystemExit) as error:  # whatever a user's file raises while it is imported is told the same way
         raise ConfigError(
             f"--eval_dataset_scripts: {path} cannot be used: {type(error).__name__}: {str(error)[:200]}; correct it."
         ) from error
@@ -113,3 +115,23 @@ def load_script(script: str) -> tuple[str, Metric]:
     if not callable(function):
         raise ConfigError(f"--eval_dataset_scripts: {path} has no function evaluate(predictions); add it.")
     return path.stem, function
+
+
+def _run_file(path: Path) -> ModuleType:
+    """A file as a module, imported as `python FILE` would be: it may import what lies beside it."""
+    # The place tells files of one name apart; dataclasses look their module up in sys.modules.
+    name = f"vlft_script_{path.stem}_{crc32(bytes(path)):08x}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None  # a .py file has a loader
+    assert spec.loader is not None
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    sys.path.insert(0, str(path.parent))
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    finally:
+        with suppress(ValueError):  # the file itself may have changed the list
+            sys.path.remove(str(path.parent))
+    return module
