@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+from pathlib import Path
 from random import Random
 from typing import Any
 
@@ -14,7 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vlft import discovery
-from vlft.errors import StrategyError
+from vlft.errors import ConfigError, StrategyError
+from vlft.evaluate import score
 from vlft.metrics import Prediction, load_script, lower_is_better, references
 
 TOP = dict.fromkeys(("bleu", "chrf"), 100.0)
@@ -159,3 +161,47 @@ def test_a_missing_library_is_named_with_its_install_line(
     assert "reinstall" not in said
     (line,) = [one for one in discovery.inspect() if one.found.name == name and one.group == discovery.METRICS]
     assert (line.state, line.detail) == ("broken", said)
+
+
+# ------------------------------------------------------------------ files of the user's own
+
+
+def test_a_file_may_hold_dataclasses_and_import_what_lies_beside_it(tmp_path: Path) -> None:
+    before = list(sys.path)
+    (tmp_path / "helper_of_this_test.py").write_text("ONE = 1.0")
+    text = (
+        "from __future__ import annotations\nfrom dataclasses import dataclass\nfrom helper_of_this_test import ONE\n"
+    )
+    text += "@dataclass\nclass Found:\n    value: float\ndef evaluate(made):\n    return {'one': Found(ONE).value}\n"
+    (tmp_path / "mine.py").write_text(text)
+    stem, metric = load_script(str(tmp_path / "mine.py"))
+    assert (stem, metric([])) == ("mine", {"one": 1.0})
+    assert sys.path == before
+
+
+def test_two_files_of_one_name_are_two_metrics(tmp_path: Path) -> None:
+    found = []
+    for value in (1, 2):
+        path = tmp_path / str(value) / "mine.py"
+        path.parent.mkdir()
+        path.write_text(f"def evaluate(made):\n    return {{'x': {value}}}")
+        found.append(load_script(str(path))[1])
+    assert [metric([])["x"] for metric in found] == [1, 2]
+    assert len({metric.__module__ for metric in found}) == 2
+
+
+@pytest.mark.parametrize("text", ["import sys\nsys.exit()", "1 / 0"])
+def test_a_file_that_ends_while_it_is_imported_is_told(tmp_path: Path, text: str) -> None:
+    before, modules = list(sys.path), set(sys.modules)
+    (tmp_path / "ends.py").write_text(text)
+    with pytest.raises(ConfigError, match=r"ends\.py cannot be used: (SystemExit|ZeroDivisionError)"):
+        load_script(str(tmp_path / "ends.py"))
+    assert sys.path == before
+    assert not [name for name in set(sys.modules) - modules if "ends" in name]
+
+
+def test_a_metric_that_exits_is_a_metric_that_failed() -> None:
+    def leaves(made: Any) -> dict[str, float]:
+        sys.exit()
+
+    assert score("toy", [answer("a", "b")], {"leaves": leaves}) == ({}, {"toy/leaves": "SystemExit: "})
