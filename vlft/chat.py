@@ -20,14 +20,15 @@ from torch import Tensor, nn
 from vlft import export
 from vlft.data import images
 from vlft.data.tokens import Chat
-from vlft.errors import ConfigError, ModelError
+from vlft.errors import ConfigError, ModelError, RecordError, VlftError
 from vlft.models.load import Checkpoint, PictureFacts, load_hf, open_checkpoint, processor_settings
 from vlft.rebuild import is_run
 from vlft.tracking import RunFolder
 from vlft.vision.patches import cut_patches, normalisation_table
 
 END = ("", "/exit")
-PICTURE = "/image "
+PICTURE = "/image"
+USAGE = "/image takes the path of one picture: /image PATH."
 HELP = "a question a line; /image PATH adds a picture to the next one; an empty line or /exit ends"
 
 
@@ -41,6 +42,8 @@ def chat(
     temperature: float = 0.0,
 ) -> None:
     """Print the answer to `question`, or answer questions from stdin until it ends.
+
+    In a conversation, what is wrong with a line is printed, and the next line is read.
 
     Args:
         model: run folder, result (adapter or whole), Hugging Face folder or hub name.
@@ -60,10 +63,15 @@ def chat(
     if terminal:
         print(HELP)
     for line in _lines(terminal):
-        if line.startswith(PICTURE):
-            talk.show([Path(line.removeprefix(PICTURE).strip())])
-        else:
-            talk.ask(line, max_new_tokens, temperature)
+        try:
+            if line.split()[0] != PICTURE:
+                talk.ask(line, max_new_tokens, temperature)
+            elif path := line.removeprefix(PICTURE).strip():
+                talk.show([Path(path).expanduser()])
+            else:
+                print(USAGE, file=sys.stderr, flush=True)
+        except VlftError as error:
+            print(error, file=sys.stderr, flush=True)
 
 
 def _lines(terminal: bool) -> Iterator[str]:
@@ -114,6 +122,8 @@ class Talker:
         Raises:
             RecordError: it cannot be used.
         """
+        if not path.is_file():
+            raise RecordError("image_missing", f"{path}: there is no such file; check the path.")
         width, height = images.probe(path)
         low, high = self.limits
         rows, columns = images.smart_resize_batch(height, width, self.facts.factor, low, high)
@@ -152,6 +162,15 @@ def limits(checkpoint: Checkpoint) -> tuple[int, int]:
         ) from None
 
 
+def decoding(temperature: float) -> dict[str, Any]:
+    """Arguments of `generate`, as evaluation has them: what a folder's generation_config.json adds does not count."""
+    if not temperature:
+        plain = dict.fromkeys(("temperature", "top_p", "top_k"))
+        return {"do_sample": False, "num_beams": 1, "repetition_penalty": 1.0, **plain}
+    alone = {"top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0}
+    return {"do_sample": True, "num_beams": 1, "temperature": temperature, **alone}
+
+
 @dataclass
 class Conversation:
     """Turns so far, as messages, as text and as tokens."""
@@ -187,13 +206,11 @@ class Conversation:
         talker, tokenizer = self.talker, self.talker.chat.tokenizer
         streamer = None if silent else TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
         ids = torch.tensor([self._long()], device=talker.model.device)
-        sampling = {"temperature": temperature} if temperature else {"temperature": None, "top_p": None, "top_k": None}
         with torch.no_grad():
             out = talker.model.generate(
                 input_ids=ids, attention_mask=torch.ones_like(ids), streamer=streamer,
                 mm_token_type_ids=(ids == talker.chat.image_token_id).int(), **talker.patches(self.seen),
-                max_new_tokens=max_new_tokens, do_sample=temperature > 0, pad_token_id=talker.chat.pad_token_id,
-                **sampling,
+                max_new_tokens=max_new_tokens, pad_token_id=talker.chat.pad_token_id, **decoding(temperature),
             )  # fmt: skip
         talker.model.model.rope_deltas = None  # of this length; the next question is longer
         written: list[int] = out[0, ids.shape[1] :].tolist()

@@ -6,8 +6,9 @@ To add one: a class of its options, a function that runs it (which imports what 
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -98,11 +99,29 @@ def _take_plain(
     problems += [f"'{word}' is one word too many; {command.name} takes {takes}." for word in left]
 
 
-def no_model(path: Path, place: str) -> list[str]:
-    """The problem with a folder that should hold a model, if there is one."""
-    if path.is_dir():
-        return []
-    return [f"{place} {path}: there is no such folder{sibling(path)}; give output_dir/model of a run."]
+def resolve_model(path: str | Path, place: str) -> tuple[str, list[str]]:
+    """The folder or hub name that MODEL means, and what is wrong with it: a run's folder means its result.
+
+    Args:
+        place: what the sentences begin with: `MODEL`, or a flag.
+    """
+    name = str(path)
+    folder = Path(name).expanduser()
+    run = next((one for one in (folder, folder.parent) if (one / "run.yaml").is_file()), None)
+    if run and folder in (run, run / "model"):
+        found = [] if (run / "model").is_dir() else [_no_result(run, place)]
+        return str(run / "model"), found
+    if folder.is_dir():
+        return str(folder), []
+    if _HUB_NAME.fullmatch(name) and not folder.exists() and name[0] not in "./~":
+        return name, []
+    where = f"{place} {name}: there is no such folder{sibling(folder)}"
+    return name, [f"{where}; give a run folder, a model folder or a hub name."]
+
+
+def _no_result(run: Path, place: str) -> str:
+    checkpoint = f"vlft export {shlex.quote(str(run))} --checkpoint latest --output_dir DIR"
+    return f"{place} {run} has no result yet; resume it (--resume_from_checkpoint latest), or '{checkpoint}'."
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -153,7 +172,7 @@ def _report(options: ReportOptions) -> None:
 
 
 class MergeOptions(Options):
-    model: Path = Field(description="Result of a run: output_dir/model.")
+    model: Path = Field(description="Run folder, or its result: output_dir/model.")
     output_dir: Path = Field(description="Folder for the merged model; must be empty.")
     base: Literal["trained", "original"] = Field(
         "trained",
@@ -161,7 +180,9 @@ class MergeOptions(Options):
     )
 
     def problems(self, failed: set[str]) -> list[str]:
-        found = no_model(self.model, "MODEL") if "model" not in failed else []
+        model, found = resolve_model(self.model, "MODEL") if "model" not in failed else ("", [])
+        if not found and model and not Path(model).is_dir():
+            found = [f"MODEL {model}: there is no such folder{sibling(self.model)}; give a run, or its result."]
         if "output_dir" not in failed and output_dir_problem(self.output_dir, None):
             found.append(f"--output_dir {self.output_dir} is not an empty folder; give a new one.")
         return found
@@ -170,7 +191,7 @@ class MergeOptions(Options):
 def _merge(options: MergeOptions) -> None:
     from vlft import export
 
-    print(export.merge(options.model, options.output_dir, options.base))
+    print(export.merge(Path(resolve_model(options.model, "MODEL")[0]), options.output_dir, options.base))
 
 
 class ExportOptions(Options):
@@ -195,9 +216,10 @@ class ExportOptions(Options):
 
     def problems(self, failed: set[str]) -> list[str]:
         found = [f"--format {self.format}: {_FORMATS.get(self.format, _NO_FORMAT)}"] if self.format != "hf" else []
-        if "model" not in failed:
-            found += no_model_or_hub_name(self.model, "MODEL")
-        if self.checkpoint and "model" not in failed and not (Path(self.model) / "run.yaml").is_file():
+        run = (Path(self.model).expanduser() / "run.yaml").is_file()
+        if "model" not in failed and not (self.checkpoint and run):
+            found += resolve_model(self.model, "MODEL")[1]
+        if self.checkpoint and "model" not in failed and not run:
             found.append(
                 f"--checkpoint {self.checkpoint}: {self.model} is no run folder (no run.yaml); give the run's."
             )
@@ -218,29 +240,22 @@ _FORMATS = {
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
-def no_model_or_hub_name(name: str, place: str) -> list[str]:
-    """The problem with what should be a folder or a hub's name, if there is one."""
-    if Path(name).is_dir() or (_HUB_NAME.fullmatch(name) and not Path(name).exists() and name[0] not in "./~"):
-        return []
-    where = f"{place} {name}: there is no such folder{sibling(Path(name))}"
-    return [f"{where}; give a run folder, a model folder or a hub name."]
-
-
 def _export(options: ExportOptions) -> None:
     from vlft import handover
 
     given = options.model_dump(exclude={"model", "output_dir", "format"})
-    print(handover.export_model(options.model, options.output_dir, **given))
+    model = str(Path(options.model).expanduser()) if options.checkpoint else resolve_model(options.model, "MODEL")[0]
+    print(handover.export_model(model, options.output_dir, **given))
 
 
 class VerifyOptions(Options):
-    model: str = Field(description="Result to check: adapter or whole model, a folder or a hub name.")
+    model: str = Field(description="Result to check: run folder, adapter or whole model, a folder or a hub name.")
     against: Path = Field(description="The run that it came from: its output_dir.")
     samples: int = Field(8, ge=1, description="Held-out samples to compare on (training samples if none is held out).")
     max_new_tokens: int = Field(32, ge=1, description="Tokens of each greedy answer.")
 
     def problems(self, failed: set[str]) -> list[str]:
-        found = no_model_or_hub_name(self.model, "MODEL") if "model" not in failed else []
+        found = resolve_model(self.model, "MODEL")[1] if "model" not in failed else []
         if "against" not in failed and not (self.against / "run.yaml").is_file():
             found.append(f"--against {self.against} is no run folder (no run.yaml); give the run's output_dir.")
         return found
@@ -249,7 +264,7 @@ class VerifyOptions(Options):
 def _verify(options: VerifyOptions) -> None:
     from vlft.verify import verify
 
-    print(verify(options.model, options.against, options.samples, options.max_new_tokens))
+    print(verify(resolve_model(options.model, "MODEL")[0], options.against, options.samples, options.max_new_tokens))
 
 
 class ChatOptions(Options):
@@ -257,16 +272,21 @@ class ChatOptions(Options):
     question: str | None = Field(
         None, description="What to ask; without it, questions are read from the terminal, one a line."
     )
-    image: tuple[Path, ...] = Field((), description="Pictures that are shown with the first question.")
+    image: tuple[Path, ...] = Field((), description="Pictures that are shown with the first question; may be repeated.")
     max_new_tokens: int = Field(512, ge=1, description="Most tokens of an answer.")
     system: str | None = Field(None, description="Text of a system turn.")
-    temperature: float = Field(0.0, ge=0, description="0: the most likely token each time; above: sampled.")
+    temperature: float = Field(
+        0.0,
+        ge=0,
+        description="0: the most likely token each time; above: sampled from all tokens. As in evaluation, the model's "
+        "own top_k, top_p and repetition_penalty do not count.",
+    )
 
     def problems(self, failed: set[str]) -> list[str]:
-        found = no_model_or_hub_name(self.model, "MODEL") if "model" not in failed else []
+        found = resolve_model(self.model, "MODEL")[1] if "model" not in failed else []
         for path in self.image:
             if not path.is_file():
-                swallowed = "; put QUESTION before --image" if " " in str(path) else ""
+                swallowed = "; put QUESTION before --image" if " " in str(path) and self.question is None else ""
                 found.append(f"--image {path}: there is no such file{sibling(path)}{swallowed or '; check the path'}.")
         return found
 
@@ -275,7 +295,21 @@ def _chat(options: ChatOptions) -> None:
     from vlft.chat import chat
 
     given = options.model_dump(exclude={"model", "question", "image"})
-    chat(options.model, options.question, options.image, **given)
+    chat(resolve_model(options.model, "MODEL")[0], options.question, options.image, **given)
+
+
+_PICTURES = frozenset("avif bmp gif heic heif jpeg jpg png tif tiff webp".split())
+
+
+def complete_chat(given: dict[str, Given]) -> dict[str, Given]:
+    """`vlft chat MODEL --image a.png QUESTION`: the last word after --image that is no picture is the question."""
+    image = given.get("image")
+    if "question" in given or image is None or not isinstance(image.value, list) or len(image.value) < 2:
+        return given
+    *pictures, last = map(str, image.value)
+    if Path(last).expanduser().exists() or Path(last).suffix.lower().removeprefix(".") in _PICTURES:
+        return given
+    return {**given, "image": replace(image, value=pictures), "question": Given(last, "QUESTION", flag=True)}
 
 
 def complete_eval(given: dict[str, Given]) -> dict[str, Given]:
@@ -318,7 +352,7 @@ COMMANDS = {
         Command("merge", "adapters into a whole model", MergeOptions, _merge, ("model",)),
         Command("export", "a whole model ready to serve, here or on the hub", ExportOptions, _export, ("model",)),
         Command("verify", "does a result say what its run trained?", VerifyOptions, _verify, ("model",)),
-        Command("chat", "ask a model about pictures", ChatOptions, _chat, ("model", "question")),
+        Command("chat", "ask a model about pictures", ChatOptions, _chat, ("model", "question"), complete_chat),
         Command("plugins", "strategies and metrics, and whether they work", PluginsOptions, _plugins),
     )
 }
