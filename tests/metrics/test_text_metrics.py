@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+import string
+
 import jiwer
 import pytest
 import sacrebleu
@@ -11,6 +14,8 @@ from hypothesis import strategies as st
 
 from vlft.metrics.anls import evaluate as anls
 from vlft.metrics.error_rate import cer, wer
+from vlft.metrics.exact_match import evaluate as exact_match
+from vlft.metrics.exact_match import normalise
 from vlft.metrics.ngrams import bleu, chrf
 from vlft.metrics.rouge_l import evaluate as rouge_l
 from vlft.metrics.rouge_l import words
@@ -164,3 +169,47 @@ def test_words_of_any_script(text: str, found: list[str]) -> None:
 
 def test_rouge_l_of_texts_without_words() -> None:
     assert rouge_l(answers(("?", "?"), ("?", "!")))["rouge_l"] == 0.5
+
+
+# ------------------------------------------------------------------ exact_match
+
+
+def squads_normalize_answer(s: str) -> str:
+    """Transcribed from SQuAD v1.1's evaluate-v1.1.py."""
+
+    def remove_articles(text: str) -> str:
+        return re.sub(r"\b(a|an|the)\b", " ", text)
+
+    def white_space_fix(text: str) -> str:
+        return " ".join(text.split())
+
+    def remove_punc(text: str) -> str:
+        exclude = set(string.punctuation)
+        return "".join(ch for ch in text if ch not in exclude)
+
+    def lower(text: str) -> str:
+        return text.lower()
+
+    return white_space_fix(remove_articles(remove_punc(lower(s))))
+
+
+PIECES = st.sampled_from(
+    ["the", "A", "an", "a", "-", ".", "'", "U.S.", "don't", "the-", "x", "É", "İ", "\n", " ", "。"]
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    text=st.text(max_size=12) | st.lists(PIECES, max_size=8).map("".join) | st.lists(PIECES, max_size=8).map(" ".join)
+)
+def test_exact_match_normalises_as_squads_script(text: str) -> None:
+    assert normalise(text) == squads_normalize_answer(text)
+
+
+@pytest.mark.parametrize(
+    ("made", "wanted", "equal"),
+    [("U.S.", "US", True), ("the-end", "theend", True), ("the-end", "end", False), ("dont", "don't", True),
+     ("A", "the", False), ("A", " A ", True), ("+", "-", False), ("an", "", False), ("", "", True)],
+)  # fmt: skip
+def test_exact_match_of_what_normalising_joins_or_empties(made: str, wanted: str, equal: bool) -> None:
+    assert exact_match(answers((made, wanted)))["exact_match"] == equal

@@ -8,18 +8,26 @@ from collections.abc import Sequence
 
 from vlft.metrics import Prediction
 
-_DROPPED = re.compile(rf"\b(a|an|the)\b|[{re.escape(string.punctuation)}]")
+_ARTICLES = re.compile(r"\b(a|an|the)\b")
+_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 def normalise(text: str) -> str:
-    """As SQuAD's evaluation does (Rajpurkar et al. 2016): lower case, no articles, no punctuation, single spaces."""
-    return " ".join(_DROPPED.sub(" ", text.lower()).split())
+    """As SQuAD v1.1's official script (Rajpurkar et al. 2016), in its order: lower case, no punctuation (nothing takes
+    its place), no articles, single spaces."""
+    return " ".join(_ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split())
+
+
+def same(answer: str, reference: str) -> bool:
+    """Whether they are equal once normalised; where that leaves nothing of either ("A", "-"), as they stand."""
+    made, wanted = normalise(answer), normalise(reference)
+    return made == wanted if made or wanted else answer.strip() == reference.strip()
 
 
 def evaluate(predictions: Sequence[Prediction]) -> dict[str, float]:
     """`exact_match` (normalised) and `strict` (to the letter, outer spaces aside), each in 0..1."""
     if not predictions:
         return {}
-    hits = [normalise(p.prediction) == normalise(p.reference) for p in predictions]
+    hits = [same(p.prediction, p.reference) for p in predictions]
     strict = [p.prediction.strip() == p.reference.strip() for p in predictions]
     return {"exact_match": sum(hits) / len(hits), "strict": sum(strict) / len(strict)}
