@@ -187,7 +187,8 @@ def setup(run: Run, engine: Engine) -> Job:
     job.judge_best()
     if engine.is_main:
         counts = dataset_table(read_json(folder.data)["datasets"])
-        for note in (*run.notes, *data.summary, counts, start_sentence(job), render(table)):
+        chosen = [best_sentence(best)] if best else []
+        for note in (*run.notes, *data.summary, counts, *chosen, start_sentence(job), render(table)):
             job.journal.say(note)
     return job
 
@@ -210,8 +211,16 @@ def try_metrics(engine: Engine, data: Data, metrics: Mapping[str, Mapping[str, M
     Returns:
         The keys that evaluations will give.
     Raises:
-        ConfigError: a script of a data set without held-out samples, or one that fails.
+        ConfigError: a data set of no such name, one without held-out samples, or a script that fails.
     """
+    if strange := sorted(set(metrics) - set(data.names)):
+        raise ConfigError(
+            [
+                f"--eval_dataset_scripts: there is no data set '{name}' here{nearest(name, data.names)}; "
+                f"there is {', '.join(data.names)}."
+                for name in strange
+            ]
+        )
     if unknown := sorted(set(metrics) - set(data.eval_datasets)):
         raise ConfigError(
             f"--eval_dataset_scripts names {', '.join(unknown)}, which has no held-out samples; "
@@ -243,6 +252,12 @@ def choose_best(config: RunConfig, keys: Collection[str]) -> Best | None:
         )
     given = config.greater_is_better
     return Best(key, not lower_is_better(key) if given is None else given)
+
+
+def best_sentence(best: Best) -> str:
+    """A user's own metric may be called anything, so that the direction is said while it can still be changed."""
+    better, other = ("greatest", "false") if best.greater else ("smallest", "true")
+    return f"the best checkpoint is that with the {better} {best.metric}; --greater_is_better {other} turns that round."
 
 
 def prepare_strategy(run: Run, source: Source) -> tuple[Strategy, nn.Module, list[ParamGroup]]:

@@ -111,8 +111,13 @@ def test_an_empty_answer_is_the_worst(name: str) -> None:
 
 @pytest.mark.parametrize(
     ("name", "falls"),
-    [("loss", True), ("cer", True), ("eval/pages/wer/wer", True), ("eval/cer/f1", False), ("bleu", False), ("", False)],
-)
+    [
+        *((f"eval/a/mine/{name}", True) for name in ("loss", "char_error", "word-error-rate", "edit_distance", "MSE")),
+        *((f"eval/a/mine/{name}", False) for name in ("lossless", "error_free", "terror", "distance_kept", "f1")),
+        ("loss", True), ("cer", True), ("perplexity", True), ("val_wer", True), ("eval/pages/wer/wer", True),
+        ("eval/cer/f1", False), ("bleu", False), ("", False),
+    ],
+)  # fmt: skip
 def test_direction(name: str, falls: bool) -> None:
     assert lower_is_better(name) is falls
 

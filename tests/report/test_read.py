@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from vlft.errors import ConfigError
+from vlft.metrics import lower_is_better
 from vlft.report.read import RunFacts, higher_is_better, read
 
 
@@ -105,8 +106,26 @@ def test_before_and_after(
         (tmp_path / "eval" / f"step-{step:06d}" / "toy.jsonl").write_text("")
     if best is not None:
         (tmp_path / "best.json").write_text(json.dumps({"metric": "eval/toy/loss", "step": best, "value": 1.0}))
-    run = _run(tmp_path)
+    run = _run(tmp_path, *({"step": step, "kind": "eval"} for step in steps))
     assert (run.before_step, run.after_step) == expected
+
+
+def test_answers_of_a_left_course_are_not_shown(tmp_path: Path) -> None:
+    """A resume from step 5 cuts metrics.jsonl; the answers of step 6 are of the course that it left."""
+    for step in (0, 4, 6):
+        folder = tmp_path / "eval" / f"step-{step:06d}"
+        folder.mkdir(parents=True)
+        (folder / "toy.jsonl").write_text(json.dumps({"id": "a", "prediction": f"of {step}"}))
+    (tmp_path / "gallery").mkdir()
+    (tmp_path / "gallery/gallery.json").write_text(json.dumps({"samples": [{"dataset": "toy", "id": "a"}]}))
+    run = _run(tmp_path, {"step": 0, "kind": "eval"}, {"step": 4, "kind": "eval"}, _train(5))
+    assert (run.before_step, run.after_step) == (0, 4)
+    assert [(shown.before, shown.after) for shown in run.gallery] == [("of 0", "of 4")]
+
+
+@pytest.mark.parametrize("name", ["loss", "perplexity", "char_error", "error_free", "invalid", "f1", "edit_distance"])
+def test_the_report_and_a_run_agree_on_the_direction(name: str) -> None:
+    assert higher_is_better(f"eval/a/m/{name}") is not lower_is_better(f"eval/a/m/{name}")
 
 
 def test_direction_of_a_metric(tmp_path: Path) -> None:

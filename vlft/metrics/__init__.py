@@ -45,17 +45,18 @@ class Prediction:
 
 Metric = Callable[[Sequence[Prediction]], dict[str, float]]
 
-_FALLING = frozenset({"loss", "cer", "wer"})
+_FALLING = ("loss", "error", "error_rate", "wer", "cer", "perplexity", "distance", "invalid", "mae", "mse", "rmse")
 
 
 def lower_is_better(name: str) -> bool:
-    """Whether a smaller value is the better one.
+    """Whether a smaller value is the better one, by the name alone: it is, or ends in, a word for what should be small.
 
     Args:
-        name: a value's name, with or without its path: "cer", "loss", "eval/pages/wer/wer". Every name that is not
-            known to fall (a user's own metric) counts as one that rises.
+        name: a value's name, with or without its path: "cer", "edit_distance", "eval/pages/wer/wer". Every other name
+            (a user's own metric may have any) counts as one that rises.
     """
-    return name.rpartition("/")[2] in _FALLING
+    last = "_" + name.rpartition("/")[2].lower().replace("-", "_").replace(" ", "_")
+    return last.endswith(tuple(f"_{word}" for word in _FALLING))
 
 
 def references(prediction: Prediction) -> tuple[str, ...]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,11 +18,10 @@ from typing import Any
 import yaml
 
 from vlft.errors import ConfigError
+from vlft.metrics import lower_is_better
 
 _LARGEST_PICTURE = 4 * 2**20
 """Bytes of a thumbnail; a larger file in gallery/ is not one of ours."""
-LOWER_IS_BETTER = ("loss", "error", "wer", "cer", "perplexity", "distance", "invalid")
-"""Words of a metric's name that make small values the good ones."""
 
 
 @dataclass(frozen=True)
@@ -146,7 +145,7 @@ def read(root: Path) -> RunFacts:
     evals = _by_step([line for line in lines if line.get("kind") == "eval"])
     found = _curves(evals, lambda line: ((k, v) for k, v in line.items() if k.startswith("eval/")))
     best = _best(root, found)
-    steps = _evaluated_steps(root)
+    steps = _evaluated_steps(root, {int(line["step"]) for line in evals})
     before, after = _before_and_after(steps, best)
     boxes, gallery = _gallery(root, before, after)
     card, state = _json(root / "run_card.json"), _newest_state(root)
@@ -251,9 +250,8 @@ def _curves(
 
 
 def higher_is_better(metric: str) -> bool:
-    """By the name alone, which is all that a metric tells."""
-    words = metric.rsplit("/", 1)[-1].lower().replace("-", "_").split("_")
-    return not any(word in LOWER_IS_BETTER for word in words)
+    """By the name alone, which is all that a metric tells; as a run decides with --metric_for_best."""
+    return not lower_is_better(metric)
 
 
 def _best(root: Path, evals: Mapping[str, Curve]) -> Best | None:
@@ -333,13 +331,14 @@ def _proved(value: Any) -> dict[str, tuple[int, int, int]]:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _evaluated_steps(root: Path) -> list[int]:
-    """Steps with answers on disk, ascending."""
+def _evaluated_steps(root: Path, evaluated: Collection[int]) -> list[int]:
+    """Steps with answers on disk, ascending; answers without a line are of a course that a resume has left."""
     found = []
     for folder in (root / "eval").glob("step-*"):
         with suppress(ValueError):
-            if any(folder.glob("*.jsonl")):
-                found.append(int(folder.name.removeprefix("step-")))
+            step = int(folder.name.removeprefix("step-"))
+            if step in evaluated and any(folder.glob("*.jsonl")):
+                found.append(step)
     return sorted(found)
 
 
