@@ -89,9 +89,11 @@ class Rebuilt:
         export.save_result(self.strategy, self.model, self.source, whole, folder, facts=facts, **self.limits)
 
 
-def rebuild(root: Path, wanted: str = "latest") -> Rebuilt:
+def rebuild(root: Path, wanted: str = "latest", *, untrained: bool = False) -> Rebuilt:
     """The model of the run in `root` after one of its checkpoints.
 
+    Args:
+        untrained: as the strategy prepared it, without the checkpoint's weights.
     Raises:
         CheckpointError: no such checkpoint, or one that is damaged or of another strategy.
         ConfigError: run.yaml cannot be read, or its options do not fit this machine.
@@ -106,6 +108,7 @@ def rebuild(root: Path, wanted: str = "latest") -> Rebuilt:
     source = source_of(base_checkpoint(run, engine, folder), engine.precision, engine.device)
     strategy, model, _ = prepare_strategy(run, source)
     cast(model, source.compute_dtype)
-    engine.restore_weights(model, checkpoints.load_weights(path, model))
+    if not untrained:
+        engine.restore_weights(model, checkpoints.load_weights(path, model))
     model.eval()
     return Rebuilt(run, engine, folder, source, strategy, model, state)

@@ -1,8 +1,10 @@
 """`vlft verify`: does what will be served say what was trained? Logits and greedy answers on the run's own samples.
 
-Three models, one in memory at a time:
+Models, one in memory at a time:
 
     trained    run.yaml's strategy and base with a checkpoint's weights, through training's packed forward
+    rounded    the same, its adapters merged, in the 16 bits that the result is stored in
+    base       what training began with: how far it is from `trained` is what the comparison must be able to see
     merged     the result as a whole model (an adapter is merged in memory), through the same forward
     reloaded   the result as its user loads it, through transformers' (and PEFT's) own forward and positions
 
@@ -28,13 +30,14 @@ from vlft.data.collate import Row
 from vlft.data.loader import eval_steps
 from vlft.data.prepare import Data, prepare_data
 from vlft.data.show import last_answer
-from vlft.errors import ConfigError, DataError, MismatchError
+from vlft.errors import CheckpointError, ConfigError, DataError, MismatchError
 from vlft.evaluate import pictures_of
 from vlft.models.attention import plain_attention
 from vlft.models.forward import IGNORE, PackedVLM, base_model
-from vlft.models.load import META, open_checkpoint, read_json
+from vlft.models.load import META, load_config, open_checkpoint, read_json, resolve_folder, weights_dtype
 from vlft.rebuild import Rebuilt, is_run, rebuild
 from vlft.setup import data_options
+from vlft.strategy import Exporter
 from vlft.terminal import table
 from vlft.tracking import RunFolder
 
@@ -60,6 +63,10 @@ ROUNDED = Tolerance(0.25, 0.025, answers=False)
 0.11 and 0.02 (random models of 3 and of 28 layers, bf16 against fp32, adapters merged in bf16). It lets tokens that lie
 closer than that change places, from where on greedy answers go apart, so they are shown and not judged. A difference
 below these limits cannot be told from rounding."""
+STORED = Tolerance(0.05, 0.005, answers=False)
+"""The same forward in the same 16 bits on both sides: the weights differ by how merging rounds, mostly not at all."""
+CLEARLY = 0.25
+"""The result must be nearer to what was trained than this part of the base's distance."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +80,8 @@ class Said:
     """Greedy tokens after each sample's last question."""
     exact: bool
     """Everything was stored and computed in fp32 (or more)."""
+    way: str = ""
+    """How it was computed, where another model that was computed so may be compared closely."""
 
 
 @dataclass(frozen=True)
@@ -105,35 +114,62 @@ def verify(model: str, run: Path, samples: int = 8, max_new_tokens: int = 32) ->
         CheckpointError: the run has no checkpoint left to compare with.
         ModelError: the model cannot be loaded.
     """
-    gaps, step = compare(model, run, samples, max_new_tokens)
+    gaps, step, moved = compare(model, run, samples, max_new_tokens)
     head = ("pair", "largest", "mean", "same top token", "same answers", "")
     rows = [
         (g.pair, f"{g.largest:.1e}", f"{g.mean:.1e}", f"{g.same_top:.1%}", f"{g.same_answers} of {g.samples}",
          "equal" if g.holds else "DIFFER")
         for g in gaps
     ]  # fmt: skip
-    t = gaps[0].tolerance
-    limits = f"largest {t.largest:g}, mean {t.mean:g}" + (", all answers" if t.answers else "")
+    limits = " or ".join(
+        f"largest {t.largest:g}, mean {t.mean:g}" + (", all answers" if t.answers else "")
+        for t in dict.fromkeys(g.tolerance for g in gaps)
+    )
+    rows.append((moved.pair, f"{moved.largest:.1e}", f"{moved.mean:.1e}", f"{moved.same_top:.1%}",
+                 f"{moved.same_answers} of {moved.samples}", "trained"))  # fmt: skip
     shown = f"{table(head, rows)}\ndifferences of logits, in their standard deviations; equal means: {limits}."
+    indented = shown.replace("\n", "\n ")
     if bad := [g.pair for g in gaps if not g.holds]:
         raise MismatchError(
             f"{model} does not say what step {step} of {run} says ({', '.join(bad)}); export or merge it again, and "
-            f"look for a base or a checkpoint that has changed since.\n {shown.replace(chr(10), chr(10) + ' ')}"
+            f"look for a base or a checkpoint that has changed since.\n {indented}"
+        )
+    if not told(gaps, moved):
+        raise MismatchError(
+            f"whether {model} says what step {step} of {run} says cannot be told: it is about as far from what was "
+            f"trained as the untrained base is, and both are within rounding; train further, or export with --dtype "
+            f"float32 and verify that.\n {indented}"
         )
     return f"{shown}\n{model} says what step {step} of {run} says."
 
 
-def compare(model: str, run: Path, samples: int = 8, max_new_tokens: int = 32) -> tuple[list[Gap], int]:
-    """The gaps between the trained model, the result merged, and the result reloaded; and the step of the first."""
+def told(gaps: list[Gap], moved: Gap) -> bool:
+    """Whether the result is clearly nearer to what was trained than the base is."""
+    name = moved.pair.split(" - ")[0]
+    return next(g for g in gaps if g.pair in (f"{name} - merged", f"{name} - whole")).mean <= CLEARLY * moved.mean
+
+
+def compare(model: str, run: Path, samples: int = 8, max_new_tokens: int = 32) -> tuple[list[Gap], int, Gap]:
+    """The gaps between the trained model, the result merged, and the result reloaded; the step of the first; and how
+    far it is from the base."""
     if not is_run(run):
         raise ConfigError(f"--against {run} is no run folder (no run.yaml); give the run's output_dir.")
     folder = open_checkpoint(model).folder
-    trained = rebuild(run, _checkpoint_for(folder, RunFolder(run)))
+    checkpoint = _checkpoint_for(folder, RunFolder(run))
+    trained = rebuild(run, checkpoint)
     rows, data = _rows(trained, samples)
     ask = _Asker(trained, rows, data, max_new_tokens)
+    dtype = stored_dtype(folder)
     said = [ask("trained", trained.model, packed=True, autocast=True)]
     step = int(trained.state["step"])
-    del trained
+    if (closer := _rounded(trained, dtype)) is not None:
+        said.append(ask("rounded", closer, packed=True))
+    rounds = closer is not None
+    del trained, closer
+    untrained = rebuild(run, checkpoint, untrained=True)
+    before = (_rounded(untrained, dtype) if rounds else None) or untrained.model
+    moved = gap(said[-1], ask("base", before, packed=True, autocast=not rounds))
+    del untrained, before
     device = str(ask.device)
     if open_checkpoint(model).is_adapter:
         said.append(ask("merged", export.merged(folder, "trained", device), packed=True))
@@ -143,14 +179,56 @@ def compare(model: str, run: Path, samples: int = 8, max_new_tokens: int = 32) -
         whole = export.reloaded(folder, device)
         assert whole is not None
         said += [ask("whole", whole, packed=True), ask("reloaded", whole, packed=False)]
-    return [gap(a, b) for a, b in combinations(said, 2)], step
+    return [gap(a, b) for a, b in combinations(said, 2)], step, moved
 
 
 def _checkpoint_for(result: Path, run: RunFolder) -> str:
-    """The step whose weights the result says it has, where the run still has its checkpoint; else the newest."""
+    """The step whose weights the result says it has; the newest where it does not say.
+
+    Raises:
+        CheckpointError: the run no longer has that checkpoint.
+    """
     facts = read_json(result / META).get("run") if (result / META).exists() else None
-    step = checkpoints.step_folder(run.checkpoints, int((facts or {}).get("step") or 0))
-    return step.name if step in checkpoints.complete(run.checkpoints) else "latest"
+    step = facts.get("step") if isinstance(facts, dict) else None
+    if not isinstance(step, int) or step <= 0:
+        return "latest"
+    wanted, there = checkpoints.step_folder(run.checkpoints, step), checkpoints.complete(run.checkpoints)
+    if wanted not in there:
+        found = f"it has {', '.join(path.name for path in there)}" if there else "it has none"
+        raise CheckpointError(
+            f"{result} is of step {step}, and {run.checkpoints} no longer has {wanted.name} ({found}); verify what "
+            f"'vlft export {run.root} --checkpoint NAME' writes of one that is there, or keep more (save_total_limit)."
+        )
+    return wanted.name
+
+
+def stored_dtype(result: Path) -> torch.dtype:
+    """Of a result's weights as a whole model."""
+    found = open_checkpoint(str(result))
+    folder = found.folder
+    if found.adapter is not None:
+        folder = resolve_folder(str(found.adapter["base_model_name_or_path"]))
+    return weights_dtype(load_config(replace(found, folder=folder)))
+
+
+def _rounded(trained: Rebuilt, dtype: torch.dtype) -> nn.Module | None:
+    """The model with its adapters merged, in the 16 bits of the result; it takes the place of `trained.model`.
+
+    None where this would not give the result's own weights: nothing is rounded, the base is in 4 bits or in another
+    dtype, or the strategy has a format of its own.
+    """
+    model: Any = trained.model
+    held = {p.dtype for p in model.parameters()}
+    packed = any(hasattr(p, "quant_state") for p in model.parameters())
+    if dtype.itemsize != 2 or packed or not held <= {dtype, torch.float32, torch.float64}:
+        return None
+    if isinstance(trained.strategy, Exporter):
+        return None
+    whole = model.merge_and_unload(safe_merge=True) if hasattr(model, "peft_config") else model
+    assert isinstance(whole, nn.Module)
+    for p in whole.parameters():
+        p.data = p.data.to(dtype)
+    return whole
 
 
 def gap(a: Said, b: Said) -> Gap:
@@ -161,7 +239,7 @@ def gap(a: Said, b: Said) -> Gap:
         f"{a.name} - {b.name}", float(differences.max()), float(differences.mean()),
         float((one.argmax(-1) == other.argmax(-1)).float().mean()),
         sum(x == y for x, y in zip(a.answers, b.answers, strict=True)), len(a.answers),
-        EXACT if a.exact and b.exact else ROUNDED,
+        EXACT if a.exact and b.exact else STORED if a.way and a.way == b.way else ROUNDED,
     )  # fmt: skip
 
 
@@ -210,7 +288,8 @@ class _Asker:
                     found = self._packed(wrapped, row) if wrapped else self._plain(model, row)
                     logits.append(found[:MOST_TOKENS].float().cpu())
                     answers.append(self._answer(hf, row))
-        return Said(name, logits, answers, exact)
+        dtypes = {str(p.dtype) for p in hf.parameters()}
+        return Said(name, logits, answers, exact, dtypes.pop() if packed and not autocast and len(dtypes) == 1 else "")
 
     def _packed(self, wrapped: PackedVLM, row: Row) -> Tensor:
         """(S, V): what the head gives in training's own forward."""

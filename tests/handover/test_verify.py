@@ -16,7 +16,7 @@ from vlft.cli import main
 from vlft.errors import MismatchError
 from vlft.handover import export_model
 from vlft.testing import FAMILIES
-from vlft.verify import compare, verify
+from vlft.verify import STORED, compare, verify
 
 STRATEGIES = {
     "full": {},
@@ -43,13 +43,13 @@ def test_merged_is_trained_is_reloaded(
     export_model(str(out), tmp_path / "whole")
     adapters = "lora" in strategy
     for model in (out / "model", tmp_path / "whole") if adapters else (out / "model",):
-        gaps, step = compare(str(model), out, samples=4, max_new_tokens=8)
+        gaps, step, _ = compare(str(model), out, samples=4, max_new_tokens=8)
         assert step == 2
         assert len(gaps) == 3
         assert all(g.tolerance.answers and g.holds for g in gaps), gaps
         assert all(g.same_answers == g.samples == 4 for g in gaps)
     # The comparison would see two steps of training: the base model itself does not pass.
-    gaps, _ = compare(str(base), out, samples=4, max_new_tokens=8)
+    gaps, *_ = compare(str(base), out, samples=4, max_new_tokens=8)
     assert not gaps[0].holds
     assert gaps[0].largest > 5e-3
 
@@ -97,10 +97,14 @@ def test_one_altered_weight_is_seen(part: str, run: Path, tmp_path: Path, capsys
 def test_one_altered_weight_of_a_whole_model_in_16_bits(run: Path, tmp_path: Path) -> None:
     """bf16 rounds, and passes; a weight that is a tenth larger does not."""
     export_model(str(run), tmp_path / "whole", dtype="bfloat16")
-    gaps, _ = compare(str(tmp_path / "whole"), run, samples=5, max_new_tokens=4)
+    gaps, *_ = compare(str(tmp_path / "whole"), run, samples=5, max_new_tokens=4)
     assert all(g.holds for g in gaps), gaps
     assert not gaps[0].tolerance.answers
     assert gaps[0].mean > 1e-3, "16 bits do round"
+    (close,) = [g for g in gaps if g.pair == "rounded - whole"]
+    assert close.tolerance == STORED
+    assert close.largest < 1e-6, "the same weights through the same forward"
+    assert "says what step 3" in verify(str(tmp_path / "whole"), run, samples=3, max_new_tokens=4)
     _spoil(tmp_path / "whole", "model.layers.0.self_attn.v_proj")
     _spoil(tmp_path / "whole", "visual.merger.mlp.0")
     tensors = load_file(tmp_path / "whole" / "model.safetensors")
@@ -110,15 +114,44 @@ def test_one_altered_weight_of_a_whole_model_in_16_bits(run: Path, tmp_path: Pat
         verify(str(tmp_path / "whole"), run, samples=3, max_new_tokens=4)
 
 
+@pytest.mark.parametrize("rate", ["1e-4", "1e-7"])
+def test_an_untrained_base_in_16_bits_does_not_pass(
+    rate: str, run: Path, registry: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """However little was trained: a difference, or the answer that it cannot be told."""
+    base, out = run.parent / "base", tmp_path / "short"
+    train(command(base, registry, out, "lora", max_steps=4, learning_rate_llm=rate, lora_rank=4))
+    export_model(str(base), tmp_path / "plain", dtype="bfloat16")
+    export_model(str(base), tmp_path / "exact")
+    for model in ("plain", "exact"):
+        words = ["verify", str(tmp_path / model), "--against", str(out), "--samples", "3", "--max_new_tokens", "4"]
+        assert main(words) == 10
+        said = capsys.readouterr().err
+        assert ("cannot be told" in said) or ("does not say what step 4" in said)
+    assert rate == "1e-4" or "cannot be told: it is about as far from what was trained" in said
+
+
+def test_a_step_whose_checkpoint_is_gone(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("step-000002"))
+    export_model(str(run), tmp_path / "early", checkpoint="step-000002")
+    words = ["verify", str(tmp_path / "early"), "--against", str(tmp_path / "run"), "--samples", "2"]
+    assert main(words) == 6
+    assert "is of step 2, and" in (said := capsys.readouterr().err)
+    assert "no longer has step-000002 (it has step-000003)" in said
+    (tmp_path / "early" / "vlft.json").unlink()  # says nothing of a step
+    assert main(words) == 10
+    assert "does not say what step 3" in capsys.readouterr().err
+
+
 def test_it_compares_with_the_step_that_the_result_has(run: Path, tmp_path: Path) -> None:
     export_model(str(run), tmp_path / "early", checkpoint="step-000002")
-    gaps, step = compare(str(tmp_path / "early"), run, samples=3, max_new_tokens=4)
+    gaps, step, _ = compare(str(tmp_path / "early"), run, samples=3, max_new_tokens=4)
     assert step == 2
     assert all(g.holds for g in gaps)
     # A result of another step, which says it is of this one, does not pass.
     export.merge(run / "model", tmp_path / "late")
     shutil.copyfile(tmp_path / "early" / "vlft.json", tmp_path / "late" / "vlft.json")
-    gaps, step = compare(str(tmp_path / "late"), run, samples=3, max_new_tokens=4)
+    gaps, step, _ = compare(str(tmp_path / "late"), run, samples=3, max_new_tokens=4)
     assert step == 2
     assert not gaps[0].holds
 
@@ -130,7 +163,7 @@ def test_not_a_number_does_not_pass(run: Path, tmp_path: Path) -> None:
     name = next(name for name in tensors if "merger" in name)
     tensors[name] = tensors[name] * float("nan")
     save_file(tensors, model / "adapter_model.safetensors", {"format": "pt"})
-    gaps, _ = compare(str(model), run, samples=3, max_new_tokens=4)
+    gaps, *_ = compare(str(model), run, samples=3, max_new_tokens=4)
     assert not any(g.holds for g in gaps)
 
 
@@ -141,4 +174,4 @@ def test_refused(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert "--against is missing" in capsys.readouterr().err
     shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("step-*"))
     assert main(["verify", str(run / "model"), "--against", str(tmp_path / "run")]) == 6
-    assert "has no complete checkpoint 'latest' (it has none)" in capsys.readouterr().err
+    assert "no longer has step-000003 (it has none)" in capsys.readouterr().err
