@@ -312,6 +312,11 @@ def complete_chat(given: dict[str, Given]) -> dict[str, Given]:
     return {**given, "image": replace(image, value=pictures), "question": Given(last, "QUESTION", flag=True)}
 
 
+class EvalCommandOptions(EvalOptions):
+    def problems(self, failed: set[str]) -> list[str]:
+        return (resolve_model(self.model, "MODEL")[1] if "model" not in failed else []) + super().problems(failed)
+
+
 def complete_eval(given: dict[str, Given]) -> dict[str, Given]:
     """Of a run's model: its folder, the options of run.yaml that are not given, a place for the answers."""
     if "model" not in given:
@@ -321,7 +326,8 @@ def complete_eval(given: dict[str, Given]) -> dict[str, Given]:
     config = Path(str(given["config"].value)).expanduser() if "config" in given else run and run / "run.yaml"
     found: dict[str, Given] = {}
     if run:
-        found["output_dir"] = Given(run / "eval" / "model", "output_dir", flag=False)
+        place = "model" if run == model else model.absolute().name
+        found["output_dir"] = Given(run / "eval" / place, "output_dir", flag=False)
     if config:
         known = options_of(EvalOptions).keys() - {"output_dir", "model", "config"}
         values = {name: value for name, value in read_yaml(config).items() if name in known and value is not None}
@@ -341,7 +347,9 @@ def _eval(options: EvalOptions) -> None:
 COMMANDS = {
     command.name: command
     for command in (
-        Command("eval", "loss and metrics of a model on held-out data", EvalOptions, _eval, ("model",), complete_eval),
+        Command(
+            "eval", "loss and metrics of a model on held-out data", EvalCommandOptions, _eval, ("model",), complete_eval
+        ),
         Command(
             "report",
             "a run's curves, answers and data on one page; or runs side by side",

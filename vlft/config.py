@@ -6,6 +6,7 @@ import time: a wrong flag must answer in under a second.
 
 from __future__ import annotations
 
+import json
 import os
 import types
 import typing
@@ -173,7 +174,9 @@ class EvalOptions(SharedOptions):
 
     model: str = _model(..., "What to evaluate: a run, its model/, any Hugging Face folder or hub name.")
     output_dir: Path | None = _model(
-        None, "Folder for predictions and metrics.json; must be empty.", shown="eval/model/ of the run"
+        None,
+        "Folder for predictions and metrics.json; must be empty, or hold an earlier evaluation.",
+        shown="eval/model/ of the run",
     )
     config: Path | None = _model(None, "run.yaml to take the options from.", shown="that of the run, for a run's model")
     split: Literal["held_out", "all"] = _data(
@@ -188,9 +191,21 @@ class EvalOptions(SharedOptions):
         found = []
         if "output_dir" not in failed and self.output_dir is None:
             found.append("--output_dir is missing; give a folder for the answers (only a run has a place for them).")
+        elif "output_dir" not in failed and self.output_dir is not None:
+            found += self._folder_problem(self.output_dir)
         if "dataset_config_path" not in failed and not self.dataset_config_path.is_file():
             found.append(f"--dataset_config_path {self.dataset_config_path}: there is no such file; give the registry.")
         return found
+
+    @staticmethod
+    def _folder_problem(folder: Path) -> list[str]:
+        if not folder.is_dir():
+            return [problem] if (problem := output_dir_problem(folder, None)) else []
+        here = {entry.name for entry in folder.iterdir() if not entry.name.startswith(".")}
+        if strange := sorted(here - evaluation_files(folder)):
+            return [f"--output_dir {folder} is not empty: it holds {strange[0]}; give a new folder."]
+        unwritable = no_folder(folder, writable=True)
+        return [f"--output_dir {folder}: {unwritable}; choose another."] if unwritable else []
 
     @field_validator("model")
     @classmethod
@@ -664,6 +679,17 @@ def output_dir_problem(folder: Path, resume: str | None) -> str:
     return (
         f"--output_dir {folder} is not empty; give --resume_from_checkpoint latest to go on with it, or a new folder."
     )
+
+
+def evaluation_files(folder: Path) -> set[str]:
+    """Names of the files in `folder` that an earlier `vlft eval` wrote, as its metrics.json says."""
+    try:
+        facts = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+        answers = {f"{dataset}.jsonl" for dataset in facts["options"]["eval_dataset_scripts"]}
+        here = {entry.name for entry in folder.iterdir() if entry.is_file()}
+    except (OSError, ValueError, KeyError, TypeError):
+        return set()
+    return here & {"metrics.json", "ledger.json", *answers}
 
 
 def _is_run_folder(folder: Path) -> bool:

@@ -3,11 +3,14 @@
 output_dir/
     metrics.json          the model, the options, the values by the keys of metrics.jsonl
     DATASET.jsonl         the answers, for the data sets of --eval_dataset_scripts
-    ledger.jsonl          held-out samples that could not be used
+    ledger.json           samples that could not be used; no .jsonl, which a data set called ledger has
+
+Files of an earlier evaluation are replaced; a folder that holds anything else is refused.
 """
 
 from __future__ import annotations
 
+import os
 import shutil
 import time
 from collections.abc import Iterator, Sequence
@@ -17,19 +20,19 @@ from typing import Any
 import torch
 
 from vlft.batch import ToInputs
-from vlft.config import EvalOptions
+from vlft.config import SCHEMA, EvalOptions, evaluation_files
 from vlft.data.collate import Row
 from vlft.data.ledger import LedgerEntry
 from vlft.data.prepare import Data, DataOptions, prepare_data
 from vlft.engine import Engine, start_engine
-from vlft.errors import ConfigError, DeviceMemoryError
+from vlft.errors import ConfigError, DeviceMemoryError, StrategyError
 from vlft.evaluate import Answers, Evaluation, evaluate
 from vlft.export import merged
 from vlft.models.forward import PackedVLM
 from vlft.models.load import Checkpoint, compute_dtype, load_hf, open_checkpoint, picture_facts
 from vlft.setup import load_metrics, try_metrics
 from vlft.terminal import figure, table
-from vlft.tracking import append, run_card, write_json, write_predictions
+from vlft.tracking import run_card, write_json, write_predictions
 
 
 @dataclass
@@ -55,6 +58,7 @@ def main(options: EvalOptions) -> None:
 
     Raises:
         VlftError: as training does; nothing is written then.
+        StrategyError: a script could not score; everything else is written.
     """
     began = time.monotonic()
     engine = start_engine(options.mixed_precision)
@@ -74,7 +78,13 @@ def main(options: EvalOptions) -> None:
         ) from error
     if engine.is_main:
         hand_over(options, judged, found, time.monotonic() - began)
+    engine.wait()  # a process that ends with an error takes the others along
     engine.close()
+    if found.failed:
+        failures = "; ".join(f"{name} could not score: {error}" for name, error in found.failed.items())
+        raise StrategyError(
+            f"{failures}; all else is in {options.output_dir}: correct the script, then evaluate again."
+        )
 
 
 def load(options: EvalOptions, engine: Engine) -> Judged:
@@ -108,25 +118,27 @@ def hand_over(options: EvalOptions, judged: Judged, found: Evaluation, seconds: 
     """Write the files, beside what they replace until they are whole, and print the values."""
     folder = options.output_dir
     assert folder is not None  # `vlft.commands` fills it in, or refuses
-    beside = folder.with_name(f".writing-{folder.name}")
+    beside = folder / ".writing"
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir(parents=True)
     for dataset, made in found.made.items():
         write_predictions(beside / f"{dataset}.jsonl", made)
-    append(beside / "ledger.jsonl", (entry.json() for entry in judged.ledger))
+    write_json(beside / "ledger.json", {"schema": SCHEMA, "samples": [entry.json() for entry in judged.ledger]})
     facts = run_card(options=options.model_dump(mode="json"), values=found.values, failed=found.failed,
                      world_size=judged.engine.world_size, seconds=seconds)  # fmt: skip
     write_json(beside / "metrics.json", facts)
-    shutil.rmtree(folder, ignore_errors=True)
-    beside.rename(folder)
+    new = {path.name for path in beside.iterdir()}
+    for name in evaluation_files(folder) - new:
+        (folder / name).unlink(missing_ok=True)
+    for name in sorted(new, key=lambda one: one == "metrics.json"):  # it says what is there: last
+        os.replace(beside / name, folder / name)
+    beside.rmdir()
     print(
         table(
             ("metric", "value"),
             [(key.removeprefix("eval/"), figure(v)) for key, v in found.values.items()],
         )
     )
-    for name, error in found.failed.items():
-        print(f"WARNING: the script {name} failed: {error}")
     if judged.ledger:
-        print(f"{len(judged.ledger)} samples could not be used: {folder / 'ledger.jsonl'}")
+        print(f"{len(judged.ledger)} samples could not be used: {folder / 'ledger.json'}")
     print(f"answers and values: {folder}")
