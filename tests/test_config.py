@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from pathlib import Path
 from typing import Any
@@ -63,7 +64,7 @@ def test_defaults_of_the_issue() -> None:
         "eval_steps": 200,
         "max_bad_fraction": 0.01,
         "seed": 42,
-        "num_workers": 4,
+        "num_workers": min(4, os.cpu_count() or 1),
         "mixed_precision": None,
         "augmentation": None,
         "eval_dataset_scripts": {},

@@ -13,8 +13,10 @@ from typing import Any
 
 import pytest
 import yaml
+from report_runs import write_run
 from runs import command, environment, start, write_data
 
+from demo.draw import write_demo
 from vlft.commands import COMMANDS, parse_command, plugins_table
 from vlft.manual import help_text
 from vlft.parse import parse
@@ -26,7 +28,8 @@ RUN_FOLDER = (ROOT / "docs" / "run-folder.md").read_text(encoding="utf-8")
 
 
 def _blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```$", README, flags=re.DOTALL | re.MULTILINE)
+    blocks = re.findall(r"^```(\w*)\n(.*?)^```$", README, flags=re.DOTALL | re.MULTILINE)
+    return [text for written, text in blocks if written == language]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -71,6 +74,11 @@ def test_command_line_parses(words: list[str], tmp_path: Path, monkeypatch: pyte
         options = parse_command(COMMANDS[words[0]], words[1:])
         assert options.model == words[1]
         assert {w.removeprefix("--") for w in words if w.startswith("--")} <= options.model_fields_set
+    elif words[0] == "eval":
+        (tmp_path / "configs").mkdir()
+        (tmp_path / "configs" / "dataset_config.json").touch()
+        options = parse_command(COMMANDS["eval"], words[1:])
+        assert (options.model, options.output_dir) == ("output/qlora/model", Path("output/qlora/eval/model"))
     elif words == ["plugins"]:
         assert "exact_match" in plugins_table()
     elif "--help" in words:
@@ -80,6 +88,23 @@ def test_command_line_parses(words: list[str], tmp_path: Path, monkeypatch: pyte
         flags = {word.removeprefix("--").removeprefix("no-") for word in words if word.startswith("--")} - {"config"}
         known = run.config.model_fields_set | run.options.model_fields_set
         assert flags <= known, "every flag of the line reached an option"
+
+
+def test_the_newcomer_s_path(tmp_path: Path) -> None:
+    """The bash blocks of README, run as they stand, but for the activation: from twenty pictures to an answer."""
+    text = "set -e\n" + "".join(_blocks("bash"))
+    text = text.replace(". .venv/bin/activate", f'export PATH="{Path(sys.executable).parent}:$PATH"')
+    write_demo(tmp_path / "runs/demo/data", 8, 20)
+    (tmp_path / "demo").symlink_to(ROOT / "demo")
+    write_run(tmp_path / "runs/demo/run")
+    env = environment(VLFT_CACHE=str(tmp_path / "cache"))
+    done = subprocess.run(["bash", "-c", text], cwd=tmp_path, capture_output=True, text=True, check=False, env=env)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "runs/mine/merged says what step" in done.stdout
+    assert len(done.stdout.rsplit("answers and values: ", 1)[1].splitlines()) >= 2, "the chat's answer comes last"
+    assert "<svg" in (tmp_path / "runs/mine/report.html").read_text()
+    assert (tmp_path / "runs/comparison.html").exists()
+    assert not re.search(r"Warning|WARNING|Traceback", done.stderr), "a newcomer reads every line"
 
 
 def test_launcher_s_files_are_there() -> None:

@@ -137,7 +137,10 @@ class SharedOptions(CommandOptions):
         None, "Dtype of the products.", resume="no", shown="bf16 where the device has it, else no"
     )
     num_workers: int = _machine(
-        4, "Processes that decode pictures, per training process (0: in the process itself).", ge=0
+        lambda: min(4, os.cpu_count() or 1),
+        "Processes that decode pictures, per training process (0: in the process itself).",
+        shown="4, or as many as there are processors",
+        ge=0,
     )
     cache_dir: Path = _machine(default_cache_dir, "Folder of the data index.", shown="$VLFT_CACHE, or ~/.cache/vlft")
 
