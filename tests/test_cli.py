@@ -609,7 +609,7 @@ def test_merge(work: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
     assert "not an empty folder" in err
     assert main(["merge"]) == 2
     assert capsys.readouterr().err.splitlines()[1:] == [
-        "  * MODEL is missing; give a path (Result of a run: output_dir/model).",
+        "  * MODEL is missing; give a path (Run folder, or its result: output_dir/model).",
         "  * --output_dir is missing; give a path (Folder for the merged model; must be empty).",
     ]
     assert main(["merge", "--help"]) == 0
