@@ -44,13 +44,35 @@ def facts(root: Path, step: int | None = None) -> dict[str, Any]:
     base = str(options.get("model_name_or_path") or "")
     return {
         "base_model": hub_name(base), "base": Path(base).name, "base_license": base_license(base),
-        "command": ran.get("command", []),
+        "command": shown_command(ran.get("command") or [], ran.get("world_size") or 1),
         "versions": ran.get("versions", {}), "device": ran.get("device"), "precision": ran.get("mixed_precision"),
         "step": done, "global_batch": ran.get("global_batch"), "seed": options.get("seed"),
         "epoch": next((line.get("epoch") for line in lines if line["step"] == done and line["kind"] == "train"), None),
         "rates": {k.removeprefix("learning_rate_"): v for k, v in options.items() if _is_rate(k, v)},
         "datasets": _datasets(root, options), "metrics": _metrics(lines, done), "best": _best(root / "best.json"),
     }  # fmt: skip
+
+
+def shown_command(argv: list[Any], world_size: int) -> list[str]:
+    """A run's command as others can give it: by its name, and without where things lie on this machine.
+
+    Args:
+        argv: `sys.argv` of one of its processes, or what this made of it.
+    """
+    if not argv:
+        return []
+    first, *rest = (str(word) for word in argv if not re.match("--local[_-]rank=", str(word)))
+    if first == "accelerate":
+        head = [first]
+    elif world_size > 1:
+        head = ["accelerate", "launch", "--num_processes", str(world_size), "-m", "vlft"]
+    else:
+        head = ["vlft"]
+    shown = []
+    for word in rest:
+        flag, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
+        shown.append(flag + equals + (Path(value).name or value if value.startswith("/") else value))
+    return [*head, *shown]
 
 
 def _is_rate(key: str, value: Any) -> bool:
@@ -188,7 +210,7 @@ def card(folder: Path, name: str) -> Any:
         adapter=adapter is not None, modules=", ".join(f"`{m}`" for m in (adapter or {}).get("modules_to_save") or ()),
         quantization=meta.get("quantization"), python=_python(name, base, adapter), pixels=_pixels(folder), run=run,
         rows=list(_rows(meta, run)) if run else [], datasets=_dataset_rows(run),
-        command=shlex.join(map(str, run.get("command", []))),
+        command=shlex.join(shown_command(run.get("command") or [], 1)),
         metrics=[(key, _number(value)) for key, value in run.get("metrics", {}).items()], step=run.get("step"),
         best=_other_best(run),
     )  # fmt: skip

@@ -224,7 +224,11 @@ class ExportOptions(Options):
                 f"--checkpoint {self.checkpoint}: {self.model} is no run folder (no run.yaml); give the run's."
             )
         if "output_dir" not in failed and output_dir_problem(self.output_dir, None):
-            found.append(f"--output_dir {self.output_dir} is not an empty folder; give a new one.")
+            again = ""
+            if self.push_to_hub and (self.output_dir / "config.json").is_file():
+                words = ["hf", "upload", self.push_to_hub, str(self.output_dir), *(["--private"] * self.private)]
+                again = f", or upload what is there: '{shlex.join(words)}'"
+            found.append(f"--output_dir {self.output_dir} is not an empty folder; give a new one{again}.")
         if self.push_to_hub is not None and not _HUB_NAME.fullmatch(self.push_to_hub):
             found.append(f"--push_to_hub {self.push_to_hub} is no repository's name; give OWNER/NAME.")
         return found

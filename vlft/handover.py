@@ -35,6 +35,8 @@ def export_model(
     """
     root = Path(model)
     export.check_empty(output)  # before a model is loaded
+    if push_to_hub:
+        hub.check(push_to_hub)
     if checkpoint is None:
         found = str(RunFolder(root).model) if is_run(root) else model
         export.serve(found, output, base, dtype, max_shard_size)

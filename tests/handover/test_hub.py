@@ -22,7 +22,9 @@ from huggingface_hub import constants
 from runs import start
 
 from vlft import hub
+from vlft.cli import main
 from vlft.errors import ModelError
+from vlft.handover import export_model
 
 
 class Hub:
@@ -167,8 +169,27 @@ def test_everything_arrives(server: Hub, run: Path, tmp_path: Path) -> None:
 )
 def test_the_hub_s_refusals(server: Hub, code: int, says: str, tmp_path: Path) -> None:
     server.answer = code
-    with pytest.raises(ModelError, match=rf"was not pushed to me/charts: {says}.* \(the folder itself is complete\)"):
-        hub.push(tmp_path, "me/charts", private=False)
+    again = rf"\(the folder itself is complete: 'hf upload me/charts {tmp_path} --private' uploads it as it is\)"
+    with pytest.raises(ModelError, match=rf"was not pushed to me/charts: {says}.* {again}"):
+        hub.push(tmp_path, "me/charts", private=True)
+
+
+def test_what_cannot_be_pushed_is_not_written(server: Hub, run: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    """The token is looked at before a model is loaded."""
+    server.answer = 401
+    with pytest.raises(ModelError, match=r"the hub does not know the token; .* \(nothing was written\)"):
+        export_model(str(run), tmp_path / "out", push_to_hub="me/charts")
+    monkeypatch.delenv("HF_TOKEN")
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "none"))
+    with pytest.raises(ModelError, match=r"there is no token; .* \(nothing was written\)"):
+        export_model(str(run), tmp_path / "out", push_to_hub="me/charts")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_finished_folder_can_be_uploaded_again(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["export", str(run), "--output_dir", str(run.parent / "base"), "--push_to_hub", "me/charts"]
+    assert main(words) == 2
+    assert f"or upload what is there: 'hf upload me/charts {run.parent / 'base'}'" in capsys.readouterr().err
 
 
 def test_no_token(server: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
