@@ -236,6 +236,21 @@ def test_modules_to_save_train_their_copy(tiny: Callable[..., Path]) -> None:
     assert [a.elements for a in training.adapters if a.module == "layers.1.self_attn.q_proj"] == [4 * 64, 4 * 64]
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_whole_tower_in_modules_to_save(tiny: Callable[..., Path], family: str) -> None:
+    """PEFT keeps the frozen tower beside the trained copy; the copy alone runs."""
+    import peft
+
+    source, plain = prepare(tiny(family), Full, {})
+    config = peft.LoraConfig(r=4, target_modules=r".*language_model\.layers.*proj", modules_to_save=["visual"])
+    model = peft.get_peft_model(plain, config)
+    _, training = describe(model, source.parts, source.config)
+    assert training.uncounted == ()
+    same = prepare(tiny(family), LoraLlmFullVit, {"lora_rank": 4})[1]
+    assert training.weights == describe(same, source.parts, source.config)[1].weights
+    assert training.carriers == describe(same, source.parts, source.config)[1].carriers
+
+
 def test_a_plugins_own_modules_are_named(tiny: Callable[..., Path]) -> None:
     source, model = prepare(tiny(), Lora, {"lora_rank": 8})
     base_model(model).get_submodule(source.parts.layers)[0].register_module("extra", nn.Linear(64, 3))  # type: ignore[index]

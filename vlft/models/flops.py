@@ -17,6 +17,7 @@ T tokens, s tokens of a sample, S supervised tokens, I pictures of t x h x w pat
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import astuple, dataclass, fields
 from functools import lru_cache
@@ -240,12 +241,15 @@ class Training:
 
 
 _WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
+_SAVED = re.compile(r"\.modules_to_save\.[^.]+(?=\.)")
+"""PEFT's trained copy, of one module or of a whole tower."""
 
 
 def _short_name(name: str, parts: Parts) -> str:
     """`base_model.model.model.visual.blocks.0.norm1.weight` -> `vit.blocks.0.norm1.weight`; "" outside all parts."""
     for wrapper in _WRAPPERS:
         name = name.replace(wrapper, "")
+    name = _SAVED.sub("", name)
     projectors = zip(("merger", "levels"), parts.projector, strict=False)  # inside the ViT, hence before it
     rest = (("vit", parts.vit), ("layers", parts.layers), ("embed", parts.embed), ("norm", parts.norm))
     for short, path in (*projectors, *rest, ("head", parts.head)):
