@@ -162,7 +162,7 @@ def test_a_script_that_could_not_score_is_an_exit_code(
     said = capsys.readouterr()
     assert "toy/exact_match/strict" in said.out
     (line,) = [line for line in said.err.splitlines() if line.startswith("vlft: ")]
-    assert "toy/late could not score" in line
+    assert "toy/late could not score: SystemExit; all else is in" in line
     assert str(tmp_path / "out") in line
 
 

@@ -81,7 +81,7 @@ def main(options: EvalOptions) -> None:
     engine.wait()  # a process that ends with an error takes the others along
     engine.close()
     if found.failed:
-        failures = "; ".join(f"{name} could not score: {error}" for name, error in found.failed.items())
+        failures = "; ".join(f"{name} could not score: {error.rstrip(': ')}" for name, error in found.failed.items())
         raise StrategyError(
             f"{failures}; all else is in {options.output_dir}: correct the script, then evaluate again."
         )
