@@ -160,6 +160,8 @@ def _save_plain(model: Any, source: Source, whole: Mapping[str, Tensor], folder:
     state |= {n: b for n, b in model.state_dict().items() if n not in state}
     model.config.dtype = dtype
     model.save_pretrained(folder, state_dict=state)
+    config = read_json(folder / "config.json")  # transformers has put the masters' dtype there
+    (folder / "config.json").write_text(json.dumps(config | {"dtype": str(dtype).removeprefix("torch.")}, indent=2))
     _add_older_names(folder / "config.json")
 
 

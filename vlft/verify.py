@@ -144,9 +144,10 @@ def verify(model: str, run: Path, samples: int = 8, max_new_tokens: int = 32) ->
 
 
 def told(gaps: list[Gap], moved: Gap) -> bool:
-    """Whether the result is clearly nearer to what was trained than the base is."""
+    """Whether the result, merged or as its user loads it, is clearly nearer to what was trained than the base is."""
     name = moved.pair.split(" - ")[0]
-    return next(g for g in gaps if g.pair in (f"{name} - merged", f"{name} - whole")).mean <= CLEARLY * moved.mean
+    pairs = [f"{name} - {other}" for other in ("merged", "whole", "reloaded")]
+    return min(g.mean for g in gaps if g.pair in pairs) <= CLEARLY * moved.mean
 
 
 def compare(model: str, run: Path, samples: int = 8, max_new_tokens: int = 32) -> tuple[list[Gap], int, Gap]:

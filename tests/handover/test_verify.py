@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -129,6 +130,20 @@ def test_an_untrained_base_in_16_bits_does_not_pass(
         said = capsys.readouterr().err
         assert ("cannot be told" in said) or ("does not say what step 4" in said)
     assert rate == "1e-4" or "cannot be told: it is about as far from what was trained" in said
+
+
+def test_a_whole_result_in_16_bits(registry: Path, run: Path, tmp_path: Path) -> None:
+    """Trained in fp32 masters, written in the checkpoint's dtype, and loaded in it: its config says so."""
+    base, out = tmp_path / "base", tmp_path / "out"
+    export_model(str(run.parent / "base"), base, dtype="bfloat16")
+    train(command(base, registry, out, "full", max_steps=2, mixed_precision="bf16"))
+    assert json.loads((out / "model" / "config.json").read_text())["dtype"] == "bfloat16"
+    assert {t.dtype for t in load_file(out / "model" / "model.safetensors").values()} == {torch.bfloat16}
+    gaps, *_ = compare(str(out / "model"), out, samples=3, max_new_tokens=4)
+    (close,) = [g for g in gaps if g.pair == "rounded - whole"]
+    assert close.tolerance == STORED
+    assert close.largest < 1e-6
+    assert main(["verify", str(out), "--against", str(out), "--samples", "3"]) == 0
 
 
 def test_a_step_whose_checkpoint_is_gone(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
