@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from runs import command, train
 from safetensors.torch import load_file, save_file
 
@@ -132,6 +133,15 @@ def test_an_untrained_base_in_16_bits_does_not_pass(
     assert rate == "1e-4" or "cannot be told: it is about as far from what was trained" in said
 
 
+@pytest.fixture
+def another_precision() -> Iterator[None]:
+    """Accelerate remembers the precision of a process, which a command has for itself."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.mark.usefixtures("another_precision")
 def test_a_whole_result_in_16_bits(registry: Path, run: Path, tmp_path: Path) -> None:
     """Trained in fp32 masters, written in the checkpoint's dtype, and loaded in it: its config says so."""
     base, out = tmp_path / "base", tmp_path / "out"
