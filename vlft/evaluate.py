@@ -175,7 +175,8 @@ def _decoding(answers: Answers, row: Row) -> dict[str, Any]:
         return {"do_sample": False, "num_beams": 1, "repetition_penalty": 1.0, **plain}
     torch.manual_seed(answers.seed + sum(row.sample_ids))
     # Alone: with the checkpoint's top_k of 1, say, no temperature would change anything.
-    return {"do_sample": True, "num_beams": 1, "temperature": answers.temperature, "top_p": 1.0, "top_k": 0}
+    alone = {"top_p": 1.0, "top_k": 0, "repetition_penalty": 1.0}
+    return {"do_sample": True, "num_beams": 1, "temperature": answers.temperature, **alone}
 
 
 @torch.no_grad()
