@@ -93,7 +93,7 @@ def test_a_model_that_is_not_there(tmp_path: Path, a_run: Path) -> None:
     (a_run / "model").rmdir()
     for given in (a_run, a_run / "model"):
         said = problems(str(given))
-        assert f"{a_run} has no result yet; resume it" in said
+        assert f"{a_run} has no result yet; give its command" in said
         assert f"vlft export {a_run} --checkpoint latest" in said
 
 

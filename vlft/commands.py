@@ -121,7 +121,7 @@ def resolve_model(path: str | Path, place: str) -> tuple[str, list[str]]:
 
 def _no_result(run: Path, place: str) -> str:
     checkpoint = f"vlft export {shlex.quote(str(run))} --checkpoint latest --output_dir DIR"
-    return f"{place} {run} has no result yet; resume it (--resume_from_checkpoint latest), or '{checkpoint}'."
+    return f"{place} {run} has no result yet; give its command --resume_from_checkpoint latest, or use '{checkpoint}'."
 
 
 # ---------------------------------------------------------------------------------------------------------------------

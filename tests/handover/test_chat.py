@@ -207,7 +207,10 @@ def test_a_run_without_a_result(
         ):  # fmt: skip
             assert main(words) == 2
             said = capsys.readouterr().err
-            assert "MODEL r has no result yet; resume it (--resume_from_checkpoint latest), or 'vlft export r" in said
+            assert (
+                "MODEL r has no result yet; give its command --resume_from_checkpoint latest, or use 'vlft export r"
+                in said
+            )
     assert main(["export", "r", "--checkpoint", "latest", "--output_dir", "o"]) == 0
 
 
