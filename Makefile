@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 STAMP = $(VENV)/.installed
 
-.PHONY: install demo test lint types check matrix bench soak fuzz browser base clean
+.PHONY: install demo test slow lint types check matrix bench soak fuzz browser base clean
 
 install: $(STAMP)  ## the project and all that tests need, into .venv
 
@@ -19,8 +19,11 @@ demo: $(STAMP)  ## a real fine-tuning on the CPU, in a few minutes
 	$(BIN)/python demo/run.py
 
 # One thread a process: two workers with two threads each spend more time waiting for each other than computing.
-test: $(STAMP)  ## the suite
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+test: $(STAMP)  ## the suite, but for `slow`
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m 'not slow'
+
+slow: $(STAMP)  ## whole programs from start to end: examples/*.sh, the README's path, every strategy x family merged
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m slow
 
 lint: $(STAMP)  ## ruff, import contracts
 	$(BIN)/ruff check .
@@ -30,7 +33,7 @@ lint: $(STAMP)  ## ruff, import contracts
 types: $(STAMP)  ## mypy --strict over vlft and the built-in strategies
 	$(BIN)/mypy
 
-check: lint types test  ## everything that CI asks
+check: lint types test slow  ## everything that CI asks
 
 base: $(STAMP)  ## draw and train the demo's base model again
 	$(BIN)/python demo/make_base.py

@@ -101,6 +101,7 @@ def test_the_call_in_a_script_s_comment(script: Path, tmp_path: Path) -> None:
     assert parsed(Ran(script, tmp_path, *line.split()).launch())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
 def test_a_script_trains_a_tiny_model(script: Path, tiny: Callable[..., Path], tmp_path: Path) -> None:
     """As it stands: the real launcher, the script's DeepSpeed and Weights & Biases (offline); only paths are others."""

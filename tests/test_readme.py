@@ -90,6 +90,7 @@ def test_command_line_parses(words: list[str], tmp_path: Path, monkeypatch: pyte
         assert flags <= known, "every flag of the line reached an option"
 
 
+@pytest.mark.slow
 def test_the_newcomer_s_path(tmp_path: Path) -> None:
     """The bash blocks of README, run as they stand, but for the activation: from twenty pictures to an answer."""
     text = "set -e\n" + "".join(_blocks("bash"))

@@ -125,6 +125,7 @@ def counted(shape: Shape, training: Training, lengths: list[int], grids: Grids, 
     return step_flops(shape, training, replace(work, causal_pairs=sum(s * s for s in lengths)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("what", PREPARED)
 @pytest.mark.parametrize("samples", ROWS_OF_SAMPLES)
