@@ -15,13 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from vlft import export
 from vlft.data import images
 from vlft.data.tokens import Chat
 from vlft.errors import ConfigError, ModelError, RecordError, VlftError
-from vlft.models.load import Checkpoint, PictureFacts, load_hf, open_checkpoint, processor_settings
+from vlft.evaluate import decoding
+from vlft.models.load import Checkpoint, PictureFacts, open_checkpoint, pixel_limits, processor_settings
 from vlft.rebuild import is_run
 from vlft.tracking import RunFolder
 from vlft.vision.patches import cut_patches, normalisation_table
@@ -110,11 +111,8 @@ class Talker:
         folder = Path(name)
         found = open_checkpoint(str(RunFolder(folder).model) if is_run(folder) else name)
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        model: nn.Module = (
-            export.merged(found.folder, "trained", device) if found.is_adapter else load_hf(found.folder, device)
-        )
-        model.eval()
-        return cls(model, Chat.load(found.folder, found.family), found.pictures, limits(found))
+        model = export.whole_model(found, device)
+        return cls(model.eval(), Chat.load(found.folder, found.family), found.pictures, limits(found))
 
     def see(self, path: Path) -> Tensor:
         """(3, H, W) uint8: the picture at the size that the model sees.
@@ -149,26 +147,14 @@ def limits(checkpoint: Checkpoint) -> tuple[int, int]:
     Raises:
         ModelError: the folder does not say.
     """
-    found = processor_settings(checkpoint.folder)
-    size = found.get("size") or {}
-    low = found.get("min_pixels") or size.get("shortest_edge") or size.get("min_pixels")
-    high = found.get("max_pixels") or size.get("longest_edge") or size.get("max_pixels")
+    low, high = pixel_limits(processor_settings(checkpoint.folder))
     try:
-        return int(low), int(high)  # type: ignore[arg-type]  # what is absent is told below
+        return int(low), int(high)  # what is absent is told below
     except (TypeError, ValueError):
         raise ModelError(
             f"{checkpoint.folder} does not say how large pictures may be (preprocessor_config.json: size or "
             "max_pixels); copy the checkpoint's processor files again."
         ) from None
-
-
-def decoding(temperature: float) -> dict[str, Any]:
-    """Arguments of `generate`, as evaluation has them: what a folder's generation_config.json adds does not count."""
-    if not temperature:
-        plain = dict.fromkeys(("temperature", "top_p", "top_k"))
-        return {"do_sample": False, "num_beams": 1, "repetition_penalty": 1.0, **plain}
-    alone = {"top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0}
-    return {"do_sample": True, "num_beams": 1, "temperature": temperature, **alone}
 
 
 @dataclass

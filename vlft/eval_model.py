@@ -27,10 +27,10 @@ from vlft.data.prepare import Data, DataOptions, prepare_data
 from vlft.engine import Engine, start_engine
 from vlft.errors import ConfigError, DeviceMemoryError, StrategyError
 from vlft.evaluate import Answers, Evaluation, evaluate
-from vlft.export import merged
+from vlft.export import whole_model
 from vlft.models.forward import PackedVLM
-from vlft.models.load import Checkpoint, compute_dtype, load_hf, open_checkpoint, picture_facts
-from vlft.setup import load_metrics, try_metrics
+from vlft.models.load import Checkpoint, compute_dtype, open_checkpoint, picture_facts
+from vlft.setup import load_metrics, shared_data_options, try_metrics
 from vlft.terminal import figure, table
 from vlft.tracking import run_card, write_json, write_predictions
 
@@ -91,26 +91,16 @@ def load(options: EvalOptions, engine: Engine) -> Judged:
     checkpoint = open_checkpoint(options.model, trust_remote_code=options.trust_remote_code)
     pictures = picture_facts(checkpoint)
     data = engine.main_first(lambda: prepare_data(data_options(options, engine, checkpoint)))
-    if checkpoint.is_adapter:
-        model: Any = merged(checkpoint.folder, device=str(engine.device))
-    else:
-        model = load_hf(checkpoint.folder, engine.device, options.trust_remote_code)
+    model: Any = whole_model(checkpoint, str(engine.device))
     model.to(compute_dtype(engine.precision, model.config)).eval()
     packed = PackedVLM(model, checkpoint.family.parts, model.config.image_token_id).eval()
     return Judged(engine, packed, data, ToInputs(pictures, None, engine.device), list(data.ledger))
 
 
 def data_options(options: EvalOptions, engine: Engine, checkpoint: Checkpoint) -> DataOptions:
-    o, pictures = options, picture_facts(checkpoint)
-    return DataOptions(
-        registry=o.dataset_config_path, names=o.dataset_names, folder=checkpoint.folder, family=checkpoint.family,
-        patch_size=pictures.patch_size, merge_size=pictures.merge_size, min_pixels=o.min_pixels or pictures.min_pixels,
-        max_pixels=o.max_pixels or pictures.max_pixels, max_seq_length=o.max_seq_length, on_too_long=o.on_too_long,
-        train_split_ratio=o.train_split_ratio, max_bad_fraction=o.max_bad_fraction,
-        allow_remote_images=o.allow_remote_images, cache_dir=o.cache_dir, seed=o.seed, global_batch=1,
-        train_batch_size=1, eval_batch_size=o.per_device_eval_batch_size, rows_per_rank=1, rank=engine.rank,
-        world_size=engine.world_size, num_workers=o.num_workers, pin_memory=engine.device.type == "cuda",
-        progress=engine.is_main, eval_limit=o.eval_limit, use=o.split,
+    return shared_data_options(
+        options, engine, checkpoint, picture_facts(checkpoint), global_batch=1, train_batch_size=1, rows_per_rank=1,
+        eval_batch_size=options.per_device_eval_batch_size, use=options.split,
     )  # fmt: skip
 
 

@@ -167,16 +167,18 @@ def _blank_picture(vision: Any, device: torch.device) -> dict[str, Tensor]:
     return {"pixel_values": torch.zeros(side * side, width, device=device), "image_grid_thw": grid}
 
 
-def _decoding(answers: Answers, row: Row) -> dict[str, Any]:
-    """Arguments of `generate`. Greedy is the likeliest token and nothing else: a checkpoint's repetition penalty would
-    count the padding of a batch, so that an answer depended on its neighbours."""
-    if not answers.temperature:
+def decoding(temperature: float) -> dict[str, Any]:
+    """Arguments of `generate` for an evaluation and for a chat, without what a folder's generation_config.json adds.
+
+    Greedy is the likeliest token and nothing else: a repetition penalty would count the padding of a batch, so that an
+    answer depended on its neighbours.
+    """
+    if not temperature:
         plain = dict.fromkeys(("temperature", "top_p", "top_k"))
         return {"do_sample": False, "num_beams": 1, "repetition_penalty": 1.0, **plain}
-    torch.manual_seed(answers.seed + sum(row.sample_ids))
     # Alone: with the checkpoint's top_k of 1, say, no temperature would change anything.
     alone = {"top_p": 1.0, "top_k": 0, "repetition_penalty": 1.0}
-    return {"do_sample": True, "num_beams": 1, "temperature": answers.temperature, **alone}
+    return {"do_sample": True, "num_beams": 1, "temperature": temperature, **alone}
 
 
 @torch.no_grad()
@@ -203,6 +205,8 @@ def generate(
         asked.append(torch.tensor([hf.config.image_token_id]))
         pictures = _blank_picture(vision, device)
     ids, mask = _left_padded(asked, tokenizer.pad_token_id)
+    if answers.temperature:
+        torch.manual_seed(answers.seed + sum(row.sample_ids))
     with plain_attention(hf):
         out = hf.generate(
             input_ids=ids.to(device),
@@ -212,7 +216,7 @@ def generate(
             max_new_tokens=answers.max_new_tokens,
             synced_gpus=together,
             pad_token_id=tokenizer.pad_token_id,
-            **_decoding(answers, row),
+            **decoding(answers.temperature),
         )
     # Stale deltas would shift the positions of the next forward.
     hf.model.rope_deltas = None

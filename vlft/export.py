@@ -309,6 +309,17 @@ def merged(folder: Path, base: Literal["trained", "original"] = "trained", devic
     return whole
 
 
+def whole_model(checkpoint: Checkpoint, device: str, base: Literal["trained", "original"] = "trained") -> nn.Module:
+    """A plain model, whatever the folder holds: an adapter is merged.
+
+    Raises:
+        ModelError: it cannot be loaded or merged.
+    """
+    if checkpoint.is_adapter:
+        return merged(checkpoint.folder, base, device)
+    return load_hf(checkpoint.folder, device, checkpoint.trust_remote_code)
+
+
 def reloaded(folder: Path, device: str = "cpu") -> nn.Module | None:
     """A result as its user loads it, through transformers and PEFT: on the quantised base if it was trained on one.
 
@@ -385,10 +396,7 @@ def serve(
     """
     check_empty(output)
     found = open_checkpoint(model)
-    if found.is_adapter:
-        whole = merged(found.folder, base, _device())
-    else:
-        whole = load_hf(found.folder, "cpu")
+    whole = whole_model(found, _device() if found.is_adapter else "cpu", base)
     if dtype:
         _recast(whole, getattr(torch, dtype))
     write_whole(whole, found.folder, output, base if found.is_adapter else None, max_shard_size)

@@ -13,14 +13,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from vlft import card, export
 from vlft import checkpoint as checkpoints
+from vlft import export
 from vlft.config import Run
 from vlft.engine.base import Engine
 from vlft.errors import CheckpointError
 from vlft.models.load import Source, cast, source_of
 from vlft.parse import load_run
-from vlft.setup import base_checkpoint, data_options, prepare_strategy
+from vlft.setup import base_checkpoint, data_options, prepare_strategy, result_facts
 from vlft.strategy import Strategy
 from vlft.tracking import RunFolder
 
@@ -79,12 +79,8 @@ class Rebuilt:
     def save(self, folder: Path) -> None:
         """Write what the run would have written as its result after this step."""
         names = export.needed(self.strategy, self.model, self.source)
-        facts = {
-            "strategy": self.run.config.tuning_strategy, "options": self.run.options.model_dump(mode="json"),
-            "distribution": self.run.distribution,
-            "unproved": [part for part in self.run.rates if part not in self.state["proved"]],
-            "run": card.facts(self.folder.root, int(self.state["step"])),
-        }  # fmt: skip
+        unproved = [part for part in self.run.rates if part not in self.state["proved"]]
+        facts = result_facts(self.run, self.folder, unproved, int(self.state["step"]))
         whole = self.engine.weights(self.model, names)
         export.save_result(self.strategy, self.model, self.source, whole, folder, facts=facts, **self.limits)
 

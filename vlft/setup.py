@@ -13,12 +13,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from vlft import card, evaluate, export
 from vlft import checkpoint as checkpoints
-from vlft import evaluate, export
 from vlft.batch import ToInputs
 from vlft.config import (
     Run,
     RunConfig,
+    SharedOptions,
     accumulation_for,
     check_output_dir,
     check_resume,
@@ -37,7 +38,7 @@ from vlft.interrupt import Interrupt
 from vlft.meter import Meter
 from vlft.metrics import Metric, load_script, lower_is_better
 from vlft.models.forward import PackedVLM, base_model
-from vlft.models.load import Checkpoint, Source, cast, open_checkpoint, read_json, source_of
+from vlft.models.load import Checkpoint, PictureFacts, Source, cast, open_checkpoint, read_json, source_of
 from vlft.optim import Multiplier, build_optimizer, schedule
 from vlft.proof import PartRow, Proof, check_groups, part_table, render
 from vlft.rivals import nearest
@@ -327,17 +328,33 @@ def data_options(run: Run, engine: Engine, checkpoint: Checkpoint, batch: int) -
             f"--max_pixels is {c.max_pixels}, below the {pictures.min_pixels} pixels of the checkpoint's smallest "
             "picture; raise it or give --min_pixels."
         )
+    return shared_data_options(
+        c, engine, checkpoint, pictures, global_batch=batch, train_batch_size=c.per_device_train_batch_size,
+        rows_per_rank=accumulation_for(c, engine.world_size, batch), eval_batch_size=c.per_device_eval_batch_size,
+    )  # fmt: skip
+
+
+def shared_data_options(
+    c: SharedOptions, engine: Engine, checkpoint: Checkpoint, pictures: PictureFacts, **own: Any
+) -> DataOptions:
+    """What training and `vlft eval` ask of the data alike; `own`: the fields in which they differ."""
     return DataOptions(
         registry=c.dataset_config_path, names=c.dataset_names, folder=checkpoint.folder, family=checkpoint.family,
-        patch_size=pictures.patch_size, merge_size=pictures.merge_size,
-        min_pixels=c.min_pixels or pictures.min_pixels, max_pixels=c.max_pixels, max_seq_length=c.max_seq_length,
-        on_too_long=c.on_too_long, train_split_ratio=c.train_split_ratio, max_bad_fraction=c.max_bad_fraction,
-        allow_remote_images=c.allow_remote_images, cache_dir=c.cache_dir, seed=c.seed, global_batch=batch,
-        train_batch_size=c.per_device_train_batch_size, eval_batch_size=c.per_device_eval_batch_size,
-        rows_per_rank=accumulation_for(c, engine.world_size, batch), rank=engine.rank, world_size=engine.world_size,
-        num_workers=c.num_workers, pin_memory=engine.device.type == "cuda", progress=engine.is_main,
-        eval_limit=c.eval_limit,
+        patch_size=pictures.patch_size, merge_size=pictures.merge_size, min_pixels=c.min_pixels or pictures.min_pixels,
+        max_pixels=c.max_pixels or pictures.max_pixels, max_seq_length=c.max_seq_length, on_too_long=c.on_too_long,
+        train_split_ratio=c.train_split_ratio, max_bad_fraction=c.max_bad_fraction,
+        allow_remote_images=c.allow_remote_images, cache_dir=c.cache_dir, seed=c.seed, rank=engine.rank,
+        world_size=engine.world_size, num_workers=c.num_workers, pin_memory=engine.device.type == "cuda",
+        progress=engine.is_main, eval_limit=c.eval_limit, **own,
     )  # fmt: skip
+
+
+def result_facts(run: Run, folder: RunFolder, unproved: Sequence[str], step: int | None) -> dict[str, Any]:
+    """What a result says of the run that it came from, in vlft.json; `step`: of its weights, None for the last."""
+    return {
+        "strategy": run.config.tuning_strategy, "options": run.options.model_dump(mode="json"),
+        "distribution": run.distribution, "unproved": unproved, "run": card.facts(folder.root, step),
+    }  # fmt: skip
 
 
 def open_folder(job: Job) -> None:
@@ -347,13 +364,13 @@ def open_folder(job: Job) -> None:
     folder = job.folder
     folder.root.mkdir(parents=True, exist_ok=True)
     config, engine = job.run.config, job.engine
-    card = run_card(
+    facts = run_card(
         strategy=config.tuning_strategy, distribution=job.run.distribution, seed=config.seed,
         mixed_precision=engine.precision, world_size=engine.world_size, distributed_type=engine.kind,
         global_batch=job.global_batch,
         trust_remote_code=config.trust_remote_code, dtypes=sorted({str(p.dtype) for p in job.model.parameters()}),
     )  # fmt: skip
-    write_json(folder.root / "run_card.json", card)
+    write_json(folder.root / "run_card.json", facts)
     checkpoints.set_aside(sorted(folder.evaluations.glob("step-*")), job.done_steps)
     for aside in checkpoints.set_aside(checkpoints.complete(folder.checkpoints), job.done_steps):
         job.journal.say(f"{aside} is of a course that this run leaves; it is kept until you delete it.")

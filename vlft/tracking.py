@@ -129,15 +129,17 @@ def cut_back(path: Path, step: int) -> None:
     beside.replace(path)
 
 
-def told(path: Path, step: int) -> list[dict[str, Any]]:
-    """Ledger lines of training and evaluation up to `step`; none for a line cut by a kill."""
-    found = []
+def entries(path: Path) -> Iterator[dict[str, Any]]:
+    """The objects of a JSON lines file of steps; none for a line cut by a kill, or without the file."""
     for line in path.read_text().splitlines() if path.exists() else ():
-        with suppress(ValueError, KeyError):
-            entry = json.loads(line)
-            if 0 < entry["step"] <= step:
-                found.append(entry)
-    return found
+        with suppress(ValueError):
+            if isinstance(entry := json.loads(line), dict) and "step" in entry:
+                yield entry
+
+
+def told(path: Path, step: int) -> list[dict[str, Any]]:
+    """Ledger lines of training and evaluation up to `step`."""
+    return [entry for entry in entries(path) if 0 < entry["step"] <= step]
 
 
 def append(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:
@@ -236,14 +238,8 @@ class Journal:
         self.say(ending(trained, results, unused, seconds, self.folder.root, merges=merges))
 
     def evaluations(self) -> list[dict[str, Any]]:
-        """Lines of metrics.jsonl that evaluations wrote; none for a line cut by a kill."""
-        found = []
-        for line in self.folder.metrics.read_text().splitlines() if self.folder.metrics.exists() else ():
-            with suppress(ValueError, KeyError):
-                entry = json.loads(line)
-                if entry["kind"] == "eval":
-                    found.append(entry)
-        return found
+        """Lines of metrics.jsonl that evaluations wrote."""
+        return [entry for entry in entries(self.folder.metrics) if entry.get("kind") == "eval"]
 
     def evaluated(self, step: int) -> bool:
         """Whether the evaluation of `step` is in metrics.jsonl."""

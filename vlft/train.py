@@ -10,15 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlft import card, evaluate, export, recovery
 from vlft import checkpoint as checkpoints
+from vlft import evaluate, export, recovery
 from vlft.config import Run, deepspeed_path
 from vlft.data.budget import Load
 from vlft.data.loader import Step
 from vlft.engine import seed_row, start_engine
 from vlft.meter import loss_by_dataset
 from vlft.optim import set_rates
-from vlft.setup import Job, setup
+from vlft.setup import Job, result_facts, setup
 
 
 def main(run: Run) -> None:
@@ -190,9 +190,7 @@ def hand_over(job: Job) -> None:
         best = recovery.best_weights(job)
         whole |= best
         limits = {"min_pixels": job.data.options.min_pixels, "max_pixels": job.data.options.max_pixels}
-        facts = {"strategy": job.run.config.tuning_strategy, "options": job.run.options.model_dump(mode="json"),
-                 "distribution": job.run.distribution, "unproved": job.proof.missing,
-                 "run": card.facts(job.folder.root, job.best.step if job.best and best else None)}  # fmt: skip
+        facts = result_facts(job.run, job.folder, job.proof.missing, job.best.step if job.best and best else None)
         export.save_result(job.strategy, job.model, job.source, whole, job.folder.model, facts=facts, **limits)
         trained = f"{', '.join(job.proof.proved) or 'nothing'} by {job.run.config.tuning_strategy}"
         adapter = (job.folder.model / "adapter_config.json").exists()

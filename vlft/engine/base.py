@@ -152,10 +152,13 @@ class Engine:
         # evaluation_mode: no DistributedDataParallel around it (see the module's docstring).
         self.model: Any = self.accelerator.prepare_model(model, evaluation_mode=True)
         self.optimizer = self.accelerator.prepare_optimizer(optimizer)
-        self._parameters: list[nn.Parameter] = [p for g in optimizer.param_groups for p in g["params"]]
-        self._parts: list[Part] = [g["part"] for g in optimizer.param_groups for _ in g["params"]]
+        self._note_parameters(optimizer)
         assert isinstance(self.model, nn.Module)
         return self.model
+
+    def _note_parameters(self, optimizer: Optimizer) -> None:
+        self._parameters: list[nn.Parameter] = [p for g in optimizer.param_groups for p in g["params"]]
+        self._parts: list[Part] = [g["part"] for g in optimizer.param_groups for _ in g["params"]]
 
     def autocast(self) -> Any:
         """Mixed precision outside the wrapped forward."""

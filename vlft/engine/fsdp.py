@@ -54,8 +54,7 @@ class FsdpEngine(Engine):
 
     def prepare(self, model: nn.Module, optimizer: Optimizer) -> nn.Module:
         self.model, self.optimizer = self._shard(model, optimizer)
-        self._parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        self._parts = [group["part"] for group in optimizer.param_groups for _ in group["params"]]
+        self._note_parameters(optimizer)
         assert isinstance(self.model, nn.Module)
         return self.model
 

@@ -145,12 +145,17 @@ def picture_facts(checkpoint: Checkpoint) -> PictureFacts:
 _PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 
 
-def _limits(settings: dict[str, Any], factor: int) -> tuple[int, int]:
-    """Smallest and largest picture area, in pixels; the defaults are those of transformers' processor."""
+def pixel_limits(settings: dict[str, Any]) -> tuple[Any, Any]:
+    """Smallest and largest picture area that image processor settings name, as written; None for what they do not."""
     size = settings.get("size") or {}
-    low = settings.get("min_pixels") or size.get("shortest_edge") or size.get("min_pixels") or 4 * factor**2
-    high = settings.get("max_pixels") or size.get("longest_edge") or size.get("max_pixels") or 16384 * factor**2
-    return int(low), int(high)
+    low = settings.get("min_pixels") or size.get("shortest_edge") or size.get("min_pixels")
+    return low, settings.get("max_pixels") or size.get("longest_edge") or size.get("max_pixels")
+
+
+def _limits(settings: dict[str, Any], factor: int) -> tuple[int, int]:
+    """The same in pixels, with the defaults of transformers' processor."""
+    low, high = pixel_limits(settings)
+    return int(low or 4 * factor**2), int(high or 16384 * factor**2)
 
 
 def _base_folder(path: Path, adapter: dict[str, Any], trust_remote_code: bool) -> Path:
