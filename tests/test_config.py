@@ -36,7 +36,16 @@ def run(*words: str, strategy: str = "full") -> c.Run:
 
 
 ISSUE += shlex.split("eval_max_new_tokens eval_limit metric_for_best")
-OURS = {"cache_dir", "max_skipped_steps", "eval_on_start", "report", "eval_temperature", "greater_is_better"}
+OURS = {
+    "memory",
+    "reference",
+    "cache_dir",
+    "max_skipped_steps",
+    "eval_on_start",
+    "report",
+    "eval_temperature",
+    "greater_is_better",
+}
 
 
 def test_every_option_of_the_issue_and_no_other_but_ours() -> None:
@@ -264,6 +273,7 @@ CHANGED = {
     "report": "false",
     "deepspeed": "zero2",
     "gradient_checkpointing": "true",
+    "memory": "low",
     "num_workers": "0",
     "cache_dir": "x",
     "model_name_or_path": "c/d",
@@ -287,6 +297,7 @@ CHANGED = {
     "learning_rate_projector": "7e-6",
 }
 ELSEWHERE = {
+    "reference",
     "greater_is_better",
     "mixed_precision",
     "per_device_train_batch_size",

@@ -32,6 +32,8 @@ class ToInputs:
             "max_seqlen": int(lengths.max()),
             "pixel_values": self._patches(row, self.policy if training else None),
             "image_grid_thw": row.image_grid_thw,
+            "supervised_S": row.supervised_S.to(self.device, non_blocking=True),
+            "pictured_M": row.pictured_M.to(self.device, non_blocking=True),
         }
 
     def _patches(self, row: Row, policy: Policy | None) -> torch.Tensor | None:

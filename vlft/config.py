@@ -17,7 +17,17 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeInt,
+    TypeAdapter,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 from pydantic.config import JsonDict
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
@@ -329,10 +339,19 @@ class RunConfig(SharedOptions):
         "DeepSpeed configuration: a name that ships with vlft (zero2, zero3, zero3_offload) or a JSON file.",
         shown="none",
     )
+    reference: bool = _machine(
+        False, "Run transformers' own layers instead of vlft's faster ones, to compare the two.", resume="no"
+    )
+    memory: str = _machine(
+        "auto",
+        "What layers keep for the backward pass: auto (on a GPU, as much as fits; on a CPU, all), low (their inputs "
+        "alone), or a YAML file with a number of layers for each tower, e.g. vision: {attention: 20, input: 12}: so "
+        "many drop the MLP's inner values, or all but their input.",
+    )
     gradient_checkpointing: bool | None = _machine(
         None,
-        "Compute activations again in the backward pass: less memory, more time.",
-        shown="on with CUDA, off on a CPU",
+        "Compute activations again in the backward pass: less memory, more time. On is --memory low, off keeps all.",
+        shown="by --memory",
     )
 
     @model_validator(mode="before")
@@ -341,6 +360,15 @@ class RunConfig(SharedOptions):
         if isinstance(data, dict) and data.get("augmentation") is not None:
             return {"use_data_augmentation": True, **{k: v for k, v in data.items() if v is not None}}
         return data
+
+    @field_validator("memory")
+    @classmethod
+    def _memory_is_a_plan(cls, value: str) -> str:
+        try:
+            memory_plan(value)
+        except ConfigError as error:
+            raise ValueError(str(error)) from error
+        return value
 
     @field_validator("output_dir")
     @classmethod
@@ -391,6 +419,11 @@ class RunConfig(SharedOptions):
                 bool(self.warmup_steps) and self.lr_scheduler_type == "constant",
                 f"is {self.warmup_steps}, but the constant schedule has no warmup; give --lr_scheduler_type "
                 "constant_with_warmup or leave it out.",
+            ),
+            (
+                ("gradient_checkpointing", "memory"),
+                self.gradient_checkpointing is not None and self.memory != "auto",
+                f"is {self.gradient_checkpointing}, and memory is {self.memory}; leave one of the two out.",
             ),
             (
                 ("greater_is_better", "metric_for_best"),
@@ -732,3 +765,26 @@ def deepspeed_path(value: str) -> Path:
         return shipped[path.stem]
     hint, names = nearest(path.stem, shipped), ", ".join(shipped) or "none"
     raise ConfigError(f"--deepspeed {value}: there is no such file{hint}; give a path or a bundled name ({names}).")
+
+
+MemoryPlan = dict[Literal["vision", "language"], dict[Literal["attention", "input"], NonNegativeInt]]
+
+
+def memory_plan(value: str) -> str | MemoryPlan:
+    """What `--memory` means: "auto", "low", or the numbers of layers in a file.
+
+    Raises:
+        ConfigError: no such file, or it holds something else.
+    """
+    if value in ("auto", "low"):
+        return value
+    path = Path(value).expanduser()
+    if not path.is_file():
+        raise ConfigError(f"--memory {value}: there is no such file; give auto, low or the path of a YAML file.")
+    try:
+        return TypeAdapter(MemoryPlan).validate_python(yaml.safe_load(path.read_text()))
+    except (ValidationError, yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f"--memory {path} is no such plan ({str(error).splitlines()[0]}); write e.g. vision: "
+            "{attention: 20, input: 12}."
+        ) from error

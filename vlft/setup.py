@@ -24,6 +24,7 @@ from vlft.config import (
     check_output_dir,
     check_resume,
     global_batch,
+    memory_plan,
     resolved,
     resolved_yaml,
 )
@@ -37,7 +38,8 @@ from vlft.gallery import thumbnails, write_gallery
 from vlft.interrupt import Interrupt
 from vlft.meter import Meter
 from vlft.metrics import Metric, load_script, lower_is_better
-from vlft.models.forward import PackedVLM, base_model
+from vlft.models.forward import PackedVLM
+from vlft.models.kernels import memory_for, room_on_gpu
 from vlft.models.load import Checkpoint, PictureFacts, Source, cast, open_checkpoint, read_json, source_of
 from vlft.optim import Multiplier, build_optimizer, schedule
 from vlft.proof import PartRow, Proof, check_groups, part_table, render
@@ -150,16 +152,15 @@ def setup(run: Run, engine: Engine) -> Job:
     strategy, model, groups = prepare_strategy(run, source)
     check_groups(model, groups, config.tuning_strategy, source.parts, run.rates, source.tied_head)
     cast(model, source.compute_dtype, masters=not engine.keeps_masters)
-    if config.gradient_checkpointing or (config.gradient_checkpointing is None and engine.device.type == "cuda"):
-        # Non-reentrant: frozen embeddings give inputs without a gradient, which the reentrant kind would cut off.
-        base_model(model).gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
     optimizer = build_optimizer(model, groups, run.rates, config.weight_decay)
     table = part_table(model, groups, source.parts, run.rates, source.tied_head)
     meter = Meter(model, source.parts, source.config, engine.device, engine.precision)
     saved = checkpoints.load_weights(resume, model) if resume else {}
     if resume:
         engine.restore_weights(model, saved)
-    packed = engine.prepare(PackedVLM(model, source.parts, source.config.image_token_id), optimizer)
+    wrapped = PackedVLM(model, source.parts, source.config.image_token_id, reference=config.reference)
+    packed = engine.prepare(wrapped, optimizer, whole=wrapped.installed.layers)
+    remember(wrapped, config, engine)
     proof = Proof(model, groups, engine)  # FSDP puts other parameters in the place of those before `prepare`
     if resume and state:
         engine.restore_state(optimizer, saved, checkpoints.load_tensors(resume, "optimizer"))
@@ -189,7 +190,7 @@ def setup(run: Run, engine: Engine) -> Job:
     if engine.is_main:
         counts = dataset_table(read_json(folder.data)["datasets"])
         chosen = [best_sentence(best)] if best else []
-        for note in (*run.notes, *data.summary, counts, *chosen, start_sentence(job), render(table)):
+        for note in (*run.notes, *data.summary, counts, *chosen, wrapped.said(), start_sentence(job), render(table)):
             job.journal.say(note)
     return job
 
@@ -278,6 +279,22 @@ def prepare_strategy(run: Run, source: Source) -> tuple[Strategy, nn.Module, lis
             f"strategy '{run.config.tuning_strategy}' of {run.distribution} failed while it prepared the model: "
             f"{type(error).__name__}: {error}; ask its authors."
         ) from error
+
+
+def remember(packed: PackedVLM, config: RunConfig, engine: Engine) -> None:
+    """What layers keep for their backward pass. Those that keep transformers' forward keep all or their input."""
+    on_gpu = engine.device.type == "cuda"
+    plan = memory_plan(config.memory)
+    if config.gradient_checkpointing is not None:
+        plan = "low" if config.gradient_checkpointing else "all"
+    room = room_on_gpu(engine.device, engine.pending_bytes) if on_gpu and plan == "auto" else None
+    vocabulary = int(packed.hf.config.get_text_config().vocab_size)
+    packed.memory = memory_for(packed.installed, vocabulary, plan, room)
+    if plan == "low" or (plan == "auto" and on_gpu):
+        # Non-reentrant: frozen embeddings give inputs without a gradient, which the reentrant kind would cut off.
+        packed.hf.gradient_checkpointing_enable({"use_reentrant": False})
+        for layer in packed.installed.layers:
+            layer.gradient_checkpointing = False  # type: ignore[assignment]
 
 
 def known_budget(state: Mapping[str, Any] | None, folder: RunFolder, engine: Engine) -> Budget:

@@ -133,7 +133,7 @@ def test_equals_the_counter(tiny: Callable[..., Path], family: str, what: str, s
     source, model = prepare(tiny(family), *PREPARED[what])
     row, lengths, grids, supervised = a_row(source, ROWS_OF_SAMPLES[samples])
     shape, training = describe(model, source.parts, source.config)
-    packed = PackedVLM(model, source.parts, source.config.image_token_id).train()
+    packed = PackedVLM(model, source.parts, source.config.image_token_id, reference=True).train()
     assert training.uncounted == ()
     assert counted(shape, training, lengths, grids, supervised) == counter_of(packed, row)
 
@@ -166,7 +166,7 @@ def test_any_choice_of_parameters(tiny: Callable[..., Path], family: str, trains
         pytest.skip("this family has no such parameter")
     row, lengths, grids, supervised = a_row(source, ROWS_OF_SAMPLES["several"])
     shape, training = describe(model, source.parts, source.config)
-    packed = PackedVLM(model, source.parts, source.config.image_token_id)
+    packed = PackedVLM(model, source.parts, source.config.image_token_id, reference=True)
     assert counted(shape, training, lengths, grids, supervised) == counter_of(packed, row)
 
 
@@ -175,7 +175,7 @@ def test_a_tied_head_trains_with_the_embeddings(tiny: Callable[..., Path]) -> No
     row, lengths, grids, supervised = a_row(source, ROWS_OF_SAMPLES["one picture"])
     shape, training = describe(model, source.parts, source.config)
     assert "head" in training.weights
-    packed = PackedVLM(model, source.parts, source.config.image_token_id)
+    packed = PackedVLM(model, source.parts, source.config.image_token_id, reference=True)
     assert counted(shape, training, lengths, grids, supervised) == counter_of(packed, row)
 
 
@@ -183,7 +183,7 @@ def test_names_of_wrapped_models(tiny: Callable[..., Path]) -> None:
     """The same before and after a wrapper, a compiler or DDP prefixes names."""
     source, model = prepare(tiny(), LoraLlmFullVit, {"lora_rank": 8})
     shape, training = describe(model, source.parts, source.config)
-    packed: nn.Module = PackedVLM(model, source.parts, source.config.image_token_id)
+    packed: nn.Module = PackedVLM(model, source.parts, source.config.image_token_id, reference=True)
     layers = base_model(model).get_submodule(source.parts.layers)
     assert isinstance(layers, nn.ModuleList)
     layers[0] = torch.compile(layers[0])  # type: ignore[assignment]  # only wraps; nothing is compiled
@@ -204,7 +204,7 @@ def test_a_quantised_model_counts_as_its_logical_sizes(tiny: Callable[..., Path]
     shape, training = describe(model, source.parts, source.config)
     assert (shape, training) == describe(whole, source.parts, source.config)
     row, lengths, grids, supervised = a_row(source, ROWS_OF_SAMPLES["several"])
-    packed = PackedVLM(model, source.parts, source.config.image_token_id).train()
+    packed = PackedVLM(model, source.parts, source.config.image_token_id, reference=True).train()
     assert counted(shape, training, lengths, grids, supervised) == counter_of(packed, row)
 
 
@@ -216,7 +216,7 @@ def test_what_dora_adds_does_not_depend_on_the_batch(tiny: Callable[..., Path]) 
     config = peft.LoraConfig(r=4, target_modules=r".*language_model\.layers.*proj", use_dora=True)
     model = peft.get_peft_model(plain, config)
     shape, training = describe(model, source.parts, source.config)
-    packed = PackedVLM(model, source.parts, source.config.image_token_id)
+    packed = PackedVLM(model, source.parts, source.config.image_token_id, reference=True)
     more = set()
     for samples in ROWS_OF_SAMPLES.values():
         row, lengths, grids, supervised = a_row(source, samples)
@@ -262,7 +262,7 @@ def test_a_plugins_own_modules_are_named(tiny: Callable[..., Path]) -> None:
 def test_nothing_trains_is_a_forward(tiny: Callable[..., Path]) -> None:
     source, model = prepare(tiny(), Full, {})
     row, lengths, grids, supervised = a_row(source, ROWS_OF_SAMPLES["several"])
-    packed = PackedVLM(model.requires_grad_(False), source.parts, source.config.image_token_id)
+    packed = PackedVLM(model.requires_grad_(False), source.parts, source.config.image_token_id, reference=True)
     assert counted(Shape.of(source.config), Training(), lengths, grids, supervised) == counter_of(packed, row)
 
 

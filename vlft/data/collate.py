@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import torch
 
 # What the device needs; the rest is read by Python code, which must not wait for a copy back.
-_ON_DEVICE = ("input_ids_T", "position_ids_4T", "labels_T", "pixels_u8")
+_ON_DEVICE = ("input_ids_T", "position_ids_4T", "labels_T", "supervised_S", "pictured_M", "pixels_u8")
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,10 @@ class Row:
     """(4, 1, T) int64: row 0 restarts at 0 in each sample; rows 1 to 3 are M-RoPE (t, h, w)"""
     labels_T: torch.Tensor
     """(1, T) int64: shifted within each sample; -100 where nothing is learnt"""
+    supervised_S: torch.Tensor
+    """(S,) int64: places of the labels that are learnt; to look for them on the device would wait for it"""
+    pictured_M: torch.Tensor
+    """(M,) int64: places of the image tokens"""
     cu_seqlens: torch.Tensor
     """(B + 1,) int32: sample borders, on the CPU"""
     pixels_u8: torch.Tensor
@@ -59,7 +63,7 @@ class Row:
     @property
     def supervised(self) -> int:
         """Tokens that are learnt."""
-        return int((self.labels_T != IGNORE).sum())
+        return len(self.supervised_S)
 
     def sample_of_supervised(self) -> torch.Tensor:
         """(S,) int64: which sample of the row each learnt token belongs to, on the CPU."""
@@ -67,7 +71,7 @@ class Row:
 
         lengths = (self.cu_seqlens[1:] - self.cu_seqlens[:-1]).long()
         sample_T = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
-        return sample_T[self.labels_T[0].cpu() != IGNORE]
+        return sample_T[self.supervised_S.cpu()]
 
     def to(self, device: torch.device | str, *, non_blocking: bool = True) -> Row:
         """The row with the tensors of the forward on `device`."""
@@ -117,14 +121,17 @@ def collate(
     if not samples:
         return empty_row(pad_token_id)
     lengths = [len(s.input_ids) for s in samples]
+    ids, labels = (np.concatenate([getattr(s, name) for s in samples]) for name in ("input_ids", "labels"))
     positions = [mrope(s.input_ids, image_token_id, s.grid_thw, merge) for s in samples]
     pixels = [picture.reshape(-1) for pictures in decoded for picture in pictures]
     owners = [n for n, s in enumerate(samples) for _ in range(len(s.grid_thw))]
     seeds = [sample_seed(s.identity, seed, epoch) for s in samples]
     return Row(
-        input_ids_T=torch.from_numpy(np.concatenate([s.input_ids for s in samples]))[None],
+        input_ids_T=torch.from_numpy(ids)[None],
         position_ids_4T=torch.from_numpy(np.concatenate(positions, axis=1))[:, None],
-        labels_T=torch.from_numpy(np.concatenate([s.labels for s in samples]))[None],
+        labels_T=torch.from_numpy(labels)[None],
+        supervised_S=torch.from_numpy(np.flatnonzero(labels != IGNORE)),
+        pictured_M=torch.from_numpy(np.flatnonzero(ids == image_token_id)),
         cu_seqlens=torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32),
         pixels_u8=torch.from_numpy(np.concatenate([np.zeros(0, np.uint8), *pixels])),
         image_grid_thw=torch.from_numpy(np.concatenate([s.grid_thw for s in samples])),
@@ -144,6 +151,8 @@ def empty_row(pad_token_id: int) -> Row:
         input_ids_T=torch.tensor([[pad_token_id]]),
         position_ids_4T=torch.zeros(4, 1, 1, dtype=torch.int64),
         labels_T=torch.tensor([[IGNORE]]),
+        supervised_S=torch.zeros(0, dtype=torch.int64),
+        pictured_M=torch.zeros(0, dtype=torch.int64),
         cu_seqlens=torch.tensor([0, 1], dtype=torch.int32),
         pixels_u8=torch.zeros(0, dtype=torch.uint8),
         image_grid_thw=torch.zeros(0, 3, dtype=torch.int64),

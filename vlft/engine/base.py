@@ -146,8 +146,12 @@ class Engine:
 
     # -- one step ----------------------------------------------------------------------------------------------------
 
-    def prepare(self, model: nn.Module, optimizer: Optimizer) -> nn.Module:
-        """Move the model to the device, with mixed precision around its forward."""
+    def prepare(self, model: nn.Module, optimizer: Optimizer, whole: Sequence[nn.Module] = ()) -> nn.Module:  # noqa: ARG002
+        """Move the model to the device, with mixed precision around its forward.
+
+        Args:
+            whole: modules whose forward uses the weights of all modules inside, not through these modules' own.
+        """
         self.optimizer: Any
         # evaluation_mode: no DistributedDataParallel around it (see the module's docstring).
         self.model: Any = self.accelerator.prepare_model(model, evaluation_mode=True)
@@ -163,6 +167,12 @@ class Engine:
     def autocast(self) -> Any:
         """Mixed precision outside the wrapped forward."""
         return self.accelerator.autocast()
+
+    def pending_bytes(self) -> int:
+        """Of gradients and optimizer states that are not there yet and will be, on this device."""
+        gradients = sum(_local_bytes(p) for p in self._parameters if p.grad is None)
+        states = sum(2 * _local_bytes(p) for p in self._parameters if p not in self.optimizer.state)
+        return gradients + states
 
     def backward(self, loss: Tensor, *, last: bool) -> None:  # noqa: ARG002  (sharded engines need it)
         """Add a row's gradient. `loss`: its share of the step's loss; `last`: no other row follows."""
@@ -316,6 +326,12 @@ class Engine:
 
 def _whole_state(state: Tensor) -> Tensor:
     return state
+
+
+def _local_bytes(p: Tensor) -> int:
+    """Of the shard that lies here."""
+    here = p.to_local() if hasattr(p, "to_local") else p
+    return here.numel() * here.element_size()
 
 
 def norms_of(gradients: Sequence[Tensor]) -> list[Tensor]:

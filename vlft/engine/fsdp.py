@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -52,7 +52,7 @@ class FsdpEngine(Engine):
         )  # fmt: skip
         return Accelerator(mixed_precision=self.precision, fsdp_plugin=plugin)
 
-    def prepare(self, model: nn.Module, optimizer: Optimizer) -> nn.Module:
+    def prepare(self, model: nn.Module, optimizer: Optimizer, whole: Sequence[nn.Module] = ()) -> nn.Module:  # noqa: ARG002
         self.model, self.optimizer = self._shard(model, optimizer)
         self._note_parameters(optimizer)
         assert isinstance(self.model, nn.Module)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -121,7 +121,13 @@ class ZeroEngine(Engine):
         plugin = DeepSpeedPlugin(hf_ds_config=self.config, zero3_init_flag=False)
         return Accelerator(mixed_precision=self.precision, deepspeed_plugin=plugin, kwargs_handlers=handlers)
 
-    def prepare(self, model: nn.Module, optimizer: Optimizer) -> nn.Module:
+    def prepare(self, model: nn.Module, optimizer: Optimizer, whole: Sequence[nn.Module] = ()) -> nn.Module:
+        from deepspeed.utils import set_z3_leaf_module
+
+        if self.stage == 3:
+            for module in whole:
+                # ZeRO-3 gathers weights as modules are called; those inside are not called one by one.
+                set_z3_leaf_module(module, True)
         self._names = [list(g["names"]) for g in optimizer.param_groups]
         self._group_parts: list[Part] = [g["part"] for g in optimizer.param_groups]
         self._by_name = {n: p for g in optimizer.param_groups for n, p in zip(g["names"], g["params"], strict=True)}
@@ -130,6 +136,9 @@ class ZeroEngine(Engine):
         self.zero: Any = self.model.optimizer  # DeepSpeed's ZeRO optimizer
         self._heard = hear_norms(self.zero)
         return self.model
+
+    def pending_bytes(self) -> int:
+        return 0  # all of it is there from the start
 
     def end_all(self, exit_code: int) -> None:
         if self.alarm is not None:

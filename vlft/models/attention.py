@@ -80,6 +80,31 @@ def _segments(q: Tensor, k: Tensor, v: Tensor, borders: list[int], scale: float 
     return out
 
 
+def packed_attention(
+    q_THD: Tensor,
+    k_TKD: Tensor,
+    v_TKD: Tensor,
+    borders: Tensor,
+    longest: int | None,
+    scale: float | None,
+    *,
+    causal: bool,
+) -> Tensor:
+    """(T, H, D) attention within the segments of a row, by the best kernel there is.
+
+    Args:
+        borders: (S + 1,) int32.
+        longest: an upper bound of the segments' lengths (flash only).
+    """
+    # Under autocast the rotary embedding may leave q and k in fp32 while v is already in the compute dtype.
+    q, k = q_THD.to(v_TKD.dtype), k_TKD.to(v_TKD.dtype)
+    if varlen_available(q.device, q.dtype):
+        assert longest is not None
+        cu = borders.to(q.device, non_blocking=True)
+        return _flash(q.contiguous(), k.contiguous(), v_TKD.contiguous(), cu, longest, scale, causal)
+    return _segments(q, k, v_TKD, borders.tolist(), scale, causal)
+
+
 def attention(
     module: nn.Module,
     query: Tensor,
@@ -113,15 +138,7 @@ def attention(
         )
     causal = bool(getattr(module, "is_causal", True)) if is_causal is None else is_causal
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-    # Under autocast the rotary embedding may leave q and k in fp32 while v is already in the compute dtype.
-    q, k = q.to(v.dtype), k.to(v.dtype)
-    if varlen_available(q.device, q.dtype):
-        assert max_length_q is not None
-        cu = cu_seq_lens_q.to(q.device, non_blocking=True)
-        out = _flash(q.contiguous(), k.contiguous(), v.contiguous(), cu, max_length_q, scaling, causal)
-    else:
-        out = _segments(q, k, v, cu_seq_lens_q.tolist(), scaling, causal)
-    return out.unsqueeze(0), None
+    return packed_attention(q, k, v, cu_seq_lens_q, max_length_q, scaling, causal=causal).unsqueeze(0), None
 
 
 def _configs(model: nn.Module) -> Iterator[Any]:

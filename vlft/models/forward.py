@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vlft.family import Parts
+from vlft.models import kernels
 from vlft.models.attention import use_packed_attention
 
 IGNORE = -100
@@ -46,15 +47,34 @@ def _vision_extras(tower: nn.Module, grid_thw: Tensor, device: torch.device) -> 
 class PackedVLM(nn.Module):
     """Wraps what a strategy prepared and computes the loss of one row."""
 
-    def __init__(self, model: nn.Module, parts: Parts, image_token_id: int) -> None:
+    def __init__(self, model: nn.Module, parts: Parts, image_token_id: int, *, reference: bool = False) -> None:
+        """
+        Args:
+            reference: leave transformers' own forwards as they are (attention is packed all the same).
+        """
         super().__init__()
         self.model = model
         self.parts = parts
         self.image_token_id = image_token_id
-        hf: Any = base_model(model)
+        hf = self.hf
         self.has_deepstack = any("deepstack" in path for path in parts.projector)
         self.patch_dim = self._patch_dim(hf.config.vision_config)
         use_packed_attention(hf)
+        self.installed = kernels.Installed() if reference else kernels.install(hf, parts)
+        self.memory: kernels.Memory | None = None
+        """What layers keep for their backward pass; None: all."""
+        levels = len(getattr(hf.config.vision_config, "deepstack_visual_indexes", None) or ())
+        # Where a feature level is added behind the last layer, its tokens must still be at their places.
+        self.reads_rows = self.installed.reads_rows and levels < len(hf.get_submodule(parts.layers))
+
+    @property
+    def hf(self) -> Any:
+        """The Hugging Face model inside what a strategy prepared."""
+        return base_model(self.model)
+
+    def said(self) -> str:
+        """One line for the start of a run: what runs faster, and what is computed again."""
+        return f"{self.installed}; {self.memory}." if self.memory else f"{self.installed}."
 
     @staticmethod
     def _patch_dim(vision: Any) -> int:
@@ -82,7 +102,7 @@ class PackedVLM(nn.Module):
         return out.pooler_output, levels, real
 
     def _embed(
-        self, input_ids_T: Tensor, pixel_values: Tensor | None, grid_thw: Tensor
+        self, input_ids_T: Tensor, pixel_values: Tensor | None, grid_thw: Tensor, pictured_M: Tensor | None
     ) -> tuple[Tensor, dict[str, Any]]:
         embeds = self._part(self.parts.embed)(input_ids_T)
         if torch.is_autocast_enabled(embeds.device.type):
@@ -91,18 +111,18 @@ class PackedVLM(nn.Module):
         features, levels, real = self._see(pixel_values, grid_thw, embeds)
         features, levels = features.to(embeds.dtype), [x.to(embeds.dtype) for x in levels]
         if real:
-            mask = input_ids_T == self.image_token_id
-            embeds = embeds.masked_scatter(mask.unsqueeze(-1), features)
+            if pictured_M is None:
+                pictured_M = (input_ids_T[0] == self.image_token_id).nonzero()[:, 0]
+            embeds = embeds.index_copy(1, pictured_M, features.unsqueeze(0))
         else:
             # Into the embeddings, never into the loss: layer 0's input must have a gradient on every rank alike, or
             # sharded engines gather in different orders and hang.
             blank = features.sum() + sum(x.sum() for x in levels)
             embeds = embeds + 0.0 * blank
-            mask = torch.zeros_like(input_ids_T, dtype=torch.bool)
-            levels = [x[:0] for x in levels]
-        if not self.has_deepstack:
+            levels = []
+        if not levels:
             return embeds, {}
-        return embeds, {"visual_pos_masks": mask, "deepstack_visual_embeds": levels}
+        return embeds, {"visual_pos_masks": input_ids_T == self.image_token_id, "deepstack_visual_embeds": levels}
 
     def forward(
         self,
@@ -113,6 +133,8 @@ class PackedVLM(nn.Module):
         max_seqlen: int,
         pixel_values: Tensor | None,
         image_grid_thw: Tensor,
+        supervised_S: Tensor | None = None,
+        pictured_M: Tensor | None = None,
     ) -> Tensor:
         """Cross entropy of every supervised token of the row.
 
@@ -125,11 +147,23 @@ class PackedVLM(nn.Module):
             max_seqlen: an upper bound of the samples' lengths.
             pixel_values: (P, channels * temporal * patch * patch) float, or None.
             image_grid_thw: (I, 3) int64, on the CPU.
+            supervised_S: int64 places of the labels that are not -100.
+            pictured_M: int64 places of the image tokens. Without these two they are searched for, which waits for the
+                device.
         Returns:
             (S,) losses in fp32 (fp64 for fp64 weights), in the order of the tokens. S may be 0; the result still
             carries a (zero) gradient to every trainable weight.
         """
-        embeds, extra = self._embed(input_ids_T, pixel_values, image_grid_thw)
+        if supervised_S is None:
+            supervised_S = (labels_T[0] != IGNORE).nonzero()[:, 0]
+        if self.memory is not None and torch.is_grad_enabled():
+            kind = kernels.compute_dtype(self._part(self.parts.embed).weight)
+            longest = int(image_grid_thw[:, 1:].prod(1).max()) if len(image_grid_thw) else 4
+            patches = 4 if pixel_values is None else len(pixel_values)
+            self.memory.before_row(patches, longest, input_ids_T.shape[1], max_seqlen, len(supervised_S), kind)
+        embeds, extra = self._embed(input_ids_T, pixel_values, image_grid_thw, pictured_M)
+        if self.reads_rows:
+            extra["read_S"] = supervised_S
         hidden = self._part(self.parts.llm)(
             inputs_embeds=embeds,
             position_ids=position_ids_4T,
@@ -141,8 +175,8 @@ class PackedVLM(nn.Module):
             max_length_k=max_seqlen,
             return_dict=True,
             **extra,
-        ).last_hidden_state
-        supervised = labels_T != IGNORE
-        logits_SV = self._part(self.parts.head)(hidden[supervised])
+        ).last_hidden_state[0]
+        hidden_SD = hidden if self.reads_rows else hidden[supervised_S]
+        logits_SV = self._part(self.parts.head)(hidden_SD)
         logits_SV = logits_SV.to(torch.promote_types(logits_SV.dtype, torch.float32))
-        return F.cross_entropy(logits_SV, labels_T[supervised], reduction="none")
+        return F.cross_entropy(logits_SV, labels_T[0, supervised_S], reduction="none")

@@ -1,0 +1,16 @@
+"""Faster forwards and backwards for the layers of both towers.
+
+What they compute is transformers' own: `--reference` runs that instead, and tests/models/test_kernels.py compares.
+
+* `pointwise.py`: norms, rotation, activations as plain functions; `on_gpu.py`: the same as Triton kernels.
+* `product.py`: linear modules, plain or 4-bit, with or without adapters.
+* `block.py`: a whole layer as one autograd node.
+* `install.py`: finds the pieces in a model.
+* `memory.py`: what each layer keeps for its backward pass.
+"""
+
+from vlft.models.kernels.block import Keep, compute_dtype
+from vlft.models.kernels.install import Installed, install
+from vlft.models.kernels.memory import Memory, memory_for, room_on_gpu
+
+__all__ = ["Installed", "Keep", "Memory", "compute_dtype", "install", "memory_for", "room_on_gpu"]

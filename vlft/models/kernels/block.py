@@ -1,0 +1,275 @@
+"""A whole pre-norm transformer layer as ONE autograd node: x + attention(norm(x)), then + MLP(norm(.)).
+
+One node, because its backward is written out: it knows which values are cheap to compute again (norms, activations) and
+keeps only what is dear, launches a third of the kernels, and needs nothing from a compiler. Both towers of all families
+are such layers; `install.py` finds their pieces.
+
+N tokens or patches, D width, H heads, K key-value heads, C = H + 2K, d head size, I inner width of the MLP.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from vlft.models.attention import packed_attention
+from vlft.models.kernels import pointwise
+from vlft.models.kernels.pointwise import Activation
+from vlft.models.kernels.product import Gradients, Products, aligned
+
+Keep = Literal["all", "attention", "input"]
+"""What a layer keeps for its backward pass: all that is dear, all but the MLP's inner values, or its input alone."""
+
+
+class Norm:
+    """LayerNorm where the module has a bias, RMSNorm where not."""
+
+    def __init__(self, module: Any) -> None:
+        self.module = module
+        self.eps = float(getattr(module, "variance_epsilon", None) or module.eps)
+
+    @property
+    def weight(self) -> nn.Parameter:
+        return self.module.weight  # type: ignore[no-any-return]
+
+    @property
+    def bias(self) -> nn.Parameter | None:
+        return getattr(self.module, "bias", None)
+
+    def trained(self) -> Iterator[nn.Parameter]:
+        yield from (p for p in (self.weight, self.bias) if p is not None and p.requires_grad)
+
+    def forward(self, x_ND: Tensor, branch_ND: Tensor | None, kind: torch.dtype) -> tuple[Tensor, Tensor]:
+        return pointwise.norm(x_ND, branch_ND, self.weight, self.bias, self.eps, kind)
+
+    def backward(self, d_out_ND: Tensor, x_ND: Tensor, d_more_ND: Tensor, gradients: Gradients) -> Tensor:
+        trained = list(self.trained())
+        d_x, d_weight, d_bias = pointwise.norm_backward(
+            d_out_ND, x_ND, self.weight, self.bias, self.eps, d_more_ND, trains=bool(trained)
+        )
+        for p, gradient in ((self.weight, d_weight), (self.bias, d_bias)):
+            if p is not None and p.requires_grad and gradient is not None:
+                gradients[p] = gradient
+        return d_x
+
+
+@dataclass(frozen=True)
+class Call:
+    """What a layer is called with beside its input."""
+
+    cos_Nd: Tensor
+    sin_Nd: Tensor
+    borders: Tensor
+    """(S + 1,) int32 of the segments that attend to themselves"""
+    longest: int | None
+    kind: torch.dtype
+    """compute dtype"""
+    keep: Keep
+    seeds: tuple[int, int, int, int] | tuple[None, None, None, None]
+    """of the dropout before the adapters of (queries keys values, output, inner, down)"""
+    rows_S: Tensor | None = None
+    """int64 places, each once: only these go on after the attention, as behind the last layer nothing else is read"""
+
+
+@dataclass
+class Kept:
+    """From the forward to the backward pass."""
+
+    before: Tensor | None = None
+    """(N, C, d) before the norms of queries and keys, where there are some"""
+    qkv: tuple[Tensor, Tensor, Tensor] | None = None
+    attended: Tensor | None = None
+    """(N, H, d), with the graph of the attention alone"""
+    middle: Tensor | None = None
+    """(N, D) residual stream between attention and MLP"""
+    inner: Tensor | None = None
+    """(N, I) or (N, 2 I) before the activation"""
+
+
+@dataclass(eq=False)
+class Block:
+    """The pieces of one layer."""
+
+    norm_1: Norm
+    qkv: Products
+    q_norm: Norm | None
+    k_norm: Norm | None
+    out: Products
+    norm_2: Norm
+    inner: Products
+    activation: Activation
+    down: Products
+    heads: int
+    kv_heads: int
+    size: int
+    """of a head"""
+    scale: float
+    causal: bool
+
+    def trained(self) -> list[nn.Parameter]:
+        pieces = (self.norm_1, self.qkv, self.q_norm, self.k_norm, self.out, self.norm_2, self.inner, self.down)
+        return [p for piece in pieces if piece is not None for p in piece.trained()]
+
+    def seeds(self, *, training: bool) -> tuple[int, int, int, int] | tuple[None, None, None, None]:
+        """From torch's generator on the CPU, which a step seeds; no wait for the device."""
+        groups = (self.qkv, self.out, self.inner, self.down)
+        if not training or not any(group.dropout for group in groups):
+            return None, None, None, None
+        one, two, three, four = torch.randint(2**62, (4,)).tolist()
+        return one, two, three, four
+
+    @property
+    def _head_norms(self) -> tuple[nn.Parameter | None, nn.Parameter | None, float]:
+        if self.q_norm is None or self.k_norm is None:
+            return None, None, 0.0
+        return self.q_norm.weight, self.k_norm.weight, self.q_norm.eps
+
+    def _width(self, device: torch.device) -> int:
+        return aligned(self.inner.each[0].rows, device)
+
+    def _attend(self, x_ND: Tensor, call: Call, kept: Kept, *, learns: bool) -> None:
+        _, n_ND = self.norm_1.forward(x_ND, None, call.kind)
+        before = self.qkv.forward(n_ND, call.kind, call.seeds[0]).view(len(x_ND), -1, self.size)
+        q_weight, k_weight, eps = self._head_norms
+        rotated = pointwise.rotate(
+            before, call.cos_Nd, call.sin_Nd, self.heads, self.kv_heads, q_weight, k_weight, eps
+        )  # fmt: skip
+        kept.before = before if q_weight is not None else None
+        # A graph of its own, for this one operation, whose backward is the library's.
+        with torch.set_grad_enabled(learns):
+            q, k, v = (
+                part.detach().requires_grad_(learns)
+                for part in torch.split(rotated, [self.heads, self.kv_heads, self.kv_heads], dim=1)
+            )
+            kept.attended = packed_attention(q, k, v, call.borders, call.longest, self.scale, causal=self.causal)
+        kept.qkv = (q, k, v)
+
+    def _meet(self, x_ND: Tensor, call: Call, kept: Kept) -> Tensor:
+        """The attention's output into the residual stream; returns the norm of that."""
+        assert kept.attended is not None
+        branch = self.out.forward(_rows(kept.attended.detach().flatten(1), call), call.kind, call.seeds[1])
+        kept.middle, m_ND = self.norm_2.forward(_rows(x_ND, call), branch, call.kind)
+        return m_ND
+
+    def forward(self, x_ND: Tensor, call: Call, kept: Kept, *, learns: bool) -> Tensor:
+        self._attend(x_ND, call, kept, learns=learns and call.keep != "input")
+        m_ND = self._meet(x_ND, call, kept)
+        assert kept.middle is not None
+        width = self._width(x_ND.device)
+        kept.inner = self.inner.forward(m_ND, call.kind, call.seeds[2], width)
+        active = pointwise.activate(kept.inner, self.activation, self.inner.each[0].rows)
+        out = self.down.forward(active, call.kind, call.seeds[3])
+        out = out.add_(kept.middle) if out.dtype == x_ND.dtype else kept.middle + out
+        if call.keep != "all":
+            kept.inner = None
+        if call.keep == "input":
+            kept.before = kept.qkv = kept.attended = kept.middle = None
+        return out
+
+    def backward(
+        self, x_ND: Tensor, d_out_ND: Tensor, call: Call, kept: Kept, gradients: Gradients, *, wants_input: bool
+    ) -> Tensor | None:
+        kind = call.kind
+        width = self._width(x_ND.device)
+        if kept.attended is None:
+            self._attend(x_ND, call, kept, learns=True)
+            m_ND = self._meet(x_ND, call, kept)
+        else:
+            assert kept.middle is not None
+            _, m_ND = self.norm_2.forward(kept.middle, None, kind)
+        if kept.inner is None:
+            kept.inner = self.inner.forward(m_ND, kind, call.seeds[2], width)
+        assert kept.attended is not None
+        assert kept.qkv is not None
+        assert kept.middle is not None
+        own = self.inner.each[0].rows
+        active = pointwise.activate(kept.inner, self.activation, own)
+        d_active = self.down.backward(active, d_out_ND.to(kind), kind, call.seeds[3], gradients)
+        del active
+        assert d_active is not None
+        d_inner = pointwise.activate_backward(kept.inner, d_active, self.activation, own)
+        del d_active
+        d_m = self.inner.backward(m_ND, d_inner, kind, call.seeds[2], gradients, width)
+        del d_inner, m_ND
+        kept.inner = None
+        assert d_m is not None
+        d_middle = self.norm_2.backward(d_m, kept.middle, d_out_ND, gradients)
+        kept.middle = None
+        attended_NHd = kept.attended
+        attended_ND = _rows(attended_NHd.detach().flatten(1), call)
+        d_attended = self.out.backward(attended_ND, d_middle.to(kind), kind, call.seeds[1], gradients)
+        assert d_attended is not None
+        d_attended, d_middle = _all_rows(d_attended, call, x_ND), _all_rows(d_middle, call, x_ND)
+        d_q, d_k, d_v = torch.autograd.grad(attended_NHd, kept.qkv, d_attended.view_as(attended_NHd))
+        q_weight, k_weight, eps = self._head_norms
+        d_before, d_q_weight, d_k_weight = pointwise.rotate_backward(
+            d_q, d_k, d_v, call.cos_Nd, call.sin_Nd, kept.before, q_weight, k_weight, eps
+        )
+        for p, gradient in ((q_weight, d_q_weight), (k_weight, d_k_weight)):
+            if p is not None and p.requires_grad and gradient is not None:
+                gradients[p] = gradient
+        kept.before = kept.qkv = kept.attended = None
+        _, n_ND = self.norm_1.forward(x_ND, None, kind)
+        wants_n = wants_input or any(True for _ in self.norm_1.trained())
+        d_n = self.qkv.backward(n_ND, d_before.flatten(1), kind, call.seeds[0], gradients, wants_input=wants_n)
+        return None if d_n is None else self.norm_1.backward(d_n, x_ND, d_middle, gradients)
+
+
+def _rows(x_ND: Tensor, call: Call) -> Tensor:
+    return x_ND if call.rows_S is None else x_ND[call.rows_S]
+
+
+def _all_rows(d_SD: Tensor, call: Call, like_ND: Tensor) -> Tensor:
+    if call.rows_S is None:
+        return d_SD
+    return d_SD.new_zeros(len(like_ND), d_SD.shape[1]).index_copy_(0, call.rows_S, d_SD)
+
+
+class _Layer(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, block: Block, call: Call, x_ND: Tensor, *trained: nn.Parameter) -> Tensor:
+        kept = Kept()
+        learns = any(ctx.needs_input_grad)
+        with no_autocast(x_ND.device):
+            out = block.forward(x_ND, call, kept, learns=learns)
+        if learns:
+            # Not by save_for_backward: the attention keeps a graph, and pieces are dropped one by one as they are used.
+            ctx.block, ctx.call, ctx.x_ND, ctx.kept, ctx.trained = block, call, x_ND, kept, trained
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, d_out_ND: Tensor) -> tuple[Any, ...]:
+        gradients: Gradients = {}
+        block, call, x_ND, kept, trained = ctx.block, ctx.call, ctx.x_ND, ctx.kept, ctx.trained
+        # The node outlives its backward for as long as the loss does.
+        ctx.block = ctx.call = ctx.x_ND = ctx.kept = ctx.trained = None
+        with no_autocast(x_ND.device):
+            d_x = block.backward(x_ND, d_out_ND, call, kept, gradients, wants_input=ctx.needs_input_grad[2])
+        return None, None, d_x, *(_as(gradients[p], p) for p in trained)
+
+
+def _as(gradient: Tensor, p: nn.Parameter) -> Tensor:
+    return gradient.to(p.dtype).view(p.shape)
+
+
+def no_autocast(device: torch.device) -> AbstractContextManager[None]:
+    """The dtypes are chosen here; autocast would cast once more."""
+    return torch.autocast(device.type, enabled=False)
+
+
+def run(block: Block, x_ND: Tensor, call: Call) -> Tensor:
+    """(N, D) of a layer."""
+    out: Tensor = _Layer.apply(block, call, x_ND, *block.trained())  # type: ignore[no-untyped-call]
+    return out
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """Of products: autocast's, or the stream's."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype

@@ -1,0 +1,206 @@
+"""Find the layers of both towers and put the faster forward over their own.
+
+`install` looks at what a module holds, not at whose class it is, so that one set of rules serves Qwen2-VL, Qwen2.5-VL
+and Qwen3-VL. Modules keep their parameters, names and hooks. A layer that holds something unknown keeps its own
+forward, and the summary at the start of a run says which and why. Generation goes through caches and masks: so does it.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from types import MethodType
+from typing import Any, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from vlft.family import Parts
+from vlft.models.attention import NAME
+from vlft.models.kernels.block import Block, Call, Norm, compute_dtype, run
+from vlft.models.kernels.pointwise import Activation
+from vlft.models.kernels.product import Products, UnsupportedError
+
+
+@dataclass
+class Installed:
+    """What runs faster, and what does not and why."""
+
+    vision: list[nn.Module] = field(default_factory=list)
+    language: list[nn.Module] = field(default_factory=list)
+    left: list[nn.Module] = field(default_factory=list)
+    """Layers that keep their own forward."""
+    reasons: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def layers(self) -> list[nn.Module]:
+        """All that use the weights of all modules inside: who gathers weights must gather theirs at once."""
+        return [*self.vision, *self.language]
+
+    def learning(self) -> tuple[list[nn.Module], list[nn.Module]]:
+        """Layers through which a gradient flows: of the vision tower from the first one that trains, and all others."""
+        trains = [any(p.requires_grad for p in layer.parameters()) for layer in self.vision]
+        first = trains.index(True) if True in trains else len(trains)
+        return self.vision[first:], self.language
+
+    @property
+    def reads_rows(self) -> bool:
+        """The last layer takes `read_S`."""
+        return bool(self.language) and bool(self.language[-1].is_last)
+
+    def __str__(self) -> str:
+        said = f"{len(self.layers)} layers as one operation each"
+        kept = "; ".join(f"{n} keep transformers' forward: {reason}" for reason, n in self.reasons.items())
+        return f"{said}; {kept}" if kept else said
+
+
+def install(model: nn.Module, parts: Parts) -> Installed:
+    """Put the faster forwards over those of `model`, a plain Hugging Face model whose layers may be wrapped inside."""
+    found = Installed()
+    tower: Any = model.get_submodule(parts.vit)
+    for block in tower.blocks:
+        if _install(block, _vision_pieces, _vision_forward, found):
+            found.vision.append(block)
+    if type(tower.patch_embed.proj) is nn.Conv3d:
+        _over(tower.patch_embed.proj, _patch_forward)
+    layers: Any = model.get_submodule(parts.layers)
+    for layer in layers:
+        if _install(layer, _decoder_pieces, _decoder_forward, found):
+            layer.is_last = layer is layers[-1]
+            found.language.append(layer)
+    return found
+
+
+def _install(layer: Any, pieces: Callable[[Any], Block], forward: Callable[..., Any], found: Installed) -> bool:
+    try:
+        # Not as an attribute of the module: it holds modules, which would be registered twice.
+        layer.__dict__["vlft_block"] = pieces(layer)
+    except (UnsupportedError, AttributeError) as reason:
+        found.left.append(layer)
+        found.reasons[str(reason)] += 1
+        return False
+    layer.keep = "all"
+    _over(layer, forward)
+    return True
+
+
+def _over(module: Any, forward: Callable[..., Any]) -> None:
+    """Make `forward(module, ...)` its forward; what was there stays in `plain_forward`."""
+    if "plain_forward" in module.__dict__:
+        return
+    module.__dict__["plain_forward"] = module.forward
+    module.forward = MethodType(forward, module)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pieces
+
+
+def _activation(name: str, *, gated: bool) -> Activation:
+    wanted = f"{name}_gated" if gated else name
+    if wanted not in get_args(Activation):
+        raise UnsupportedError(f"the activation {name}{' with gates' if gated else ''}")
+    return wanted  # type: ignore[return-value]
+
+
+def _mlp(mlp: Any, activation: str) -> tuple[Products, Activation, Products]:
+    if hasattr(mlp, "gate_proj"):
+        inner = Products([mlp.gate_proj, mlp.up_proj])
+        return inner, _activation(activation, gated=True), Products([mlp.down_proj])
+    first, second = (mlp.fc1, mlp.fc2) if hasattr(mlp, "fc1") else (mlp.linear_fc1, mlp.linear_fc2)
+    return Products([first]), _activation(activation, gated=False), Products([second])
+
+
+def _vision_pieces(block: Any) -> Block:
+    attn = block.attn
+    inner, activation, down = _mlp(block.mlp, attn.config.hidden_act)
+    heads = int(attn.num_heads)
+    return Block(
+        norm_1=Norm(block.norm1), qkv=Products([attn.qkv]), q_norm=None, k_norm=None, out=Products([attn.proj]),
+        norm_2=Norm(block.norm2), inner=inner, activation=activation, down=down, heads=heads, kv_heads=heads,
+        size=int(attn.head_dim), scale=float(attn.scaling), causal=False,
+    )  # fmt: skip
+
+
+def _decoder_pieces(layer: Any) -> Block:
+    attn = layer.self_attn
+    if attn.attention_dropout or getattr(attn, "sliding_window", None):
+        raise UnsupportedError("attention dropout or a sliding window")
+    inner, activation, down = _mlp(layer.mlp, attn.config.hidden_act)
+    size = int(attn.head_dim)
+    norms = (Norm(attn.q_norm), Norm(attn.k_norm)) if hasattr(attn, "q_norm") else (None, None)
+    qkv = Products([attn.q_proj, attn.k_proj, attn.v_proj])
+    return Block(
+        norm_1=Norm(layer.input_layernorm), qkv=qkv, q_norm=norms[0], k_norm=norms[1], out=Products([attn.o_proj]),
+        norm_2=Norm(layer.post_attention_layernorm), inner=inner, activation=activation, down=down,
+        heads=qkv.each[0].rows // size, kv_heads=qkv.each[1].rows // size, size=size, scale=float(attn.scaling),
+        causal=True,
+    )  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Forwards
+
+
+def _call(
+    layer: Any,
+    x: Tensor,
+    embeddings: tuple[Tensor, Tensor],
+    borders: Tensor,
+    longest: int | None,
+    rows_S: Tensor | None = None,
+) -> Call:
+    cos, sin = (part.reshape(-1, part.shape[-1]) for part in embeddings)
+    return Call(
+        cos_Nd=cos, sin_Nd=sin, borders=borders, longest=longest, kind=compute_dtype(x), keep=layer.keep,
+        seeds=layer.vlft_block.seeds(training=layer.training), rows_S=rows_S,
+    )  # fmt: skip
+
+
+def _vision_forward(
+    self: Any,
+    hidden_states: Tensor,
+    cu_seqlens: Tensor,
+    position_embeddings: tuple[Tensor, Tensor] | None = None,
+    max_seqlen: int | None = None,
+    **kwargs: Any,
+) -> Tensor:
+    if self.attn.config._attn_implementation != NAME or position_embeddings is None:
+        plain: Tensor = self.plain_forward(
+            hidden_states, cu_seqlens=cu_seqlens, position_embeddings=position_embeddings, max_seqlen=max_seqlen,
+            **kwargs,
+        )  # fmt: skip
+        return plain
+    return run(
+        self.vlft_block, hidden_states, _call(self, hidden_states, position_embeddings, cu_seqlens, max_seqlen)
+    )  # fmt: skip
+
+
+def _decoder_forward(
+    self: Any,
+    hidden_states: Tensor,
+    position_embeddings: tuple[Tensor, Tensor] | None = None,
+    cu_seq_lens_q: Tensor | None = None,
+    max_length_q: int | None = None,
+    read_S: Tensor | None = None,
+    **kwargs: Any,
+) -> Any:
+    """`read_S`: int64 places of the tokens that are read behind the last layer, which returns (1, S, D) then."""
+    if self.self_attn.config._attn_implementation != NAME or cu_seq_lens_q is None or position_embeddings is None:
+        return self.plain_forward(
+            hidden_states, position_embeddings=position_embeddings, cu_seq_lens_q=cu_seq_lens_q,
+            max_length_q=max_length_q, **kwargs,
+        )  # fmt: skip
+    rows_S = read_S if self.is_last else None
+    call = _call(self, hidden_states, position_embeddings, cu_seq_lens_q, max_length_q, rows_S)
+    return run(self.vlft_block, hidden_states.flatten(0, 1), call).unsqueeze(0)
+
+
+def _patch_forward(self: Any, patches: Tensor) -> Tensor:
+    """The patch embedding's convolution has no overlap: it is one product (and cuDNN's is slow to disastrous)."""
+    kind = compute_dtype(patches)
+    bias = None if self.bias is None else self.bias.to(kind)
+    with torch.autocast(patches.device.type, enabled=False):
+        return F.linear(patches.flatten(1).to(kind), self.weight.flatten(1).to(kind), bias)

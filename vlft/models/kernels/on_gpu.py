@@ -1,0 +1,368 @@
+"""The functions of `pointwise.py` as Triton kernels, one launch each: same names, same arguments, same results."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from vlft.models.kernels.pointwise import Activation
+
+
+@lru_cache(maxsize=8)
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+
+
+def _warps(block: int) -> int:
+    return 4 if block <= 2048 else 8 if block <= 4096 else 16
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Norms: one program for one row at a time
+
+
+@triton.jit
+def _norm_kernel(
+    x_ptr, branch_ptr, weight_ptr, bias_ptr, total_ptr, out_ptr, eps, width,
+    ADDS: tl.constexpr, CENTRED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64) * width
+    columns = tl.arange(0, BLOCK)
+    inside = columns < width
+    x = tl.load(x_ptr + row + columns, mask=inside, other=0.0).to(tl.float32)
+    if ADDS:
+        x += tl.load(branch_ptr + row + columns, mask=inside, other=0.0).to(tl.float32)
+        x = x.to(total_ptr.dtype.element_ty)
+        tl.store(total_ptr + row + columns, x, mask=inside)
+        x = x.to(tl.float32)
+    if CENTRED:
+        x = tl.where(inside, x - tl.sum(x, 0) / width, 0.0)
+    x *= tl.rsqrt(tl.sum(x * x, 0) / width + eps)
+    x *= tl.load(weight_ptr + columns, mask=inside, other=0.0).to(tl.float32)
+    if CENTRED:
+        x += tl.load(bias_ptr + columns, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out_ptr + row + columns, x.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+def norm(
+    x_ND: Tensor, branch_ND: Tensor | None, weight_D: Tensor, bias_D: Tensor | None, eps: float, kind: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    rows, width = x_ND.shape
+    x_ND = x_ND.contiguous()
+    total = x_ND if branch_ND is None else torch.empty_like(x_ND)
+    out = torch.empty_like(x_ND, dtype=kind)
+    branch = x_ND if branch_ND is None else branch_ND.contiguous()
+    block = triton.next_power_of_2(width)
+    _norm_kernel[(rows,)](
+        x_ND, branch, weight_D, weight_D if bias_D is None else bias_D, total, out, eps, width,
+        ADDS=branch_ND is not None, CENTRED=bias_D is not None, BLOCK=block, num_warps=_warps(block),
+    )  # fmt: skip
+    return total, out
+
+
+@triton.jit
+def _norm_backward_kernel(
+    d_out_ptr, x_ptr, weight_ptr, d_more_ptr, d_x_ptr, d_weight_ptr, d_bias_ptr, eps, rows, width,
+    ADDS: tl.constexpr, CENTRED: tl.constexpr, TRAINS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, BLOCK)
+    inside = columns < width
+    weight = tl.load(weight_ptr + columns, mask=inside, other=0.0).to(tl.float32)
+    d_weight = tl.zeros((BLOCK,), tl.float32)
+    d_bias = tl.zeros((BLOCK,), tl.float32)
+    for row in range(program, rows, tl.num_programs(0)):
+        start = row * width
+        x = tl.load(x_ptr + start + columns, mask=inside, other=0.0).to(tl.float32)
+        d_out = tl.load(d_out_ptr + start + columns, mask=inside, other=0.0).to(tl.float32)
+        if CENTRED:
+            x = tl.where(inside, x - tl.sum(x, 0) / width, 0.0)
+        scale = tl.rsqrt(tl.sum(x * x, 0) / width + eps)
+        x *= scale
+        d = d_out * weight
+        d_x = d - x * (tl.sum(d * x, 0) / width)
+        if CENTRED:
+            d_x -= tl.sum(d, 0) / width
+        d_x *= scale
+        if ADDS:
+            d_x += tl.load(d_more_ptr + start + columns, mask=inside, other=0.0).to(tl.float32)
+        tl.store(d_x_ptr + start + columns, d_x.to(d_x_ptr.dtype.element_ty), mask=inside)
+        if TRAINS:
+            d_weight += d_out * x
+            d_bias += d_out
+    if TRAINS:
+        tl.store(d_weight_ptr + program * width + columns, d_weight, mask=inside)
+        if CENTRED:
+            tl.store(d_bias_ptr + program * width + columns, d_bias, mask=inside)
+
+
+def norm_backward(
+    d_out_ND: Tensor,
+    x_ND: Tensor,
+    weight_D: Tensor,
+    bias_D: Tensor | None,
+    eps: float,
+    d_more_ND: Tensor | None,
+    *,
+    trains: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    rows, width = x_ND.shape
+    d_out_ND, x_ND = d_out_ND.contiguous(), x_ND.contiguous()
+    d_x = torch.empty_like(x_ND)
+    # Each program sums its rows' share of the weight's gradient in registers, so that no atomics order the sum anew.
+    programs = min(rows, 4 * _processors(x_ND.device)) or 1
+    shares = [torch.empty(programs if trains else 0, width, dtype=torch.float32, device=x_ND.device) for _ in range(2)]
+    block = triton.next_power_of_2(width)
+    _norm_backward_kernel[(programs,)](
+        d_out_ND, x_ND, weight_D, d_out_ND if d_more_ND is None else d_more_ND.contiguous(), d_x, *shares, eps, rows,
+        width, ADDS=d_more_ND is not None, CENTRED=bias_D is not None, TRAINS=trains, BLOCK=block,
+        num_warps=_warps(block),
+    )  # fmt: skip
+    d_weight = shares[0].sum(0) if trains else None
+    return d_x, d_weight, shares[1].sum(0) if trains and bias_D is not None else None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Rotation: one program for all heads of a token, the two halves of each apart
+
+
+@triton.jit
+def _rotate_kernel(
+    x_ptr, out_ptr, cos_ptr, sin_ptr, q_weight_ptr, k_weight_ptr, eps, heads, keys, all_heads, size,
+    NORMS: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr,
+):  # fmt: skip
+    token = tl.program_id(0).to(tl.int64)
+    half = size // 2
+    column = tl.arange(0, HALF)[None, :]
+    head = tl.arange(0, HEADS)[:, None]
+    inside = column < half
+    cos_low = tl.load(cos_ptr + token * size + column, mask=inside, other=0.0).to(tl.float32)
+    sin_low = tl.load(sin_ptr + token * size + column, mask=inside, other=0.0).to(tl.float32)
+    cos_high = tl.load(cos_ptr + token * size + half + column, mask=inside, other=0.0).to(tl.float32)
+    sin_high = tl.load(sin_ptr + token * size + half + column, mask=inside, other=0.0).to(tl.float32)
+    place = (token * all_heads + head) * size + column
+    mine = inside & (head < (all_heads if NORMS else keys))
+    low = tl.load(x_ptr + place, mask=mine, other=0.0).to(tl.float32)
+    high = tl.load(x_ptr + place + half, mask=mine, other=0.0).to(tl.float32)
+    kept_low = low
+    kept_high = high
+    if NORMS:
+        scale = tl.rsqrt((tl.sum(low * low, 1) + tl.sum(high * high, 1)) / size + eps)[:, None]
+        q_low = tl.load(q_weight_ptr + column, mask=inside, other=0.0).to(tl.float32)
+        q_high = tl.load(q_weight_ptr + half + column, mask=inside, other=0.0).to(tl.float32)
+        k_low = tl.load(k_weight_ptr + column, mask=inside, other=0.0).to(tl.float32)
+        k_high = tl.load(k_weight_ptr + half + column, mask=inside, other=0.0).to(tl.float32)
+        low *= scale * tl.where(head < heads, q_low, k_low)
+        high *= scale * tl.where(head < heads, q_high, k_high)
+    new_low = low * cos_low - high * sin_low
+    new_high = high * cos_high + low * sin_high
+    if NORMS:
+        new_low = tl.where(head < keys, new_low, kept_low)
+        new_high = tl.where(head < keys, new_high, kept_high)
+    tl.store(out_ptr + place, new_low.to(out_ptr.dtype.element_ty), mask=mine)
+    tl.store(out_ptr + place + half, new_high.to(out_ptr.dtype.element_ty), mask=mine)
+
+
+def rotate(
+    qkv_NCd: Tensor,
+    cos_Nd: Tensor,
+    sin_Nd: Tensor,
+    heads: int,
+    kv_heads: int,
+    q_weight_d: Tensor | None,
+    k_weight_d: Tensor | None,
+    eps: float,
+) -> Tensor:
+    tokens, all_heads, size = qkv_NCd.shape
+    norms = q_weight_d is not None
+    out = torch.empty_like(qkv_NCd) if norms else qkv_NCd
+    weights: Any = (q_weight_d, k_weight_d) if norms else (cos_Nd, cos_Nd)
+    block = triton.next_power_of_2(all_heads if norms else heads + kv_heads), triton.next_power_of_2(size // 2)
+    _rotate_kernel[(tokens,)](
+        qkv_NCd, out, cos_Nd.contiguous(), sin_Nd.contiguous(), *weights, eps, heads, heads + kv_heads, all_heads, size,
+        NORMS=norms, HEADS=block[0], HALF=block[1], num_warps=_warps(block[0] * block[1]),
+    )  # fmt: skip
+    return out
+
+
+@triton.jit
+def _rotate_backward_kernel(
+    d_q_ptr, d_k_ptr, d_v_ptr, out_ptr, cos_ptr, sin_ptr, x_ptr, q_weight_ptr, k_weight_ptr, d_weight_ptr,
+    eps, tokens, heads, kv_heads, size, NORMS: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0).to(tl.int64)
+    half = size // 2
+    keys = heads + kv_heads
+    column = tl.arange(0, HALF)[None, :]
+    head = tl.arange(0, HEADS)[:, None]
+    inside = column < half
+    is_q = inside & (head < heads)
+    is_k = inside & (head >= heads) & (head < keys)
+    is_v = inside & (head >= keys) & (head < keys + kv_heads)
+    d_q_low = tl.zeros((HALF,), tl.float32)
+    d_q_high = tl.zeros((HALF,), tl.float32)
+    d_k_low = tl.zeros((HALF,), tl.float32)
+    d_k_high = tl.zeros((HALF,), tl.float32)
+    for token in range(program, tokens, tl.num_programs(0)):
+        cos_low = tl.load(cos_ptr + token * size + column, mask=inside, other=0.0).to(tl.float32)
+        sin_low = tl.load(sin_ptr + token * size + column, mask=inside, other=0.0).to(tl.float32)
+        cos_high = tl.load(cos_ptr + token * size + half + column, mask=inside, other=0.0).to(tl.float32)
+        sin_high = tl.load(sin_ptr + token * size + half + column, mask=inside, other=0.0).to(tl.float32)
+        q_place = (token * heads + head) * size + column
+        k_place = (token * kv_heads + head - heads) * size + column
+        v_place = (token * kv_heads + head - keys) * size + column
+        d_low = (
+            tl.load(d_q_ptr + q_place, mask=is_q, other=0.0).to(tl.float32)
+            + tl.load(d_k_ptr + k_place, mask=is_k, other=0.0).to(tl.float32)
+            + tl.load(d_v_ptr + v_place, mask=is_v, other=0.0).to(tl.float32)
+        )
+        d_high = (
+            tl.load(d_q_ptr + q_place + half, mask=is_q, other=0.0).to(tl.float32)
+            + tl.load(d_k_ptr + k_place + half, mask=is_k, other=0.0).to(tl.float32)
+            + tl.load(d_v_ptr + v_place + half, mask=is_v, other=0.0).to(tl.float32)
+        )
+        new_low = d_low * cos_low + d_high * sin_high
+        new_high = d_high * cos_high - d_low * sin_low
+        place = (token * (keys + kv_heads) + head) * size + column
+        if NORMS:
+            low = tl.load(x_ptr + place, mask=is_q | is_k, other=0.0).to(tl.float32)
+            high = tl.load(x_ptr + place + half, mask=is_q | is_k, other=0.0).to(tl.float32)
+            scale = tl.rsqrt((tl.sum(low * low, 1) + tl.sum(high * high, 1)) / size + eps)[:, None]
+            low *= scale
+            high *= scale
+            d_q_low += tl.sum(tl.where(is_q, new_low * low, 0.0), 0)
+            d_q_high += tl.sum(tl.where(is_q, new_high * high, 0.0), 0)
+            d_k_low += tl.sum(tl.where(is_k, new_low * low, 0.0), 0)
+            d_k_high += tl.sum(tl.where(is_k, new_high * high, 0.0), 0)
+            q_low = tl.load(q_weight_ptr + column, mask=inside, other=0.0).to(tl.float32)
+            q_high = tl.load(q_weight_ptr + half + column, mask=inside, other=0.0).to(tl.float32)
+            k_low = tl.load(k_weight_ptr + column, mask=inside, other=0.0).to(tl.float32)
+            k_high = tl.load(k_weight_ptr + half + column, mask=inside, other=0.0).to(tl.float32)
+            new_low *= tl.where(is_q, q_low, k_low)
+            new_high *= tl.where(is_q, q_high, k_high)
+            mean = ((tl.sum(new_low * low, 1) + tl.sum(new_high * high, 1)) / size)[:, None]
+            new_low = (new_low - low * mean) * scale
+            new_high = (new_high - high * mean) * scale
+        new_low = tl.where(is_v, d_low, new_low)
+        new_high = tl.where(is_v, d_high, new_high)
+        tl.store(out_ptr + place, new_low.to(out_ptr.dtype.element_ty), mask=is_q | is_k | is_v)
+        tl.store(out_ptr + place + half, new_high.to(out_ptr.dtype.element_ty), mask=is_q | is_k | is_v)
+    if NORMS:
+        share = d_weight_ptr + program * 2 * size + tl.arange(0, HALF)
+        known = tl.arange(0, HALF) < half
+        tl.store(share, d_q_low, mask=known)
+        tl.store(share + half, d_q_high, mask=known)
+        tl.store(share + size, d_k_low, mask=known)
+        tl.store(share + size + half, d_k_high, mask=known)
+
+
+def rotate_backward(
+    d_q_NHd: Tensor,
+    d_k_NKd: Tensor,
+    d_v_NKd: Tensor,
+    cos_Nd: Tensor,
+    sin_Nd: Tensor,
+    qkv_NCd: Tensor | None,
+    q_weight_d: Tensor | None,
+    k_weight_d: Tensor | None,
+    eps: float,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    tokens, heads, size = d_q_NHd.shape
+    kv_heads = d_k_NKd.shape[1]
+    norms = qkv_NCd is not None
+    out = d_v_NKd.new_empty(tokens, heads + 2 * kv_heads, size)
+    programs = min(tokens, 16 * _processors(out.device)) if norms else tokens
+    shares = torch.empty(programs if norms else 0, 2, size, dtype=torch.float32, device=out.device)
+    saved: Any = (qkv_NCd, q_weight_d, k_weight_d) if norms else (out, cos_Nd, cos_Nd)
+    block = triton.next_power_of_2(heads + 2 * kv_heads), triton.next_power_of_2(size // 2)
+    _rotate_backward_kernel[(programs,)](
+        d_q_NHd.contiguous(), d_k_NKd.contiguous(), d_v_NKd.contiguous(), out, cos_Nd.contiguous(), sin_Nd.contiguous(),
+        *saved, shares, eps, tokens, heads, kv_heads, size, NORMS=norms, HEADS=block[0], HALF=block[1],
+        num_warps=_warps(block[0] * block[1]),
+    )  # fmt: skip
+    if not norms:
+        return out, None, None
+    d_weights = shares.sum(0)
+    return out, d_weights[0], d_weights[1]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Activations: one program for a piece of one row
+
+_KINDS: dict[Activation, int] = {"silu_gated": 0, "gelu": 1, "gelu_pytorch_tanh": 2, "quick_gelu": 3}
+_PIECE = 1024
+
+
+@triton.jit
+def _tanh(x):
+    return 2.0 * tl.sigmoid(2.0 * x) - 1.0
+
+
+@triton.jit
+def _activate_kernel(x_ptr, out_ptr, columns, width, KIND: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < width
+    x_row = x_ptr + row * columns * (2 if KIND == 0 else 1)
+    x = tl.load(x_row + column, mask=inside, other=0.0).to(tl.float32)
+    if KIND == 0:
+        x = x * tl.sigmoid(x) * tl.load(x_row + columns + column, mask=inside, other=0.0).to(tl.float32)
+    elif KIND == 1:
+        x = 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
+    elif KIND == 2:
+        x = 0.5 * x * (1.0 + _tanh(0.7978845608028654 * (x + 0.044715 * x * x * x)))
+    else:
+        x = x * tl.sigmoid(1.702 * x)
+    # Columns behind the width hold whatever the memory held; the next product must see zeros there.
+    x = tl.where(inside, x, 0.0)
+    tl.store(out_ptr + row * columns + column, x.to(out_ptr.dtype.element_ty), mask=column < columns)
+
+
+def activate(inner_NI: Tensor, kind: Activation, width: int) -> Tensor:
+    rows, columns = inner_NI.shape
+    if kind == "silu_gated":
+        columns //= 2
+    out = inner_NI.new_empty(rows, columns)
+    block = min(_PIECE, triton.next_power_of_2(columns))
+    _activate_kernel[(rows, triton.cdiv(columns, block))](
+        inner_NI, out, columns, width, KIND=_KINDS[kind], BLOCK=block, num_warps=4
+    )
+    return out
+
+
+@triton.jit
+def _activate_backward_kernel(x_ptr, d_ptr, columns, width, KIND: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < width
+    x_row = x_ptr + row * columns * (2 if KIND == 0 else 1)
+    x = tl.load(x_row + column, mask=inside, other=0.0).to(tl.float32)
+    d = tl.load(d_ptr + row * columns + column, mask=inside, other=0.0).to(tl.float32)
+    if KIND == 0:
+        up = tl.load(x_row + columns + column, mask=inside, other=0.0).to(tl.float32)
+        sigmoid = tl.sigmoid(x)
+        tl.store(x_row + columns + column, (d * x * sigmoid).to(x_ptr.dtype.element_ty), mask=inside)
+        slope = up * sigmoid * (1.0 + x * (1.0 - sigmoid))
+    elif KIND == 1:
+        slope = 0.5 * (1.0 + tl.erf(x * 0.7071067811865476)) + x * tl.exp(-0.5 * x * x) * 0.3989422804014327
+    elif KIND == 2:
+        tanh = _tanh(0.7978845608028654 * (x + 0.044715 * x * x * x))
+        slope = 0.5 * (1.0 + tanh) + 0.5 * x * (1.0 - tanh * tanh) * 0.7978845608028654 * (1.0 + 0.134145 * x * x)
+    else:
+        sigmoid = tl.sigmoid(1.702 * x)
+        slope = sigmoid * (1.0 + 1.702 * x * (1.0 - sigmoid))
+    tl.store(x_row + column, (d * slope).to(x_ptr.dtype.element_ty), mask=inside)
+
+
+def activate_backward(inner_NI: Tensor, d_out_NI: Tensor, kind: Activation, width: int) -> Tensor:
+    rows, columns = d_out_NI.shape
+    block = min(_PIECE, triton.next_power_of_2(width))
+    _activate_backward_kernel[(rows, triton.cdiv(width, block))](
+        inner_NI, d_out_NI.contiguous(), columns, width, KIND=_KINDS[kind], BLOCK=block, num_warps=4
+    )
+    return inner_NI

@@ -1,0 +1,243 @@
+"""What lies between the products of a transformer layer, forward and backward as plain functions.
+
+Each function here is the reference: PyTorch alone, any device, any float dtype. On a GPU with Triton the same signature
+runs as one kernel instead of five to twelve (`on_gpu.py`), which is what these functions are for: they move memory and
+hardly compute. Arithmetic is in fp32 (fp64 for fp64), results in the dtype asked for.
+
+N tokens or patches, D width, C = H + 2K heads of queries, keys and values, d head size, I inner width of an MLP.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache, wraps
+from typing import Any, Literal, TypeVar
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+Activation = Literal["silu_gated", "gelu", "gelu_pytorch_tanh", "quick_gelu"]
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+@lru_cache(maxsize=1)
+def _on_gpu() -> Any:
+    try:
+        import triton  # noqa: F401
+    except ImportError:
+        return None
+    from vlft.models.kernels import on_gpu
+
+    return on_gpu
+
+
+def _one_kernel(function: Function) -> Function:
+    """Run the kernel of the same name where the first argument lies on a GPU."""
+
+    @wraps(function)
+    def run(first: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if first.is_cuda and first.dtype != torch.float64 and (fast := _on_gpu()) is not None:
+            return getattr(fast, function.__name__)(first, *args, **kwargs)
+        return function(first, *args, **kwargs)
+
+    return run  # type: ignore[return-value]
+
+
+def wide(x: Tensor) -> Tensor:
+    """In fp32, or fp64 where it is fp64."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Norms: of rows, with the branch that a residual stream takes up first.
+
+
+@_one_kernel
+def norm(
+    x_ND: Tensor, branch_ND: Tensor | None, weight_D: Tensor, bias_D: Tensor | None, eps: float, kind: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """(x + branch, its norm): LayerNorm (Ba et al. 2016) with a bias, RMSNorm (Zhang and Sennrich 2019) without.
+
+    Args:
+        branch_ND: None leaves x as it is.
+        kind: dtype of the norm; the sum has that of x.
+    """
+    total = x_ND if branch_ND is None else (wide(x_ND) + wide(branch_ND)).to(x_ND.dtype)
+    scaled, _ = _standardised(total, eps, centred=bias_D is not None)
+    out = scaled * weight_D.to(scaled.dtype)
+    if bias_D is not None:
+        out = out + bias_D.to(scaled.dtype)
+    return total, out.to(kind)
+
+
+def _standardised(x: Tensor, eps: float, *, centred: bool) -> tuple[Tensor, Tensor]:
+    x = wide(x)
+    if centred:
+        x = x - x.mean(-1, keepdim=True)
+    scale = torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+    return x * scale, scale
+
+
+@_one_kernel
+def norm_backward(
+    d_out_ND: Tensor,
+    x_ND: Tensor,
+    weight_D: Tensor,
+    bias_D: Tensor | None,
+    eps: float,
+    d_more_ND: Tensor | None,
+    *,
+    trains: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Gradients of (x, weight, bias); that of x has `d_more` added, what reaches x on other ways.
+
+    Args:
+        trains: the gradients of weight and bias are wanted; otherwise they are None.
+    """
+    centred = bias_D is not None
+    scaled, scale = _standardised(x_ND, eps, centred=centred)
+    d_out = d_out_ND.to(scaled.dtype)
+    d = d_out * weight_D.to(scaled.dtype)
+    d_x = d - scaled * (d * scaled).mean(-1, keepdim=True)
+    if centred:
+        d_x = d_x - d.mean(-1, keepdim=True)
+    d_x = d_x * scale
+    if d_more_ND is not None:
+        d_x = d_x + d_more_ND.to(d_x.dtype)
+    d_weight = (d_out * scaled).sum(0) if trains else None
+    d_bias = d_out.sum(0) if trains and centred else None
+    return d_x.to(x_ND.dtype), d_weight, d_bias
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Queries and keys, turned by their positions
+
+
+def _turned(x: Tensor, cos_Nd: Tensor, sin_Nd: Tensor) -> Tensor:
+    """Rotary embedding in the half-split layout (Su et al. 2021; the layout of GPT-NeoX)."""
+    cos, sin = cos_Nd.to(x.dtype).unsqueeze(1), sin_Nd.to(x.dtype).unsqueeze(1)
+    low, high = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-high, low), dim=-1) * sin
+
+
+def _turned_back(d_y: Tensor, cos_Nd: Tensor, sin_Nd: Tensor) -> Tensor:
+    """The transpose of `_turned`, for any cos and sin."""
+    cos, sin = cos_Nd.to(d_y.dtype).unsqueeze(1), sin_Nd.to(d_y.dtype).unsqueeze(1)
+    low, high = (d_y * sin).chunk(2, dim=-1)
+    return d_y * cos + torch.cat((high, -low), dim=-1)
+
+
+@_one_kernel
+def rotate(
+    qkv_NCd: Tensor,
+    cos_Nd: Tensor,
+    sin_Nd: Tensor,
+    heads: int,
+    kv_heads: int,
+    q_weight_d: Tensor | None,
+    k_weight_d: Tensor | None,
+    eps: float,
+) -> Tensor:
+    """Queries and keys normalised head by head (where they have weights for it) and rotated; values as they are.
+
+    Returns:
+        (N, C, d). The same memory where there are no norms, whose backward needs what was there before.
+    """
+    keys = heads + kv_heads
+    x = wide(qkv_NCd[:, :keys])
+    if q_weight_d is not None and k_weight_d is not None:
+        x, _ = _standardised(x, eps, centred=False)
+        x = x * _per_head(q_weight_d, k_weight_d, heads, kv_heads).to(x.dtype)
+        out = torch.empty_like(qkv_NCd)
+        out[:, keys:] = qkv_NCd[:, keys:]
+    else:
+        out = qkv_NCd
+    out[:, :keys] = _turned(x, cos_Nd, sin_Nd).to(qkv_NCd.dtype)
+    return out
+
+
+@_one_kernel
+def rotate_backward(
+    d_q_NHd: Tensor,
+    d_k_NKd: Tensor,
+    d_v_NKd: Tensor,
+    cos_Nd: Tensor,
+    sin_Nd: Tensor,
+    qkv_NCd: Tensor | None,
+    q_weight_d: Tensor | None,
+    k_weight_d: Tensor | None,
+    eps: float,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Gradients of (qkv (N, C, d), the norms' weights).
+
+    Args:
+        qkv_NCd: what `rotate` got, where it has norms.
+    """
+    heads, kv_heads = d_q_NHd.shape[1], d_k_NKd.shape[1]
+    d = _turned_back(wide(torch.cat((d_q_NHd, d_k_NKd), dim=1)), cos_Nd, sin_Nd)
+    d_q_weight = d_k_weight = None
+    if q_weight_d is not None and k_weight_d is not None:
+        assert qkv_NCd is not None
+        scaled, scale = _standardised(qkv_NCd[:, : heads + kv_heads], eps, centred=False)
+        each = (d * scaled).sum(0)
+        d_q_weight, d_k_weight = each[:heads].sum(0), each[heads:].sum(0)
+        d = d * _per_head(q_weight_d, k_weight_d, heads, kv_heads).to(d.dtype)
+        d = (d - scaled * (d * scaled).mean(-1, keepdim=True)) * scale
+    return torch.cat((d.to(d_v_NKd.dtype), d_v_NKd), dim=1), d_q_weight, d_k_weight
+
+
+def _per_head(q_weight_d: Tensor, k_weight_d: Tensor, heads: int, kv_heads: int) -> Tensor:
+    return torch.cat((q_weight_d.expand(heads, -1), k_weight_d.expand(kv_heads, -1)))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Inside the MLP
+
+
+@_one_kernel
+def activate(inner_NI: Tensor, kind: Activation, width: int) -> Tensor:
+    """The activation of a token's inner values.
+
+    Args:
+        inner_NI: (N, 2 * I) gates, then values, for "silu_gated" (SwiGLU, Shazeer 2020); else (N, I).
+        width: columns of each half that hold something; behind them the result is zero.
+    Returns:
+        (N, I).
+    """
+    if kind == "silu_gated":
+        gate, up = wide(inner_NI).chunk(2, dim=-1)
+        out = F.silu(gate[:, :width]) * up[:, :width]
+        columns = inner_NI.shape[1] // 2
+    else:
+        out = _PLAIN[kind](wide(inner_NI[:, :width]))
+        columns = inner_NI.shape[1]
+    return F.pad(out, (0, columns - width)).to(inner_NI.dtype)
+
+
+@_one_kernel
+def activate_backward(inner_NI: Tensor, d_out_NI: Tensor, kind: Activation, width: int) -> Tensor:
+    """The gradient of `inner`, in the place of `inner`, which nothing needs any more."""
+    x = wide(inner_NI)
+    d = d_out_NI[:, :width].to(x.dtype)
+    if kind == "silu_gated":
+        columns = inner_NI.shape[1] // 2
+        gate, up = x[:, :width], x[:, columns : columns + width]
+        sigmoid = torch.sigmoid(gate)
+        d_gate, d_up = d * up * sigmoid * (1 + gate * (1 - sigmoid)), d * gate * sigmoid
+        inner_NI[:, :width] = d_gate.to(inner_NI.dtype)
+        inner_NI[:, columns : columns + width] = d_up.to(inner_NI.dtype)
+        return inner_NI
+    with torch.enable_grad():
+        x = x[:, :width].detach().requires_grad_()
+        (slope,) = torch.autograd.grad(_PLAIN[kind](x), x, d)
+    inner_NI[:, :width] = slope.to(inner_NI.dtype)
+    return inner_NI
+
+
+_PLAIN: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu,
+    "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
+}
