@@ -128,6 +128,8 @@ class ZeroEngine(Engine):
             for module in whole:
                 # ZeRO-3 gathers weights as modules are called; those inside are not called one by one.
                 set_z3_leaf_module(module, True)
+                if any(p.requires_grad for p in module.parameters()):
+                    module.register_forward_pre_hook(_with_gradient)
         self._names = [list(g["names"]) for g in optimizer.param_groups]
         self._group_parts: list[Part] = [g["part"] for g in optimizer.param_groups]
         self._by_name = {n: p for g in optimizer.param_groups for n, p in zip(g["names"], g["params"], strict=True)}
@@ -266,3 +268,15 @@ class ZeroEngine(Engine):
     def restore_scaler(self, state: dict[str, Any]) -> None:
         if state and "cur_scale" in state and getattr(self.zero, "loss_scaler", None) is not None:
             self.zero.loss_scaler.cur_scale = state["cur_scale"]
+
+
+def _with_gradient(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:  # noqa: ARG001
+    """The input of a module that is gathered whole gets a gradient, although nobody reads it.
+
+    Its weights' gradients are reduced by a full backward hook. Where no input has one, below the first layer of an LLM
+    that has adapters alone, PyTorch calls that hook before the module's backward and not after it.
+    """
+    first, *others = inputs
+    if first.requires_grad or not torch.is_grad_enabled():
+        return None
+    return first.detach().requires_grad_(), *others
