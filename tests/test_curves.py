@@ -53,6 +53,26 @@ def test_the_curve_is_as_written_down(tiny: Callable[..., Path], tmp_path: Path,
     assert curve(tiny(), tmp_path, case) == pytest.approx(CURVES[case], rel=2e-3)
 
 
+@pytest.mark.parametrize("case", ["full", "lora_llm_full_vit", "qlora"])
+def test_transformers_own_layers_give_the_same_curve(tiny: Callable[..., Path], tmp_path: Path, case: str) -> None:
+    """`--reference`, over 50 steps in fp32."""
+    strategy, _ = STRATEGIES[case]
+    registry = write_data(tmp_path, 24)
+    dropout = {"lora_dropout": 0} if strategy != "full" else {}  # the two draw other masks
+    found = []
+    for reference in (False, True):
+        folder = tmp_path / f"reference_{reference}"
+        train(
+            command(
+                tiny(), registry, folder, strategy, max_steps=50, mixed_precision="no", reference=reference, **dropout
+            )
+        )
+        found.append([line["loss"] for line in metrics(folder)])
+    assert len(found[0]) == 50
+    assert found[0] == pytest.approx(found[1], rel=1e-5)
+    assert found[0][0] != found[0][24] != found[0][49]
+
+
 if __name__ == "__main__":
     from vlft.testing.tiny import make_checkpoint
 
