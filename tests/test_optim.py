@@ -1,10 +1,30 @@
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
 import pytest
-from torch import nn
+import torch
+from runs import command, final_weights, metrics, train, write_data
+from torch import Tensor, nn
 
 from vlft import ParamGroup
+from vlft.errors import ConfigError
 from vlft.optim import build_optimizer, schedule, set_rates
+from vlft.optim.rounded import (
+    BLOCK,
+    RoundedAdamW,
+    States,
+    decode_m,
+    decode_v,
+    encode_m,
+    encode_v,
+    rounded,
+)
 
 NAMES = ["linear", "cosine", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt"]
 
@@ -41,3 +61,162 @@ def test_rates_follow_the_part_and_decay_spares_vectors() -> None:
         "head": (["head.weight"], 1e-3, 0.1),
     }
     assert set_rates(optimizer, 0.5) == {"llm": 5e-4, "vit": 2.5e-3, "head": 5e-4}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Without masters
+
+
+def mean_of(draws: Callable[[Tensor], Tensor], times: int = 3000) -> Tensor:
+    torch.manual_seed(0)
+    return torch.stack([draws(torch.rand(1, BLOCK)) for _ in range(times)]).mean(0)
+
+
+def test_rounding_keeps_the_mean_and_what_fits() -> None:
+    x = torch.randn(1, BLOCK) * torch.logspace(-6, 2, BLOCK)
+    mean = mean_of(lambda random: rounded(x, random).float())
+    assert float(((mean - x) / x).abs().max()) < 2**-8 / 10
+    exact = x.to(torch.bfloat16)
+    assert torch.equal(rounded(exact.float(), torch.full_like(x, 0.999)), exact)
+
+
+def test_codes_keep_the_mean_and_are_near() -> None:
+    m = torch.randn(1, BLOCK) * torch.logspace(-3, 0, BLOCK)
+    mean = mean_of(lambda random: decode_m(*encode_m(m, random)))
+    assert float(((mean - m) / m).abs().max()) < 0.02
+    assert float(((decode_m(*encode_m(m, torch.rand_like(m))) - m) / m).abs().max()) < 0.0905  # 2^(1/8) - 1
+    v = m.square()
+    mean = mean_of(lambda random: decode_v(*encode_v(v, random)))
+    assert float(((mean - v) / v).abs().max()) < 0.02
+
+
+def test_codes_of_zeros_and_of_values_beyond_their_range() -> None:
+    nothing = torch.zeros(2, BLOCK)
+    assert not decode_m(*encode_m(nothing, torch.rand_like(nothing))).any()
+    assert not decode_v(*encode_v(nothing, torch.rand_like(nothing))).any()
+    m = torch.full((1, BLOCK), 1e-6)
+    m[0, 0] = -1.0
+    mean = mean_of(lambda random: decode_m(*encode_m(m, random)), 20_000)
+    assert float(mean[0, 0]) == -1.0
+    assert float(mean[0, 1:].mean()) == pytest.approx(1e-6, rel=0.05)
+    v = torch.full((1, BLOCK), 1e-30)
+    v[0, 0] = 1.0
+    assert float(decode_v(*encode_v(v, torch.rand_like(v))).min()) > 0  # Adam divides by its root
+
+
+@pytest.mark.parametrize("states", ["bf16", "8bit"])
+def test_it_goes_where_adamw_goes(states: States) -> None:
+    """A regression whose inputs differ in scale by 10^4; rates at which rounding to nearest stands still."""
+    torch.manual_seed(0)
+    x = torch.randn(512, 300) * torch.logspace(-2, 2, 300)
+    y = x @ (torch.randn(300, 4) / torch.logspace(-2, 2, 300).unsqueeze(1))
+
+    def end(make: Callable[[list[nn.Parameter]], torch.optim.Optimizer], dtype: torch.dtype) -> float:
+        torch.manual_seed(1)
+        w = nn.Parameter((torch.randn(300, 4) * 0.5).to(dtype))
+        optimizer = make([w])
+        for step in range(600):
+            rows = slice(step * 32 % 512, step * 32 % 512 + 32)
+            loss = ((x[rows] @ w.float() - y[rows]) ** 2).mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        return float(((x @ w.detach().float() - y) ** 2).mean().sqrt() / y.std())
+
+    rate = {"lr": 3e-4, "weight_decay": 0.0}
+    exact = end(lambda w: torch.optim.AdamW(w, **rate), torch.float32)
+    nearest = end(lambda w: torch.optim.AdamW(w, **rate), torch.bfloat16)
+    found = end(lambda w: RoundedAdamW(w, states, **rate), torch.bfloat16)
+    start = end(lambda w: torch.optim.SGD(w, lr=0.0), torch.float32)
+    assert exact < 0.9 * start
+    assert (start - found) > 0.95 * (start - exact)
+    assert (start - nearest) < 0.8 * (start - exact)
+
+
+def test_the_bytes_of_its_states_are_those_it_says() -> None:
+    for states, each in (("bf16", 4.0), ("8bit", 2.04)):
+        p = nn.Parameter(torch.zeros(1000, 77, dtype=torch.bfloat16))
+        optimizer = RoundedAdamW([p], states)  # type: ignore[arg-type]
+        p.grad = torch.ones_like(p)
+        optimizer.step()
+        held = sum(t.numel() * t.element_size() for name, t in optimizer.state[p].items() if name != "step")
+        assert optimizer.state_bytes(p) == pytest.approx(held, abs=2 * BLOCK)
+        assert held / p.numel() == pytest.approx(each, rel=0.01)
+
+
+INTERPRETED = """
+import sys, torch
+from vlft.optim import on_gpu, rounded
+torch.manual_seed(0)
+p, g = torch.randn(3, 700).to(torch.bfloat16), torch.randn(3, 700).to(torch.bfloat16)
+group = {"lr": 1e-2, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.1}
+for states in ("bf16", "8bit"):
+    ends = []
+    for fast in (None, on_gpu):
+        # `update` asks for a kernel only where the weight is on a GPU.
+        w = torch.nn.Parameter(p.clone())
+        optimizer = rounded.RoundedAdamW([w], states)
+        state = optimizer._fresh(w)
+        many = []
+        for step in range(1, 5):
+            state["step"] += 1
+            gradient = g * step
+            if fast is None:
+                rounded.update(w.data, gradient, state, group, seed=step)
+            else:
+                import math
+                facts = {"lr": group["lr"] / (1 - 0.9**step), "decay": 1 - 1e-3, "one": 0.9, "two": 0.999,
+                         "correction": 1 / math.sqrt(1 - 0.999**step), "eps": 1e-8}
+                fast.update(w.data, gradient, state, facts, step)
+        if states == "8bit":
+            m = rounded.decode_m(state["exp_avg"], state["exp_avg_scale"]).flatten()[: w.numel()]
+            v = rounded.decode_v(state["exp_avg_sq"], state["exp_avg_sq_scale"]).flatten()[: w.numel()]
+        else:
+            m, v = state["exp_avg"].float().flatten(), state["exp_avg_sq"].float().flatten()
+        ends.append((w.data.float().flatten(), m, v))
+    for name, a, b, limit in zip("wmv", *ends, (0.01, 0.1, 0.1)):
+        distance = float((a - b).norm() / b.norm())
+        assert 0 < distance < limit, (states, name, distance)  # other random digits, the same values
+        assert abs(float(((a - b) / b.abs().clamp(min=1e-3 * float(b.abs().max()))).mean())) < 0.01, (states, name)
+print("equal")
+"""
+
+
+def test_the_kernel_of_a_gpu_in_tritons_interpreter() -> None:
+    pytest.importorskip("triton")
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", INTERPRETED], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.strip().endswith("equal")
+
+
+@pytest.mark.parametrize("kind", ["adamw_bf16", "adamw_8bit"])
+def test_a_run_without_masters_learns_and_a_resume_is_exact(
+    tiny: Callable[..., Path], tmp_path: Path, kind: str
+) -> None:
+    registry = write_data(tmp_path, 24)
+    options: dict[str, Any] = {
+        "optimizer": kind, "mixed_precision": "bf16", "learning_rate_llm": 1e-3, "learning_rate_vit": 1e-3,
+        "learning_rate_projector": 1e-3, "save_steps": 4, "max_steps": 8,
+    }  # fmt: skip
+    train(command(tiny(), registry, tmp_path / "one", "full", **options))
+    losses = [line["loss"] for line in metrics(tmp_path / "one")]
+    train(command(tiny(), registry, tmp_path / "with", "full", **{**options, "optimizer": "adamw"}))
+    exact = [line["loss"] for line in metrics(tmp_path / "with")]
+    assert losses[-1] < losses[0] - 0.5
+    assert losses == pytest.approx(exact, rel=0.03)
+    checkpoint = tmp_path / "one" / "checkpoints" / "step-000004"
+    assert checkpoint.is_dir()
+    train(command(tiny(), registry, tmp_path / "two", "full", **options, resume_from_checkpoint=checkpoint))
+    a, b = final_weights(tmp_path / "one"), final_weights(tmp_path / "two")
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert {t.dtype for t in a.values()} == {torch.bfloat16}
+
+
+def test_masters_are_kept_where_bf16_is_not_what_runs(tiny: Callable[..., Path], tmp_path: Path) -> None:
+    registry = write_data(tmp_path, 4)
+    with pytest.raises(ConfigError, match="give --mixed_precision bf16, or use adamw"):
+        train(command(tiny(), registry, tmp_path / "out", "full", optimizer="adamw_8bit", mixed_precision="no"))

@@ -23,6 +23,7 @@ _SAME: dict[str, str] = {
     "train_micro_batch_size_per_gpu per_gpu_train_batch_size",
     "per_device_eval_batch_size": "eval_batch_size per_gpu_eval_batch_size",
     "gradient_accumulation_steps": "grad_accum gradient_accumulation accumulation_steps grad_accumulation_steps",
+    "optimizer": "optim",
     "learning_rate_llm": "learning_rate lr llm_lr language_lr learning_rate_language optimizer.lr",
     "learning_rate_vit": "vit_lr vision_lr vision_tower_lr learning_rate_vision visual_lr",
     "learning_rate_projector": "aligner_lr merger_lr mm_projector_lr projector_lr learning_rate_merger connector_lr",
@@ -119,7 +120,7 @@ _TOLD: dict[str, str] = {
     "leave it out: the fastest attention of the device is used": (
         "attn_implementation attn_impl flash_attn flash_attention disable_flash_attn2 use_flash_attention"
     ),
-    "leave it out: the optimizer is AdamW": "optim optimizer adam_beta1 adam_beta2 adam_epsilon",
+    "leave it out: AdamW's betas are 0.9 and 0.999, its epsilon 1e-8": "adam_beta1 adam_beta2 adam_epsilon",
     "use accelerate launch --config_file accelerate_configs/fsdp2.yaml": "fsdp fsdp_config",
     "give --gradient_checkpointing or --no-gradient_checkpointing": "gradient_checkpointing_kwargs",
     "leave it out: there is nothing to set": (

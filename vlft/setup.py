@@ -151,8 +151,9 @@ def setup(run: Run, engine: Engine) -> Job:
     seed_start(config.seed)
     strategy, model, groups = prepare_strategy(run, source)
     check_groups(model, groups, config.tuning_strategy, source.parts, run.rates, source.tied_head)
-    cast(model, source.compute_dtype, masters=not engine.keeps_masters)
-    optimizer = build_optimizer(model, groups, run.rates, config.weight_decay)
+    check_optimizer(config, engine)
+    cast(model, source.compute_dtype, masters=not engine.keeps_masters and config.optimizer == "adamw")
+    optimizer = build_optimizer(model, groups, run.rates, config.weight_decay, config.optimizer)
     table = part_table(model, groups, source.parts, run.rates, source.tied_head)
     meter = Meter(model, source.parts, source.config, engine.device, engine.precision)
     saved = checkpoints.load_weights(resume, model) if resume else {}
@@ -279,6 +280,25 @@ def prepare_strategy(run: Run, source: Source) -> tuple[Strategy, nn.Module, lis
             f"strategy '{run.config.tuning_strategy}' of {run.distribution} failed while it prepared the model: "
             f"{type(error).__name__}: {error}; ask its authors."
         ) from error
+
+
+def check_optimizer(config: RunConfig, engine: Engine) -> None:
+    """
+    Raises:
+        ConfigError: an optimizer without masters is asked for where there must be some.
+    """
+    if config.optimizer == "adamw":
+        return
+    if engine.shards_states:
+        raise ConfigError(
+            f"--optimizer {config.optimizer} runs on one GPU or on whole copies; with DeepSpeed or FSDP, whose own "
+            "masters are cut up, use adamw."
+        )
+    if engine.precision != "bf16":
+        raise ConfigError(
+            f"--optimizer {config.optimizer} keeps trained weights in bf16, but --mixed_precision is "
+            f"{engine.precision}; give --mixed_precision bf16, or use adamw."
+        )
 
 
 def remember(packed: PackedVLM, config: RunConfig, engine: Engine) -> None:

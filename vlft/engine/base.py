@@ -171,7 +171,8 @@ class Engine:
     def pending_bytes(self) -> int:
         """Of gradients and optimizer states that are not there yet and will be, on this device."""
         gradients = sum(_local_bytes(p) for p in self._parameters if p.grad is None)
-        states = sum(2 * _local_bytes(p) for p in self._parameters if p not in self.optimizer.state)
+        of = getattr(getattr(self.optimizer, "optimizer", None), "state_bytes", lambda p: 2 * _local_bytes(p))
+        states = sum(of(p) for p in self._parameters if p not in self.optimizer.state)
         return gradients + states
 
     def backward(self, loss: Tensor, *, last: bool) -> None:  # noqa: ARG002  (sharded engines need it)
@@ -283,9 +284,9 @@ class Engine:
                 yield "weights", name, partial(self.whole, p)
         for group in optimizer.param_groups:
             for name, p in zip(group["names"], group["params"], strict=True):
-                for moment in MOMENTS:
-                    if p in optimizer.state:
-                        yield "optimizer", f"{moment}/{name}", partial(_whole_state, optimizer.state[p][moment])
+                # AdamW's `MOMENTS`, or what another optimizer has in their place.
+                for moment, value in optimizer.state.get(p, {}).items():
+                    yield "optimizer", f"{moment}/{name}", partial(_whole_state, value)
 
     def restore_weights(self, model: nn.Module, saved: Mapping[str, Tensor]) -> None:
         """Copy saved weights into the trained parameters, before `prepare`."""
@@ -301,10 +302,14 @@ class Engine:
             weights: the saved weights, by name.
             saved: what `moments` gave.
         """
+        by_name: dict[str, dict[str, Tensor]] = {}
+        for key, value in saved.items():
+            moment, name = key.split("/", 1)
+            by_name.setdefault(name, {})[moment] = value
         for group in optimizer.param_groups:
             for name, p in zip(group["names"], group["params"], strict=True):
-                if f"step/{name}" in saved:
-                    state = {m: saved[f"{m}/{name}"].to(p.device) for m in MOMENTS}
+                if name in by_name:
+                    state = {moment: value.to(p.device) for moment, value in by_name[name].items()}
                     if not group.get("fused"):
                         state["step"] = state["step"].cpu()
                     optimizer.state[p] = state

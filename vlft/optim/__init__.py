@@ -1,16 +1,23 @@
-"""AdamW over a strategy's groups, and rates as a pure function of the step: a resume has no schedule to lose."""
+"""AdamW over a strategy's groups, and rates as a pure function of the step: a resume has no schedule to lose.
+
+`rounded.py` is the AdamW without fp32 masters, `on_gpu.py` its step as one kernel.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
 from torch.optim import AdamW, Optimizer
 
 from vlft.family import Part
+from vlft.optim.rounded import RoundedAdamW
 from vlft.strategy import ParamGroup
+
+Kind = Literal["adamw", "adamw_bf16", "adamw_8bit"]
+"""fp32 weights and states; bf16 weights with bf16 states; bf16 weights with states of eight bits."""
 
 Multiplier = Callable[[int], float]
 
@@ -21,8 +28,12 @@ def group_rate(group: ParamGroup, rates: Mapping[Part, float]) -> float:
 
 
 def build_optimizer(
-    model: nn.Module, groups: Sequence[ParamGroup], rates: Mapping[Part, float], weight_decay: float
-) -> AdamW:
+    model: nn.Module,
+    groups: Sequence[ParamGroup],
+    rates: Mapping[Part, float],
+    weight_decay: float,
+    kind: Kind = "adamw",
+) -> Optimizer:
     """AdamW (Loshchilov and Hutter 2019) with decoupled decay on matrices only: norms and biases never decay.
 
     Each torch group carries `names`, `part` and `peak_lr`.
@@ -46,6 +57,8 @@ def build_optimizer(
                         "weight_decay": decay if wanted else 0.0,
                     }
                 )
+    if kind != "adamw":
+        return RoundedAdamW(torch_groups, "bf16" if kind == "adamw_bf16" else "8bit")
     fused = all(p.device.type == "cuda" for g in torch_groups for p in g["params"])
     return AdamW(torch_groups, fused=fused)
 

@@ -1,0 +1,174 @@
+"""AdamW for weights in bf16 without fp32 masters: what does not fit into the digits is rounded stochastically.
+
+An update at rate 2e-5 is smaller than half a digit of most bf16 weights, so that rounding to nearest would lose it; up
+or down with the chances that keep the mean, it arrives on average (Gupta et al. 2015). The same holds for moments: what
+a step adds to the second one is a thousandth of it, below half a digit of eight bits and of bf16 alike.
+
+States of eight bits are logarithms, in blocks of 256 with one scale each (blocks: Dettmers et al. 2022): eight values
+to a doubling, so that a small weight's moments are as exact as its large neighbour's. Linear ones would be all noise
+there, and Adam divides one moment by the other.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+BLOCK = 256
+DOUBLING = 8
+"""Codes to a factor of two."""
+M_CODES, V_CODES = 127, 255
+"""The largest code of |m|, whose sign takes a bit, and of v. m: a range of 2^16, below which zero; v: of 2^32."""
+
+States = Literal["bf16", "8bit"]
+
+
+class RoundedAdamW(Optimizer):
+    """AdamW (Loshchilov and Hutter 2019) over bf16 weights.
+
+    The random digits are a function of the step and of the parameter's place, so that a resume draws the same.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        states: States,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.01,
+    ) -> None:
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+        self.states = states
+
+    def state_bytes(self, p: Tensor) -> int:
+        """Of one parameter's moments."""
+        return 4 * p.numel() if self.states == "bf16" else 2 * p.numel() + 8 * math.ceil(p.numel() / BLOCK)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        assert closure is None
+        place = 0
+        for group in self.param_groups:
+            for p in group["params"]:
+                place += 1
+                if p.grad is None:
+                    continue
+                state = self.state[p]
+                if not state:
+                    state |= self._fresh(p)
+                state["step"] += 1
+                update(p, p.grad, state, group, seed=place * 0x9E3779B1 + int(state["step"]))
+
+    def _fresh(self, p: Tensor) -> dict[str, Tensor]:
+        step = torch.tensor(0.0)
+        if self.states == "bf16":
+            m, v = (torch.zeros_like(p, dtype=torch.bfloat16) for _ in range(2))
+            return {"step": step, "exp_avg": m, "exp_avg_sq": v}
+        blocks = math.ceil(p.numel() / BLOCK)
+        codes = (torch.zeros(blocks, BLOCK, dtype=torch.uint8, device=p.device) for _ in range(2))
+        scales = (torch.zeros(blocks, device=p.device) for _ in range(2))
+        names = ("exp_avg", "exp_avg_sq", "exp_avg_scale", "exp_avg_sq_scale")
+        return {"step": step, **dict(zip(names, (*codes, *scales), strict=True))}
+
+
+def update(p: Tensor, gradient: Tensor, state: dict[str, Tensor], group: dict[str, Any], *, seed: int) -> None:
+    """One parameter's step, in place: weight and moments."""
+    step = float(state["step"])
+    one, two = group["betas"]
+    facts = {
+        "lr": group["lr"] / (1 - one**step), "decay": 1 - group["lr"] * group["weight_decay"], "one": one, "two": two,
+        "correction": 1 / math.sqrt(1 - two**step), "eps": group["eps"],
+    }  # fmt: skip
+    if p.is_cuda and (fast := _on_gpu()) is not None:
+        fast.update(p, gradient, state, facts, seed)
+        return
+    generator = torch.Generator(p.device).manual_seed(seed)
+
+    def draw(like: Tensor) -> Tensor:
+        return torch.rand(like.shape, generator=generator, device=like.device)
+
+    eight = "exp_avg_scale" in state
+    g = _blocks(gradient) if eight else gradient.float()
+    w = _blocks(p) if eight else p.float()
+    m = decode_m(state["exp_avg"], state["exp_avg_scale"]) if eight else state["exp_avg"].float()
+    v = decode_v(state["exp_avg_sq"], state["exp_avg_sq_scale"]) if eight else state["exp_avg_sq"].float()
+    m = one * m + (1 - one) * g
+    v = two * v + (1 - two) * g.square()
+    w = w * facts["decay"] - facts["lr"] * m / (v.sqrt() * facts["correction"] + facts["eps"])
+    if eight:
+        for moment, encode, new in (("exp_avg", encode_m, m), ("exp_avg_sq", encode_v, v)):
+            codes, scale = encode(new, draw(new))
+            state[moment].copy_(codes)
+            state[f"{moment}_scale"].copy_(scale)
+        w = w.flatten()[: p.numel()].view_as(p)
+    else:
+        state["exp_avg"].copy_(rounded(m, draw(m)))
+        state["exp_avg_sq"].copy_(rounded(v, draw(v)))
+    p.copy_(rounded(w, draw(w)) if p.dtype == torch.bfloat16 else w)
+
+
+def _on_gpu() -> Any:
+    try:
+        from vlft.optim import on_gpu
+    except ImportError:
+        return None
+    return on_gpu
+
+
+def _blocks(x: Tensor) -> Tensor:
+    flat = x.float().flatten()
+    return torch.nn.functional.pad(flat, (0, -len(flat) % BLOCK)).view(-1, BLOCK)
+
+
+def rounded(x: Tensor, random: Tensor) -> Tensor:
+    """fp32 to bf16, up or down with the chances that keep the mean. `random`: uniform in [0, 1)."""
+    digits = (random * 65536).to(torch.int32)
+    return ((x.contiguous().view(torch.int32) + digits) & -65536).view(torch.float32).to(torch.bfloat16)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Eight bits: a value is its block's largest times 2^(-code / 8)
+
+
+def _code(share: Tensor, random: Tensor, largest: int) -> Tensor:
+    """The code of a share in (0, 1], of the two beside it that one which keeps the mean."""
+    exact = -DOUBLING * torch.log2(share)
+    above = exact.floor().clamp(0, largest)  # the smaller code is the larger value
+    high, low = torch.exp2(-above / DOUBLING), torch.exp2(-(above + 1) / DOUBLING)
+    down = random > ((share - low) / (high - low)).clamp(0, 1)
+    return (above + down).clamp(max=largest)
+
+
+def encode_m(m: Tensor, random: Tensor) -> tuple[Tensor, Tensor]:
+    """(N, BLOCK) first moments to codes (sign in the highest bit) and (N,) scales."""
+    scale = m.abs().amax(1)
+    share = m.abs() / scale.clamp(min=1e-38).unsqueeze(1)
+    # The last code is zero. A share below the smallest is that one or zero, by chance.
+    smallest = 2.0 ** (-(M_CODES - 1) / DOUBLING)
+    small = share < smallest
+    code = _code(share.clamp(min=smallest), random, M_CODES - 1)
+    code = torch.where(small & (random * smallest >= share), torch.full_like(code, M_CODES), code)
+    return (code + 128 * (m < 0)).to(torch.uint8), scale
+
+
+def decode_m(codes: Tensor, scale: Tensor) -> Tensor:
+    code = (codes & 127).float()
+    size = torch.where(code == M_CODES, torch.zeros_like(code), torch.exp2(-code / DOUBLING))
+    return torch.where(codes >= 128, -size, size) * scale.unsqueeze(1)
+
+
+def encode_v(v: Tensor, random: Tensor) -> tuple[Tensor, Tensor]:
+    """(N, BLOCK) second moments to codes and (N,) scales. None becomes zero: Adam divides by its root."""
+    scale = v.amax(1)
+    share = (v / scale.clamp(min=1e-38).unsqueeze(1)).clamp(min=2.0 ** (-V_CODES / DOUBLING))
+    return _code(share, random, V_CODES).to(torch.uint8), scale
+
+
+def decode_v(codes: Tensor, scale: Tensor) -> Tensor:
+    return torch.exp2(-codes.float() / DOUBLING) * scale.unsqueeze(1)
