@@ -22,7 +22,7 @@ demo: $(STAMP)  ## a real fine-tuning on the CPU, in a few minutes
 test: $(STAMP)  ## the suite, but for `slow`
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m 'not slow'
 
-slow: $(STAMP)  ## whole programs from start to end: examples/*.sh, the README's path, every strategy x family merged
+slow: $(STAMP)  ## whole programs from start to end (examples/*.sh, the README's path), the dearest tests of several processes
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m slow
 
 lint: $(STAMP)  ## ruff, import contracts

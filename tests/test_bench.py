@@ -20,6 +20,7 @@ def run(script: str, *words: object) -> list[str]:
     return done.stdout.splitlines()
 
 
+@pytest.mark.slow
 def test_a_row_gives_a_line_and_the_line_a_table(tmp_path: Path) -> None:
     tiny = ("--size", "tiny", "--device", "cpu", "--records", 4, "--workers", 0, "--root", tmp_path / "root")
     batch = ("--option", "per_device_train_batch_size=1", "gradient_accumulation_steps=2")

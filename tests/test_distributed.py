@@ -43,6 +43,7 @@ MOVES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("move", MOVES)
 def test_a_run_goes_on_under_another_layout(tiny: Callable[..., Path], tmp_path: Path, move: str) -> None:
     """Checkpoints hold whole tensors by name: what wrote them does not matter to what reads them."""
@@ -68,6 +69,7 @@ def test_a_run_goes_on_under_another_layout(tiny: Callable[..., Path], tmp_path:
     assert len(pairs) == 6
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     not list(Path("~/.cache/torch_extensions").expanduser().glob("*/cpu_adam/cpu_adam.so")),
     reason="DeepSpeed compiles its CPU Adam at first use, for minutes",

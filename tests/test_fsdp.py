@@ -24,6 +24,7 @@ def words(model: Path, registry: Path, out: Path, strategy: str, **more: Any) ->
 CUT = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["full", "lora_llm_full_vit", "partial_llm_full_vit"])
 def test_two_processes_end_with_the_weights_of_one(tiny: Callable[..., Path], tmp_path: Path, strategy: str) -> None:
     registry = write_data(tmp_path, 21)
@@ -43,6 +44,7 @@ def test_two_processes_end_with_the_weights_of_one(tiny: Callable[..., Path], tm
     assert all(torch.allclose(one[n].float(), two[n].float(), atol=1e-4) for n in one)
 
 
+@pytest.mark.slow
 def test_a_resume_under_it(tiny: Callable[..., Path], tmp_path: Path) -> None:
     registry, out = write_data(tmp_path, 21), tmp_path / "two"
     fixed = {"lr_scheduler_type": "constant", "warmup_steps": 0}

@@ -26,6 +26,7 @@ WAYS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
 def test_a_run_starts(tiny: Callable[..., Path], tmp_path: Path, way: str) -> None:
     words = command(tiny(), write_data(tmp_path, 4), tmp_path / "out", "lora", max_steps=1)
@@ -36,6 +37,7 @@ def test_a_run_starts(tiny: Callable[..., Path], tmp_path: Path, way: str) -> No
     assert "1 steps of 4 samples" in done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["accelerate", "deepspeed"])
 def test_zero_on_two_processes_starts(tiny: Callable[..., Path], tmp_path: Path, way: str) -> None:
     """(torchrun: tests/test_distributed.py.) accelerate starts two processes on a CPU for its type DEEPSPEED only."""

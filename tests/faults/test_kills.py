@@ -228,6 +228,7 @@ PARTS = ("start", "index", "step", "save", "evaluation", "hand-over")
 """`hand-over` comes last: a run that is killed there has nothing left to train."""
 
 
+@pytest.mark.slow
 def test_some_kills(
     tiny: Callable[..., Path], tmp_path: Path, undisturbed: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -240,6 +241,7 @@ def test_some_kills(
     assert chain.landed.total() == len(PARTS)
 
 
+@pytest.mark.slow
 def test_some_kills_of_two_processes(
     tiny: Callable[..., Path], tmp_path: Path, undisturbed: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
 ) -> None:

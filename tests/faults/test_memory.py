@@ -92,6 +92,7 @@ def test_one_rank_of_two_runs_out(tiny: Callable[..., Path], tmp_path: Path) -> 
     same_run(tmp_path / "whole", tmp_path / "two")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["zero2", "zero3"])
 def test_sharded_ranks_end_together_and_the_resume_cuts_smaller(
     tiny: Callable[..., Path], tmp_path: Path, layout: str

@@ -80,6 +80,7 @@ def test_trains_and_merges(installed: dict[str, str], tmp_path: Path) -> None:
     }
 
 
+@pytest.mark.slow
 def test_its_own_tests_pass(installed: dict[str, str]) -> None:
     """`check_strategy`, called as the plugin's author calls it."""
     words = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-c", "pyproject.toml", "--rootdir", "."]
