@@ -356,6 +356,8 @@ def _eval(options: EvalOptions) -> None:
 def read_doctor(words: Sequence[str]) -> DoctorOptions:
     """The words of a training, read as training reads them, and the doctor's own."""
     read = read_training(words, DoctorOptions)
+    for note in read.notes:
+        print(note)
     return read.config
 
 

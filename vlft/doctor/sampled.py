@@ -17,7 +17,7 @@ from vlft.data.images import decode
 from vlft.data.show import describe
 from vlft.doctor import contents, languages
 from vlft.doctor.contents import Chosen, Seen
-from vlft.doctor.findings import Finding, Mark, Shot
+from vlft.doctor.findings import Finding, Grade, Mark, Shot
 from vlft.doctor.pictures import DETAIL, look_the_same, near_pairs
 from vlft.doctor.records import _ENOUGH, EXAMPLES, MANY, Ints, Records, find, left_out, line, share
 from vlft.errors import RecordError
@@ -62,13 +62,12 @@ def check_sampled(s: Sampled) -> Iterator[Finding]:
     looked, total = len(s.chosen.ids), len(s.data.used)
     if looked == total:
         return
-    train, held = (
-        len(a) / max(1, len(b)) for a, b in ((s.chosen.train, s.data.train), (s.chosen.held_out, s.data.held_out))
-    )
+    sides = ((s.chosen.train, s.data.train), (s.chosen.held_out, s.data.held_out))
+    train, held = (len(some) / max(1, len(every)) for some, every in sides)
     text = (
-        f"pictures and texts of {share(looked, total)} samples were looked into, chosen by a hash: all that is said of "
-        f"decoding, near duplicates, boxes and languages is of these, and a leak shows with a chance of {train * held:.0%}; "
-        "give --sample_limit 0 for all."
+        f"pictures and texts of {share(looked, total)} samples were looked into, chosen by a hash: all that is said "
+        "of decoding, near duplicates, boxes and languages is of these, and a leak shows with a chance of "
+        f"{train * held:.0%}; give --sample_limit 0 for all."
     )
     yield find("note", "sampled", text)
 
@@ -125,10 +124,10 @@ def _unique(s: Sampled) -> _Unique:
     for side in (0, 1):
         mine = np.flatnonzero(held == bool(side))
         sides[side, inverse[mine]] = s.owners[mine]
-    sample, place = np.array(samples, np.int64), np.array(places, np.int64)
+    sample, at = np.array(samples, np.int64), np.array(places, np.int64)
     # `owners`, then `places`, ascend.
-    number = inverse[np.searchsorted(s.owners << 20 | s.places, sample << 20 | place)]
-    return _Unique(np.array(hashes, np.uint64).reshape(-1, 4), sample, place, sides[0][number], sides[1][number])
+    number: Ints = inverse[np.searchsorted(s.owners << 20 | s.places, sample << 20 | at)]
+    return _Unique(np.array(hashes, np.uint64).reshape(-1, 4), sample, at, sides[0][number], sides[1][number])
 
 
 def _candidates(u: _Unique) -> tuple[Ints, int]:
@@ -195,7 +194,8 @@ class _Compare:
 def _leaks(s: Sampled, u: _Unique, pairs: list[list[int]], both: list[int]) -> Iterator[Finding]:
     data = s.data
     held: set[int] = set()
-    examples, shots = [], []
+    examples: list[str] = []
+    shots: list[Shot | None] = []
     # What `check_exact_leaks` has told already is not told again.
     told = np.isin(data.index.split_hash, data.index.split_hash[data.train])
     for a, b in [*pairs, *([at, at] for at in both)]:
@@ -207,9 +207,8 @@ def _leaks(s: Sampled, u: _Unique, pairs: list[list[int]], both: list[int]) -> I
         held.add(out)
         if len(examples) < EXAMPLES:
             examples.append(f"{data.place(out)} is held out, {data.place(train)} trains")
-            shots += [
-                shot(data, int(u.sample[at]), int(u.place[at]), word) for at, word in ((a, "trains"), (b, "held out"))
-            ]
+            shots.append(shot(data, int(u.sample[a]), int(u.place[a]), "trains"))
+            shots.append(shot(data, int(u.sample[b]), int(u.place[b]), "held out"))
     if not held:
         return
     looked = len(s.chosen.held_out)
@@ -218,7 +217,7 @@ def _leaks(s: Sampled, u: _Unique, pairs: list[list[int]], both: list[int]) -> I
         'size or file of it), so that evaluations flatter the model; remove one of each pair, or give both sets the '
         'same "split".'
     )  # fmt: skip
-    grade = "error" if len(held) > MANY * looked else "warning"
+    grade: Grade = "error" if len(held) > MANY * looked else "warning"
     yield Finding(grade, "data", "leak", text, examples=tuple(examples), shots=tuple(x for x in shots if x))
 
 
@@ -234,7 +233,7 @@ def _repeats(s: Sampled, u: _Unique, pairs: list[list[int]]) -> Iterator[Finding
         f"{share(len(again), len(u.sample))} pictures that were looked into are copies of another one of the same side "
         "(another size or file); right where each has questions of its own: otherwise keep one."
     )
-    grade = "warning" if len(again) > 10 * MANY * len(u.sample) else "note"
+    grade: Grade = "warning" if len(again) > 10 * MANY * len(u.sample) else "note"
     examples = tuple(f"{data.place(int(u.sample[a]))} and {data.place(int(u.sample[b]))}" for a, b in pairs[:EXAMPLES])
     yield Finding(grade, "data", "near_duplicates", text, examples=examples, shots=tuple(x for x in shots if x))
 
@@ -271,7 +270,7 @@ def _outside(s: Sampled, name: str, mine: Sequence[Seen], bad: Sequence[Seen]) -
         f"as {s.data.chat.family.title} does, in {meant}); {advice}."
     )
     spelled = [one for one in bad if one.spelled]
-    grade = "error" if len(spelled) > s.data.options.max_bad_fraction * len(mine) else "warning"
+    grade: Grade = "error" if len(spelled) > s.data.options.max_bad_fraction * len(mine) else "warning"
     shots = [shot(s.data, one.sample, 0, s.data.place(one.sample), marked=True) for one in bad[:EXAMPLES]]
     examples = tuple(s.data.place(one.sample) for one in bad[:EXAMPLES])
     return Finding(grade, "data", "box_outside", text, examples=examples, shots=tuple(x for x in shots if x))
