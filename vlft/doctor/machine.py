@@ -235,10 +235,10 @@ def check_accelerator(machine: Machine, plan: Plan) -> Iterator[Finding]:
             yield _error("no_gpu", text)
         else:
             yield _warn("no_gpu", "there is no GPU here, so training runs on the CPU; only tiny models end that way.")
-    for i, gpu in enumerate(machine.gpus):
-        if machine.architectures and not _built_for(gpu.capability, machine.architectures):
+    for name, capability in dict.fromkeys((gpu.name, gpu.capability) for gpu in machine.gpus):
+        if machine.architectures and not _built_for(capability, machine.architectures):
             text = (
-                f"GPU {i} ({gpu.name}) has compute capability {gpu.capability[0]}.{gpu.capability[1]}, for which this "
+                f"{name} has compute capability {capability[0]}.{capability[1]}, for which this "
                 f"torch has no kernels ({', '.join(machine.architectures)}); install a torch that has them."
             )
             yield _error("architecture", text)
