@@ -108,7 +108,7 @@ def test_a_leak_is_shown_with_both_pictures(tiny: Tiny, tmp_path: Path) -> None:
     made = clean(tmp_path)
     scaled_leak(made)
     one = the(look(made, tiny("qwen2_5_vl")), "leak")
-    assert one.examples == ("held, held.jsonl, line 3 is held out, train, train.jsonl, line 3 trains",)
+    assert one.examples == ("held (held.jsonl, line 3) is held out, train (train.jsonl, line 3) trains",)
     assert [shot.caption for shot in one.shots] == ["trains", "held out"]
     assert one.text.startswith("1 of 40 (2.5%) held-out samples")
 
@@ -139,7 +139,7 @@ def test_boxes_by_the_family_s_convention(tiny: Tiny, tmp_path: Path) -> None:
     outside_box(made)
     assert kinds(look(made, tiny("qwen3_vl"))) == set()
     one = the(look(made, tiny("qwen2_5_vl")), "box_outside")
-    assert one.examples == ("train, train.jsonl, line 5",)
+    assert one.examples == ("train (train.jsonl, line 5)",)
     assert "pixels of the resized picture" in one.text
     assert len(one.shots[0].marks) == 1, "it is drawn"
 
@@ -175,5 +175,5 @@ def test_the_page_says_it_all(tiny: Tiny, tmp_path: Path) -> None:
     assert "<script" not in page
     shots = sum(len(found) for _, found in checkup.sheet) + 2
     assert page.count("data:image/jpeg;base64,") == shots == 18
-    assert "train.jsonl, line 3 trains" in page
+    assert "train.jsonl, line 3) trains" in page
     assert "<b>1 error, 0 warnings and 0 notes</b>" in page

@@ -133,16 +133,16 @@ def test_every_row_of_the_table_is_found_where_it_matters_and_only_there() -> No
 def test_versions_outside_the_range() -> None:
     needed = [
         "torch>=2.11", "peft<1,>=0.19", "bitsandbytes>=0.49; extra == 'qlora'", "bitsandbytes>=0.49; extra == 'demo'",
-        "tomli; python_version < '3.0'", "absent>=1; extra == 'wandb'",
+        "ruff>=99; extra == 'dev'", "tomli; python_version < '3.0'", "absent>=1; extra == 'wandb'",
     ]  # fmt: skip
     assert list(out_of_range({"torch": "2.13.0+cpu", "peft": "0.21.2"}, needed)) == []
-    found = [one.text for one in out_of_range({"torch": "2.9.1", "bitsandbytes": "0.48.0"}, needed)]
+    found = [one.text for one in out_of_range({"torch": "2.9.1", "bitsandbytes": "0.48.0", "ruff": "1.0"}, needed)]
     assert found == [
         "torch 2.9.1 is installed, vlft was made for >=2.11; pip install 'torch>=2.11'.",
         "peft is not installed, and vlft needs it; pip install 'peft<1,>=0.19'.",
         "bitsandbytes 0.48.0 is installed, vlft was made for >=0.49; pip install 'bitsandbytes>=0.49'.",
     ]
-    assert "torch" in versions.requirement_names(needed)
+    assert versions.requirement_names(needed) == ["absent", "bitsandbytes", "peft", "torch"]
 
 
 # ------------------------------------------------------------------ several processes

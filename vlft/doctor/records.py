@@ -75,7 +75,7 @@ class Records:
         return self.names[int(self.index.dataset[i])]
 
     def place(self, i: int) -> str:
-        return f"{self.name_of(i)}, {self.index.place(i)}"
+        return f"{self.name_of(i)} ({self.index.place(i)})"
 
     @cached_property
     def hashes(self) -> tuple[Hashes, Hashes, Ints, Hashes]:
@@ -246,7 +246,8 @@ def check_contradictions(data: Records) -> Iterator[Finding]:
         return
     pairs = [(int(data.used[order[n - 1]]), int(data.used[order[n]])) for n in differ[:EXAMPLES]]
     text = (
-        f"{len(differ):,} samples ask what another one asks of the same pictures and learn another answer; right for "
+        f"{share(len(differ), len(data.used))} samples ask what another one asks of the same pictures and learn "
+        "another answer; right for "
         "captions, wrong for facts: keep one."
     )
     yield find("note", "contradictions", text, [f"{data.place(a)} and {data.place(b)}" for a, b in pairs])

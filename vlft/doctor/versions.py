@@ -94,42 +94,44 @@ def known_bad(versions: Mapping[str, str], facts: Collection[str]) -> Iterator[F
             yield Finding(row.grade, "environment", "known_version", text, row.source)
 
 
+def _wanted(needed: Collection[str] | None) -> Iterator[tuple[Requirement, bool]]:
+    """Requirements that matter here, and whether each is an extra's; what only developers of vlft need aside."""
+    if needed is None:
+        try:
+            needed = requires("vlft") or []
+        except PackageNotFoundError:
+            return
+    for one in map(Requirement, needed):
+        marker = str(one.marker or "")
+        if "extra" in marker:
+            if "dev" not in marker:
+                yield one, True
+        elif one.marker is None or one.marker.evaluate():
+            yield one, False
+
+
 def out_of_range(versions: Mapping[str, str], needed: Collection[str] | None = None) -> Iterator[Finding]:
     """An installed package outside the range that vlft was made for, or one of the always needed that is absent.
 
     Args:
         needed: requirements as pyproject.toml writes them; None: those of the installed vlft.
     """
-    if needed is None:
-        try:
-            needed = requires("vlft") or []
-        except PackageNotFoundError:
-            needed = []
     told: set[str] = set()
-    for line in needed:
-        wanted = Requirement(line)
-        optional = wanted.marker is not None and "extra" in str(wanted.marker)
-        if wanted.name in told or (wanted.marker is not None and not optional and not wanted.marker.evaluate()):
-            continue
+    for wanted, optional in _wanted(needed):
         found = _parsed(versions.get(wanted.name, ""))
+        mend = f"pip install '{wanted.name}{wanted.specifier}'"
+        if wanted.name in told:
+            continue
         if found is None and not optional:
             told.add(wanted.name)
-            text = f"{wanted.name} is not installed, and vlft needs it; pip install '{wanted.name}{wanted.specifier}'."
+            text = f"{wanted.name} is not installed, and vlft needs it; {mend}."
             yield Finding("error", "environment", "package_missing", text)
         elif found is not None and not wanted.specifier.contains(found, prereleases=True):
             told.add(wanted.name)
-            text = (
-                f"{wanted.name} {found} is installed, vlft was made for {wanted.specifier}; "
-                f"pip install '{wanted.name}{wanted.specifier}'."
-            )
+            text = f"{wanted.name} {found} is installed, vlft was made for {wanted.specifier}; {mend}."
             yield Finding("error", "environment", "package_range", text)
 
 
 def requirement_names(needed: Collection[str] | None = None) -> list[str]:
     """Names of all packages that the installed vlft may use, extras included."""
-    if needed is None:
-        try:
-            needed = requires("vlft") or []
-        except PackageNotFoundError:
-            needed = []
-    return sorted({Requirement(line).name for line in needed})
+    return sorted({wanted.name for wanted, _ in _wanted(needed)})
