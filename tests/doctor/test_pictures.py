@@ -13,7 +13,7 @@ from PIL import Image
 
 from vlft.doctor import languages
 from vlft.doctor.languages import SHORT, apart, language, main_script, scripts
-from vlft.doctor.pictures import DETAIL, DISTANCE, SIDE, distance, look_the_same, near_pairs, signature
+from vlft.doctor.pictures import DISTANCE, SIDE, detail, distance, look_the_same, near_pairs, signature
 
 
 def pixels(picture: Image.Image, side: int) -> Any:
@@ -35,7 +35,8 @@ def bits(a: Image.Image, b: Image.Image) -> int:
 
 
 def same(a: Image.Image, b: Image.Image) -> bool:
-    return look_the_same(pixels(a, DETAIL), pixels(b, DETAIL))
+    side = detail(a.size, b.size)
+    return look_the_same(pixels(a, side), pixels(b, side))
 
 
 @pytest.mark.parametrize("made", [photo(1), photo(2), form(1), form(2)])
@@ -44,6 +45,19 @@ def test_copies_are_the_same(made: Image.Image) -> None:
     for copy in (jpeg(made, 40), half, jpeg(half, 60), made.convert("RGBA")):
         assert bits(made, copy) <= DISTANCE
         assert same(made, copy)
+
+
+def test_copies_of_small_pictures_are_the_same() -> None:
+    """The demo's drawings have 112 pixels and hard edges."""
+    from demo.draw import demo_picture
+
+    drawn = [demo_picture(seed, "count")[0] for seed in range(12)]
+    for made in drawn:
+        for copy in (jpeg(made, 60), made.resize((90, 90)), jpeg(made.resize((90, 90)), 70), made.resize((224, 224))):
+            assert bits(made, copy) <= DISTANCE
+            assert same(made, copy)
+    assert not any(same(a, b) for n, a in enumerate(drawn) for b in drawn[:n])
+    assert [detail((90, 300), (112, 112)), detail((20, 20)), detail((4000, 3000))] == [88, 64, 256]
 
 
 def test_others_are_not() -> None:

@@ -18,7 +18,7 @@ from vlft.data.show import describe
 from vlft.doctor import contents, languages
 from vlft.doctor.contents import Chosen, Seen
 from vlft.doctor.findings import Finding, Grade, Mark, Shot
-from vlft.doctor.pictures import DETAIL, look_the_same, near_pairs
+from vlft.doctor.pictures import detail, look_the_same, near_pairs
 from vlft.doctor.records import _ENOUGH, EXAMPLES, MANY, Ints, Records, find, left_out, line, share
 from vlft.errors import RecordError
 
@@ -179,15 +179,19 @@ class _Compare:
         self.s, self.u = s, u
         self.pixels = lru_cache(maxsize=256)(self._pixels)
 
-    def _pixels(self, at: int) -> npt.NDArray[np.uint8] | None:
+    def _pixels(self, at: int, side: int) -> npt.NDArray[np.uint8] | None:
         i, n = int(self.u.sample[at]), int(self.u.place[at])
         try:
-            return decode(self.s.data.index.sources(i)[n], (DETAIL, DETAIL))
+            return decode(self.s.data.index.sources(i)[n], (side, side))
         except RecordError:
             return None
 
+    def _size(self, at: int) -> tuple[int, int]:
+        return self.s.data.index.sizes(int(self.u.sample[at]))[int(self.u.place[at])]
+
     def __call__(self, a: int, b: int) -> bool:
-        one, other = self.pixels(a), self.pixels(b)
+        side = detail(self._size(a), self._size(b))
+        one, other = self.pixels(a, side), self.pixels(b, side)
         return one is not None and other is not None and look_the_same(one, other)
 
 
