@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -113,6 +114,15 @@ def test_this_machine_can_be_looked_at(tmp_path: Path) -> None:
     assert here.versions["torch"]
     assert here.processors > 0
     assert machine.examine(here, replace(PLAN, collectives=False)) is not None
+
+
+def test_bitsandbytes_without_its_cuda_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    extension = pytest.importorskip("bitsandbytes.cextension")
+    monkeypatch.setattr(extension, "lib", SimpleNamespace(compiled_with_cuda=True))
+    assert machine._bitsandbytes(gpu=True) == ""
+    monkeypatch.setattr(extension, "lib", SimpleNamespace(compiled_with_cuda=False))
+    assert machine._bitsandbytes(gpu=True) == "its library was built without CUDA"
+    assert machine._bitsandbytes(gpu=False) == "", "not needed"
 
 
 # ------------------------------------------------------------------ versions
