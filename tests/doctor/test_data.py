@@ -113,6 +113,15 @@ def test_a_leak_is_shown_with_both_pictures(tiny: Tiny, tmp_path: Path) -> None:
     assert one.text.startswith("1 of 40 (2.5%) held-out samples")
 
 
+def test_every_question_about_a_leaked_picture_counts(tiny: Tiny, tmp_path: Path) -> None:
+    made = clean(tmp_path)
+    scaled_leak(made)
+    made.sets["held"] += [ask(f"q{i}", f"question {i}", f"answer {i}", "held2.jpg") for i in range(4)]
+    one = the(look(made, tiny("qwen2_5_vl")), "leak")
+    assert one.text.startswith("5 of 44 (11.4%) held-out samples")
+    assert len(one.examples) == 1, "one pair of pictures"
+
+
 def test_few_leaks_of_many_are_a_warning(tiny: Tiny, tmp_path: Path) -> None:
     made = clean(tmp_path)
     for i in range(120):

@@ -10,10 +10,10 @@ import torch
 
 from vlft.config import DoctorOptions, deepspeed_path
 from vlft.data.prepare import DataOptions
-from vlft.doctor import machine, model, records, sampled
+from vlft.doctor import looked, machine, model, records, sampled
 from vlft.doctor.findings import Finding, ordered, verdict
+from vlft.doctor.looked import Sampled
 from vlft.doctor.page import Checkup, grades, render
-from vlft.doctor.sampled import Sampled
 from vlft.errors import ConfigError
 from vlft.models.load import picture_facts, quieten
 from vlft.report import write_page
@@ -117,24 +117,24 @@ def _data(options: DoctorOptions, found: model.Examined | None, checkup: Checkup
         checkup.findings += [Finding("error", "data", "not_held_out", problem) for problem in error.problems]
     checkup.findings += records.examine(data, options.eval_max_new_tokens, list(scored))
     checkup.counts = records.counts(data)
-    looked = sampled.look(data, options.sample_limit or None)
-    checkup.findings += sampled.examine(looked)
-    checkup.languages, checkup.sheet = sampled.mixes(looked), sampled.contact_sheet(looked)
-    checkup.figures = _figures(looked)
+    seen = looked.look(data, options.sample_limit or None)
+    checkup.findings += sampled.examine(seen)
+    checkup.languages, checkup.sheet = sampled.mixes(seen), sampled.contact_sheet(seen)
+    checkup.figures = _figures(seen)
     patches = data.fitted.patches[data.used]
     return int(patches.mean() * data.options.patch_size**2) if len(patches) else 0
 
 
-def _figures(looked: Sampled) -> list[tuple[str, str, str]]:
-    data = looked.data
-    pictures = sum(len(one.hashes) for one in looked.seen)
+def _figures(seen: Sampled) -> list[tuple[str, str, str]]:
+    data = seen.data
+    pictures = sum(len(one.hashes) for one in seen.seen)
     left = data.index.total - int(data.fitted.usable.sum())
     return [
         ("Records", f"{data.index.total:,}", f"in {len(data.names)} data set{'s' * (len(data.names) > 1)}"),
         ("Left out", f"{left:,}", "reasons below" if left else "every record is used"),
         ("Train", f"{len(data.train):,}", "samples"),
         ("Held out", f"{len(data.held_out):,}", "samples"),
-        ("Looked into", f"{len(looked.chosen.ids):,}", f"samples, {pictures:,} pictures"),
+        ("Looked into", f"{len(seen.chosen.ids):,}", f"samples, {pictures:,} pictures"),
     ]
 
 

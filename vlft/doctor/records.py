@@ -37,7 +37,7 @@ _SHRUNK = 4.0
 """Stored pixels over the model's, from which small print is lost."""
 _COMMON = 0.5
 """Share of one and the same answer from which it is told."""
-_ENOUGH = 50
+ENOUGH = 50
 """Samples below which shares say nothing."""
 
 
@@ -275,7 +275,7 @@ def check_answers(data: Records, longest: int, scored: Sequence[str]) -> Iterato
             yield find("warning", "answer_cut", text, [data.place(int(i)) for i in cut[:EXAMPLES]])
         answers, counts = np.unique(said[mine], return_counts=True)
         most = int(counts.max())
-        if len(mine) >= _ENOUGH and most > _COMMON * len(mine):
+        if len(mine) >= ENOUGH and most > _COMMON * len(mine):
             i = int(mine[np.flatnonzero(said[mine] == answers[np.argmax(counts)])[0]])
             text = (
                 f"{share(most, len(mine))} samples of {name} have one and the same answer, so that a model that "
