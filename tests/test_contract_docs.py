@@ -122,6 +122,22 @@ def test_ledger_reasons() -> None:
     assert sorted(_table_after(_page("data.md"), "The ledger")) == sorted(_reasons())
 
 
+_CHECK_AT = {"find": 1, "_find": 1, "_warn": 0, "_error": 0, "grade": 0, "Finding": 2}
+"""Functions of vlft/doctor that make a finding, and which argument names its check."""
+
+
+def test_every_check_of_the_doctor_is_on_its_page() -> None:
+    found: set[str] = set()
+    for path in (ROOT / "vlft" / "doctor").glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            at = _CHECK_AT.get(getattr(node.func, "id", "")) if isinstance(node, ast.Call) else None
+            if at is not None and len(node.args) > at and isinstance(node.args[at], ast.Constant):  # type: ignore[attr-defined]
+                found.add(str(node.args[at].value))  # type: ignore[attr-defined]
+    on_page = {name for line in _page("doctor.md").splitlines() if line.startswith("| ") for name in _code(line)}
+    assert len(found) > 40
+    assert found - on_page == {"not_looked_at"}  # a consequence of the model's errors
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 
 

@@ -79,6 +79,11 @@ def test_command_line_parses(words: list[str], tmp_path: Path, monkeypatch: pyte
         (tmp_path / "configs" / "dataset_config.json").touch()
         options = parse_command(COMMANDS["eval"], words[1:])
         assert (options.model, options.output_dir) == ("output/qlora/model", Path("output/qlora/eval/model"))
+    elif words[0] == "doctor":
+        (tmp_path / "configs").mkdir()
+        (tmp_path / "configs" / "dataset_config.json").write_text('{"datasets": {"invoices": {"json_path": "a"}}}')
+        options = parse_command(COMMANDS["doctor"], words[1:])
+        assert {w.removeprefix("--") for w in words if w.startswith("--")} <= options.model_fields_set
     elif words == ["plugins"]:
         assert "exact_match" in plugins_table()
     elif "--help" in words:

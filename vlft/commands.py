@@ -16,8 +16,9 @@ from pydantic import Field
 
 from vlft import discovery
 from vlft.config import CommandOptions as Options
-from vlft.config import EvalOptions, Option, options_of, output_dir_problem
+from vlft.config import DoctorOptions, EvalOptions, Option, options_of, output_dir_problem
 from vlft.errors import ConfigError
+from vlft.parse import read_training
 from vlft.rivals import nearest
 from vlft.words import Flags, Given, build, plain_name, read_flags, read_yaml, sibling, split_words
 
@@ -33,6 +34,8 @@ class Command:
     """Options that are given as plain words, in this order; a list takes all that are left."""
     complete: Callable[[dict[str, Given]], dict[str, Given]] = dict
     """Adds what is not given but known, and refuses with a ConfigError what cannot be."""
+    read: Callable[[Sequence[str]], Any] | None = None
+    """Reads the words in its own way, in place of `parse_command`."""
 
     @property
     def usage(self) -> str:
@@ -50,6 +53,8 @@ def parse_command(command: Command, words: Sequence[str]) -> Any:
     Raises:
         ConfigError: every problem at once.
     """
+    if command.read is not None:
+        return command.read(words)
     stray, flags = split_words(words)
     problems: list[str] = []
     known = options_of(command.options)
@@ -348,9 +353,30 @@ def _eval(options: EvalOptions) -> None:
     eval_model.main(options)
 
 
+def read_doctor(words: Sequence[str]) -> DoctorOptions:
+    """The words of a training, read as training reads them, and the doctor's own."""
+    read = read_training(words, DoctorOptions)
+    for note in read.notes:
+        print(note)
+    return read.config
+
+
+def _doctor(options: DoctorOptions) -> None:
+    from vlft.doctor.examine import main
+
+    main(options)
+
+
 COMMANDS = {
     command.name: command
     for command in (
+        Command(
+            "doctor",
+            "before a training, with its options: machine, model and data; exit code 0 is go",
+            DoctorOptions,
+            _doctor,
+            read=read_doctor,
+        ),
         Command(
             "eval", "loss and metrics of a model on held-out data", EvalCommandOptions, _eval, ("model",), complete_eval
         ),

@@ -452,6 +452,37 @@ class RunConfig(SharedOptions):
         ]
 
 
+class DoctorOptions(RunConfig):
+    """Options of `vlft doctor`: those of the training that it looks at, and a few of its own."""
+
+    output_dir: Path | None = _model(  # type: ignore[assignment]
+        None, "Folder that the run will have: its disk is looked at.", shown="the current folder's disk"
+    )
+    tuning_strategy: str | None = _model(  # type: ignore[assignment]
+        None, "Which parts train and how; its options are checked as training checks them.", shown="none"
+    )
+    page: Path = _model(Path("doctor.html"), "File of the page.")
+    look: tuple[Literal["environment", "model", "data"], ...] = _model(
+        ("environment", "model", "data"), "What to look at; data alone needs the model's tokenizer, not its weights."
+    )
+    sample_limit: int = _data(
+        10_000,
+        "Samples whose pictures are decoded and whose texts are read, chosen by a hash (0: all). Counts, exact "
+        "duplicates and what would be left out are always of all.",
+        ge=0,
+    )
+
+    @field_validator("look", mode="before")
+    @classmethod
+    def _one_place(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value
+
+    @field_validator("page")
+    @classmethod
+    def _home_of_page(cls, value: Path) -> Path:
+        return value.expanduser()
+
+
 def parse_scripts(value: Any) -> dict[str, tuple[str, ...]]:
     """`['a:x,y', 'b:z']` or `{'a': ['x', 'y'], 'b': 'z'}` -> `{'a': ('x', 'y'), 'b': ('z',)}`.
 

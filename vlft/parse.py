@@ -12,7 +12,9 @@ import math
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Generic, TypeVar
 
 from vlft import discovery
 from vlft.config import (
@@ -31,6 +33,8 @@ from vlft.family import PARTS, Part
 from vlft.rivals import ENVIRONMENT, RIVALS, nearest
 from vlft.strategy import Strategy, StrategyConfig
 from vlft.words import Flags, Given, build, plain_name, read_file, read_flags, sibling, split_words, without_local_rank
+
+ConfigT = TypeVar("ConfigT", bound=RunConfig)
 
 
 def _merge(file: dict[str, Given], flags: dict[str, Given]) -> dict[str, Given]:
@@ -68,6 +72,30 @@ def parse(argv: Sequence[str], *, start: bool = True) -> Run:
         ConfigError: every problem at once, one sentence each.
         StrategyError: the strategy's plugin is broken or claimed twice.
     """
+    read = read_training(argv, RunConfig, start=start)
+    if read.strategy is None or read.options is None or read.found is None:
+        raise ConfigError("--tuning_strategy is missing; 'vlft plugins' lists those there are.")
+    return Run(read.config, read.strategy, read.options, read.found.source, read.notes)
+
+
+@dataclass(frozen=True)
+class Read(Generic[ConfigT]):
+    """The words of a training, for whoever takes them: training itself, or a command that looks at one."""
+
+    config: ConfigT
+    strategy: type[Strategy] | None
+    """None where none was named, and `config` can do without."""
+    options: StrategyConfig | None
+    found: discovery.Found | None
+    notes: tuple[str, ...]
+
+
+def read_training(argv: Sequence[str], model: type[ConfigT], *, start: bool = True) -> Read[ConfigT]:
+    """`parse` for any kind of RunConfig.
+
+    Raises:
+        ConfigError, StrategyError: as `parse`.
+    """
     problems: list[str] = []
     notes = _environment_notes()
     stray, words = split_words(without_local_rank(argv))
@@ -76,14 +104,14 @@ def parse(argv: Sequence[str], *, start: bool = True) -> Run:
     name = strategy_name(words, file)
     strategy, found = find_strategy(name, problems)
     own = options_of(strategy.Config, "strategy") if strategy else _every_strategy_option()
-    known = options_of(RunConfig) | own
+    known = options_of(model) | own
     flags, broken = read_flags(words, known, problems)
     unknown = {key: one for key, one in (file | flags).items() if key not in known and key not in broken}
     problems += _unknown(unknown, known, name)
     given = _merge(file, flags)
 
     # A file that could not be read may hold what is missing.
-    config, failed = build(RunConfig, given, problems, broken, missing=readable)
+    config, failed = build(model, given, problems, broken, missing=readable)
     options: StrategyConfig | None = None
     if strategy and found:
         where = f"--tuning_strategy {name}: "
@@ -92,9 +120,9 @@ def parse(argv: Sequence[str], *, start: bool = True) -> Run:
             config = _check_rates(config, options, given, found, problems, notes)
     if config and start:
         config = _check_disk(config, given, failed, problems, notes)
-    if problems or config is None or options is None or strategy is None or found is None:
+    if problems or config is None:
         raise ConfigError(problems)
-    return Run(config, strategy, options, found.source, tuple(notes))
+    return Read(config, strategy, options, found, tuple(notes))
 
 
 def _environment_notes() -> list[str]:
@@ -197,13 +225,13 @@ def _default_rates(options: StrategyConfig, found: discovery.Found) -> dict[Part
 
 
 def _check_rates(
-    config: RunConfig,
+    config: ConfigT,
     options: StrategyConfig,
     given: Mapping[str, Given],
     found: discovery.Found,
     problems: list[str],
     notes: list[str],
-) -> RunConfig:
+) -> ConfigT:
     """A rate for a part that stays frozen is refused; one that a run.yaml holds gives way to flags that freeze it."""
     rates = _default_rates(options, found)
     if not rates:
@@ -231,15 +259,17 @@ def _check_rates(
 
 
 def _check_disk(
-    config: RunConfig, given: Mapping[str, Given], failed: set[str], problems: list[str], notes: list[str]
-) -> RunConfig:
+    config: ConfigT, given: Mapping[str, Given], failed: set[str], problems: list[str], notes: list[str]
+) -> ConfigT:
     def place(name: str) -> str:
         return given[name].place if name in given else f"--{name}"
 
     if "model_name_or_path" not in failed:
         problems += _model_problem(config.model_name_or_path, place("model_name_or_path"))
     resume = config.resume_from_checkpoint
-    if "output_dir" not in failed and is_main_process() and (problem := output_dir_problem(config.output_dir, resume)):
+    # A command that can do without a folder of the run has none.
+    folder: Path | None = config.output_dir
+    if "output_dir" not in failed and folder and is_main_process() and (problem := output_dir_problem(folder, resume)):
         problems.append(problem)
     if resume and resume != "latest" and not Path(resume).expanduser().is_dir():
         hint = nearest(resume, ["latest"]) or sibling(Path(resume))
@@ -321,7 +351,7 @@ def _script_problem(script: str, where: str) -> str:
     )
 
 
-def _check_deepspeed(config: RunConfig, place: str, problems: list[str], notes: list[str]) -> RunConfig:
+def _check_deepspeed(config: ConfigT, place: str, problems: list[str], notes: list[str]) -> ConfigT:
     value = config.deepspeed or ""
     try:
         path = deepspeed_path(value)

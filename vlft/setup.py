@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -216,19 +216,7 @@ def try_metrics(engine: Engine, data: Data, metrics: Mapping[str, Mapping[str, M
     Raises:
         ConfigError: a data set of no such name, one without held-out samples, or a script that fails.
     """
-    if strange := sorted(set(metrics) - set(data.names)):
-        raise ConfigError(
-            [
-                f"--eval_dataset_scripts: there is no data set '{name}' here{nearest(name, data.names)}; "
-                f"there is {', '.join(data.names)}."
-                for name in strange
-            ]
-        )
-    if unknown := sorted(set(metrics) - set(data.eval_datasets)):
-        raise ConfigError(
-            f"--eval_dataset_scripts names {', '.join(unknown)}, which has no held-out samples; "
-            "lower --train_split_ratio or leave it out."
-        )
+    check_scored(set(metrics), data.names, data.eval_datasets)
 
     def rehearse() -> set[str]:
         keys: set[str] = set()
@@ -237,6 +225,23 @@ def try_metrics(engine: Engine, data: Data, metrics: Mapping[str, Mapping[str, M
         return keys
 
     return {f"eval/{name}/loss" for name in data.eval_datasets} | engine.on_main(rehearse)
+
+
+def check_scored(wanted: Collection[str], names: Sequence[str], held_out: Collection[str]) -> None:
+    """Raise a ConfigError about data sets whose answers shall be scored and which are not there, or not held out."""
+    if strange := sorted(set(wanted) - set(names)):
+        raise ConfigError(
+            [
+                f"--eval_dataset_scripts: there is no data set '{name}' here{nearest(name, names)}; "
+                f"there is {', '.join(names)}."
+                for name in strange
+            ]
+        )
+    if unknown := sorted(set(wanted) - set(held_out)):
+        raise ConfigError(
+            f"--eval_dataset_scripts names {', '.join(unknown)}, which has no held-out samples; "
+            "lower --train_split_ratio or leave it out."
+        )
 
 
 def choose_best(config: RunConfig, keys: Collection[str]) -> Best | None:
@@ -360,19 +365,33 @@ def base_checkpoint(run: Run, engine: Engine, folder: RunFolder) -> Checkpoint:
 
 def data_options(run: Run, engine: Engine, checkpoint: Checkpoint, batch: int) -> DataOptions:
     c, pictures = run.config, checkpoint.pictures
-    if not c.min_pixels and c.max_pixels < pictures.min_pixels:
-        raise ConfigError(
-            f"--max_pixels is {c.max_pixels}, below the {pictures.min_pixels} pixels of the checkpoint's smallest "
-            "picture; raise it or give --min_pixels."
-        )
+    check_pixels(c, pictures)
     return shared_data_options(
         c, engine, checkpoint, pictures, global_batch=batch, train_batch_size=c.per_device_train_batch_size,
         rows_per_rank=accumulation_for(c, engine.world_size, batch), eval_batch_size=c.per_device_eval_batch_size,
     )  # fmt: skip
 
 
+def check_pixels(c: RunConfig, pictures: PictureFacts) -> None:
+    """Raise a ConfigError where the largest picture would be smaller than the checkpoint's smallest."""
+    if not c.min_pixels and c.max_pixels < pictures.min_pixels:
+        raise ConfigError(
+            f"--max_pixels is {c.max_pixels}, below the {pictures.min_pixels} pixels of the checkpoint's smallest "
+            "picture; raise it or give --min_pixels."
+        )
+
+
+class Place(Protocol):
+    """What the data needs to know of an engine."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+    is_main: bool
+
+
 def shared_data_options(
-    c: SharedOptions, engine: Engine, checkpoint: Checkpoint, pictures: PictureFacts, **own: Any
+    c: SharedOptions, engine: Place, checkpoint: Checkpoint, pictures: PictureFacts, **own: Any
 ) -> DataOptions:
     """What training and `vlft eval` ask of the data alike; `own`: the fields in which they differ."""
     return DataOptions(

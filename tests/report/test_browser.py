@@ -1,4 +1,4 @@
-"""The report in a real browser: nothing in the console, nothing loaded, no sideways scrolling, no finding of axe.
+"""The report and the doctor's page in a browser: no complaint, nothing loaded, no sideways scrolling, axe content.
 
 `make browser` installs what this needs and runs it (Debian's chromium; axe-core from npm into build/axe, which git
 ignores). With VLFT_SCREENSHOTS=FOLDER the pages are photographed there as well.
@@ -14,8 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from doctor_data import ALONE, FAULTS, clean
 
 from vlft import report
+from vlft.commands import read_doctor
+from vlft.doctor.examine import examine
+from vlft.doctor.page import render
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 AXE = Path(__file__).resolve().parents[2] / "build" / "axe" / "package" / "axe.min.js"
@@ -53,8 +57,26 @@ def _crowded(root: Path) -> Path:
     return root
 
 
+def _doctor(folder: Path, model: Path, *, faults: bool) -> Path:
+    """A page of `vlft doctor`, with a finding of every kind or with none."""
+    made = clean(folder)
+    if faults:
+        for fault in FAULTS:
+            if fault not in ALONE:
+                fault(made)
+        made.sets["data_set_" * 9] = made.sets.pop("held")
+        made.specs["data_set_" * 9] = {"split": "eval"}
+        made.sets["train"][70]["messages"][1]["content"] = "x" * 900
+        made.words.pop("eval_dataset_scripts")
+    words = ["--model_name_or_path", str(model), "--dataset_config_path", str(made.write()), "--num_workers", "0"]
+    words += ["--cache_dir", str(folder / "cache")]
+    for name, value in made.words.items():
+        words += [f"--{name}", str(value)]
+    return report.write_page(render(examine(read_doctor(words))), folder / "doctor.html")
+
+
 @pytest.fixture(scope="module")
-def pages(a_run: Path, other_run: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def pages(a_run: Path, other_run: Path, tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("pages")
     bare = folder / "bare"
     bare.mkdir()
@@ -66,6 +88,8 @@ def pages(a_run: Path, other_run: Path, tmp_path_factory: pytest.TempPathFactory
         "run": report.write(a_run),
         "comparison": report.compare([a_run, other_run], folder / "comparison.html"),
         "bare": report.write(bare),
+        "no-go": _doctor(folder / "no-go", tiny("qwen2_5_vl"), faults=True),
+        "go": _doctor(folder / "go", tiny("qwen3_vl"), faults=False),
     }
 
 
@@ -90,7 +114,7 @@ class Visit:
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("name", ["run", "comparison", "bare", "crowded", "crowded-run"])
+@pytest.mark.parametrize("name", ["run", "comparison", "bare", "crowded", "crowded-run", "no-go", "go"])
 def test_quiet_alone_and_within_its_width(browser: Any, pages: dict[str, Path], name: str, scheme: str) -> None:
     for width in WIDTHS:
         with Visit(browser, pages[name], scheme, width) as visit:
@@ -134,7 +158,7 @@ def test_pictures_are_decoded(browser: Any, pages: dict[str, Path]) -> None:
 @pytest.mark.skipif(not AXE.exists(), reason="no axe-core in build/axe; `make browser` fetches it")
 @pytest.mark.parametrize("width", [1280, 390])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("name", ["run", "comparison", "bare"])
+@pytest.mark.parametrize("name", ["run", "comparison", "bare", "no-go", "go"])
 def test_axe_finds_nothing(browser: Any, pages: dict[str, Path], name: str, scheme: str, width: int) -> None:
     """All rules of axe-core, everything that can be opened being open."""
     with Visit(browser, pages[name], scheme, width) as visit:

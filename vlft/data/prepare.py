@@ -22,7 +22,7 @@ from vlft.data.ledger import LedgerEntry, check_bad_fraction
 from vlft.data.loader import Step, eval_steps, step_loader, surviving
 from vlft.data.mixing import mix64
 from vlft.data.plan import Plan
-from vlft.data.registry import read_registry
+from vlft.data.registry import DatasetSpec, read_registry
 from vlft.data.sample import Fitted, Limits, fit, split
 from vlft.data.show import Described, Shown
 from vlft.data.tokens import Chat
@@ -235,6 +235,31 @@ class Data:
         return np.concatenate(chosen)
 
 
+def check_specs(options: DataOptions, specs: Sequence[DatasetSpec]) -> None:
+    """Raise a ConfigError about data sets whose largest picture would be smaller than the smallest."""
+    if small := [s for s in specs if s.max_pixels is not None and s.max_pixels < options.min_pixels]:
+        raise ConfigError(
+            [
+                f"{options.registry}: data set '{s.name}', key 'max_pixels': {s.max_pixels} is below the "
+                f"{options.min_pixels} pixels of the smallest picture; raise it or give --min_pixels."
+                for s in small
+            ]
+        )
+
+
+def limits_of(o: DataOptions) -> Limits:
+    factor = o.patch_size * o.merge_size
+    return Limits(o.min_pixels, o.max_pixels, o.max_seq_length, o.on_too_long, factor, o.merge_size)
+
+
+def nothing_left(o: DataOptions, index: Index, fitted: Fitted, held_out: int) -> DataError:
+    return DataError(
+        f"no sample is left to train on: of {index.total} records {len(index.ledger)} cannot be used, "
+        f"{len(fitted.ledger)} are longer than --max_seq_length {o.max_seq_length}, {held_out} are held out; "
+        "add records, or raise --max_seq_length or --train_split_ratio."
+    )
+
+
 def prepare_data(options: DataOptions) -> Data:
     """Read the registry, index (or find in the cache), fit, split and plan.
 
@@ -244,23 +269,14 @@ def prepare_data(options: DataOptions) -> Data:
     """
     o = options
     specs = read_registry(o.registry, o.names)
-    if small := [s for s in specs if s.max_pixels is not None and s.max_pixels < o.min_pixels]:
-        raise ConfigError(
-            [
-                f"{o.registry}: data set '{s.name}', key 'max_pixels': {s.max_pixels} is below the {o.min_pixels} "
-                "pixels of the smallest picture; raise it or give --min_pixels."
-                for s in small
-            ]
-        )
+    check_specs(o, specs)
     chat = Chat.load(o.folder, o.family)
     index = open_index(
         specs, chat, cache_dir=o.cache_dir, workers=max(1, o.num_workers), allow_remote=o.allow_remote_images,
         progress=o.progress,
     )  # fmt: skip
     check_bad_fraction(index.ledger, index.total, o.max_bad_fraction)
-    factor = o.patch_size * o.merge_size
-    limits = Limits(o.min_pixels, o.max_pixels, o.max_seq_length, o.on_too_long, factor, o.merge_size)
-    fitted = fit(index, limits)
+    fitted = fit(index, limits_of(o))
     train, held_out = split(index, specs, o.train_split_ratio, usable=fitted.usable)
     if o.use == "all":
         train, held_out = train[:0], np.sort(np.concatenate([train, held_out]))
@@ -270,11 +286,7 @@ def prepare_data(options: DataOptions) -> Data:
             "--split all."
         )
     if not len(train) and o.use == "train":
-        raise DataError(
-            f"no sample is left to train on: of {index.total} records {len(index.ledger)} cannot be used, "
-            f"{len(fitted.ledger)} are longer than --max_seq_length {o.max_seq_length}, {len(held_out)} are held out; "
-            "add records, or raise --max_seq_length or --train_split_ratio."
-        )
+        raise nothing_left(o, index, fitted, len(held_out))
     # An evaluation alone never asks for a training step; a plan needs samples all the same.
     planned, weights = (train, [s.weight for s in specs]) if o.use == "train" else (held_out, [1.0] * len(specs))
     plan = Plan(planned, index.dataset[planned], weights, seed=o.seed, global_batch=o.global_batch)

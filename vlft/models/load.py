@@ -26,9 +26,11 @@ META = "vlft.json"
 WANTED_FILES = ("*.json", "*.safetensors", "*.txt", "*.jinja", "*.model", "*.tiktoken", "README.md")
 
 
-def resolve_folder(name: str, *, trust_remote_code: bool = False) -> Path:
+def resolve_folder(name: str, *, trust_remote_code: bool = False, weights: bool = True) -> Path:
     """The local folder of a checkpoint: `name` itself, or the hub's snapshot of it, with its code only if trusted.
 
+    Args:
+        weights: False: fetch what describes the model, and not the gigabytes.
     Raises:
         ModelError: neither a folder nor a repository that can be reached.
     """
@@ -38,6 +40,7 @@ def resolve_folder(name: str, *, trust_remote_code: bool = False) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
     wanted = [*WANTED_FILES, *(["*.py"] if trust_remote_code else [])]
+    wanted = [pattern for pattern in wanted if weights or pattern != "*.safetensors"]
     try:
         return Path(snapshot_download(name, allow_patterns=wanted))
     except (HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError, OSError, ValueError) as error:
@@ -158,13 +161,13 @@ def _limits(settings: dict[str, Any], factor: int) -> tuple[int, int]:
     return int(low or 4 * factor**2), int(high or 16384 * factor**2)
 
 
-def _base_folder(path: Path, adapter: dict[str, Any], trust_remote_code: bool) -> Path:
+def _base_folder(path: Path, adapter: dict[str, Any], trust_remote_code: bool, weights: bool) -> Path:
     """The folder of the model that an adapter was trained on."""
     base = adapter.get("base_model_name_or_path")
     if not base or not isinstance(base, str):
         raise ModelError(f"{path} has no base_model_name_or_path; give the model that the adapter was trained on.")
     try:
-        return resolve_folder(base, trust_remote_code=trust_remote_code)
+        return resolve_folder(base, trust_remote_code=trust_remote_code, weights=weights)
     except ModelError as error:
         raise ModelError(
             f"{path} names the base '{base}', which is neither a folder nor a model that the hub gave; "
@@ -172,17 +175,21 @@ def _base_folder(path: Path, adapter: dict[str, Any], trust_remote_code: bool) -
         ) from error
 
 
-def open_checkpoint(name: str, *, trust_remote_code: bool = False) -> Checkpoint:
+def open_checkpoint(name: str, *, trust_remote_code: bool = False, weights: bool = True) -> Checkpoint:
     """Find and read a checkpoint's description; no weights are loaded.
 
+    Args:
+        weights: False: they are not fetched from the hub either.
     Raises:
         ModelError: absent, unreadable, or of a type that vlft does not support.
     """
-    folder = resolve_folder(name, trust_remote_code=trust_remote_code)
+    folder = resolve_folder(name, trust_remote_code=trust_remote_code, weights=weights)
     adapter = read_json(folder / "adapter_config.json") if (folder / "adapter_config.json").exists() else None
     if adapter is None and (folder / META).exists() and "exported_from" in (meta := read_json(folder / META)):
         adapter = {"base_model_name_or_path": meta["exported_from"]}  # a strategy with a format of its own
-    where = _base_folder(folder / "adapter_config.json", adapter, trust_remote_code) if adapter else folder
+    where = folder
+    if adapter:
+        where = _base_folder(folder / "adapter_config.json", adapter, trust_remote_code, weights)
     if not (where / "config.json").exists():
         raise ModelError(f"{where} has no config.json, so it is not a model folder; give output_dir/model of a run.")
     config = read_json(where / "config.json")
@@ -261,7 +268,7 @@ def load_hf(folder: Path, device: torch.device | str, trust_remote_code: bool = 
         ModelError: the weights cannot be loaded, or not all of them are there; the cause is kept.
     """
     check_files(folder)
-    _quieten()
+    quieten()
     from transformers import AutoModelForImageTextToText
 
     options: dict[str, Any] = {"dtype": "auto", "attn_implementation": "sdpa", "device_map": {"": str(device)}}
@@ -332,7 +339,7 @@ def _check_complete(folder: Path, info: Mapping[str, Any]) -> None:
         )
 
 
-def _quieten() -> None:
+def quieten() -> None:
     """Libraries' notes that a user can do nothing about: a progress bar a second long, an optional CPU kernel."""
     from transformers.utils.logging import disable_progress_bar
 

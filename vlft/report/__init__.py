@@ -36,7 +36,15 @@ def compare(roots: Sequence[Path], output: Path) -> Path:
 
     if not roots:
         raise ConfigError("report: name the folder of at least one run.")
-    page = render([read(root) for root in roots])
+    return write_page(render([read(root) for root in roots]), output)
+
+
+def write_page(page: str, output: Path) -> Path:
+    """Write a page to the file `output` and return it.
+
+    Raises:
+        CheckpointError: it cannot be written.
+    """
     # Beside and renamed, so that a browser never loads half a page.
     beside = output.with_name(f".writing-{output.name}")
     try:

@@ -124,11 +124,20 @@ def render(runs: Sequence[RunFacts]) -> str:
         "datasets": _datasets(runs, names),
         "ledgers": [(name, _reasons(run)) for run, name in zip(runs, names, strict=True)],
     }
+    return template(Path(__file__).parent / "report.html.j2").render(context)
+
+
+def template(path: Path) -> jinja2.Template:
+    """A page's template; it may include this folder's. Whatever comes from data is escaped."""
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined,
-        trim_blocks=True, lstrip_blocks=True,
+        loader=jinja2.FileSystemLoader([path.parent, Path(__file__).parent]), autoescape=True,
+        undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
-    return environment.get_template("report.html.j2").render(context)
+    return environment.get_template(path.name)
+
+
+def jpeg_url(data: bytes) -> str:
+    return "data:image/jpeg;base64," + base64.b64encode(data).decode()
 
 
 def labels(runs: Sequence[RunFacts]) -> list[str]:
@@ -573,8 +582,7 @@ def _card(found: Sequence[Shown | None], runs: Sequence[RunFacts], names: Sequen
             marks = tuple(m for a in answers for m in _marks(a, picture, runs[at].boxes))
         elif boxed:
             note = "Boxes are not drawn: the answer does not say which picture they are on."
-        url = "data:image/jpeg;base64," + base64.b64encode(picture.jpeg).decode()
-        pictures.append((url, picture, marks))
+        pictures.append((jpeg_url(picture.jpeg), picture, marks))
     drawn = {mark.kind for _, _, marks in pictures for mark in marks}
     answers = [replace(a, boxed=a.kind in drawn) for a in answers]
     return Card(shown.dataset, shown.id, shown.question, tuple(pictures), tuple(answers), note)
