@@ -314,7 +314,9 @@ def remember(packed: PackedVLM, config: RunConfig, engine: Engine) -> None:
         plan = "low" if config.gradient_checkpointing else "all"
     room = room_on_gpu(engine.device, engine.pending_bytes) if on_gpu and plan == "auto" else None
     vocabulary = int(packed.hf.config.get_text_config().vocab_size)
-    packed.memory = memory_for(packed.installed, vocabulary, plan, room)
+    packed.memory = memory_for(
+        packed.installed, vocabulary, plan, room, gradients_stay=not engine.shards_states
+    )  # fmt: skip
     if plan == "low" or (plan == "auto" and on_gpu):
         # Non-reentrant: frozen embeddings give inputs without a gradient, which the reentrant kind would cut off.
         packed.hf.gradient_checkpointing_enable({"use_reentrant": False})
