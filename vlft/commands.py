@@ -16,7 +16,7 @@ from pydantic import Field
 
 from vlft import discovery
 from vlft.config import CommandOptions as Options
-from vlft.config import DoctorOptions, EvalOptions, Option, options_of, output_dir_problem
+from vlft.config import DoctorOptions, EvalOptions, Option, PlanOptions, Run, options_of, output_dir_problem
 from vlft.errors import ConfigError
 from vlft.parse import read_training
 from vlft.rivals import nearest
@@ -367,6 +367,33 @@ def _doctor(options: DoctorOptions) -> None:
     main(options)
 
 
+@dataclass(frozen=True)
+class _PlanWords:
+    """A training, its own words, and the options of `vlft plan` among them."""
+
+    options: PlanOptions
+    run: Run
+    words: tuple[str, ...]
+
+
+def read_plan(words: Sequence[str]) -> _PlanWords:
+    read = read_training(words, PlanOptions)
+    if read.strategy is None or read.options is None or read.found is None:
+        raise ConfigError("--tuning_strategy is missing; 'vlft plugins' lists those there are.")
+    for note in read.notes:
+        print(note)
+    from vlft.planning.advice import with_flags
+
+    own = with_flags(words, dict.fromkeys(("gpu", "gpus", "goal")))
+    return _PlanWords(read.config, Run(read.config, read.strategy, read.options, read.found.source, ()), tuple(own))
+
+
+def _plan(found: _PlanWords) -> None:
+    from vlft.planning.command import main
+
+    main(found.options, found.run, found.words, lambda words: read_plan(words).run)
+
+
 COMMANDS = {
     command.name: command
     for command in (
@@ -376,6 +403,13 @@ COMMANDS = {
             DoctorOptions,
             _doctor,
             read=read_doctor,
+        ),
+        Command(
+            "plan",
+            "memory and time of a training, with its options, before it runs; what to change if it does not fit",
+            PlanOptions,
+            _plan,
+            read=read_plan,
         ),
         Command(
             "eval", "loss and metrics of a model on held-out data", EvalCommandOptions, _eval, ("model",), complete_eval

@@ -483,6 +483,19 @@ class DoctorOptions(RunConfig):
         return value.expanduser()
 
 
+class PlanOptions(RunConfig):
+    """Options of `vlft plan`: those of the training, and a few of its own."""
+
+    output_dir: Path | None = _model(None, "Folder that the run will have.", shown="none")  # type: ignore[assignment]
+    gpu: str | None = _machine(
+        None, "GPU to plan for, e.g. 'RTX 4090 24GB'; a size goes before the usual one.", shown="the one at hand"
+    )
+    gpus: int = _machine(1, "How many of them.", gt=0)
+    goal: str | None = _machine(
+        None, "Search for the fewest changes with which it fits, e.g. 'fit 24GB'.", shown="none"
+    )
+
+
 def parse_scripts(value: Any) -> dict[str, tuple[str, ...]]:
     """`['a:x,y', 'b:z']` or `{'a': ['x', 'y'], 'b': 'z'}` -> `{'a': ('x', 'y'), 'b': ('z',)}`.
 

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 
 class LoraConfig(PartsConfig):
+    lighter: ClassVar[str | None] = "qlora"
     llm_rate: ClassVar[float] = ADAPTER_RATE
 
     lora_rank: int = Field(64, ge=1, description="Rank of the adapters; usual: 32, 64, 128.")
