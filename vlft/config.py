@@ -281,7 +281,7 @@ class RunConfig(SharedOptions):
     lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt"] = (
         _training("cosine", "Course of the rates after the warmup.")
     )
-    optimizer: Literal["adamw", "adamw_bf16", "adamw_8bit"] = _training(
+    optim: Literal["adamw", "adamw_bf16", "adamw_8bit"] = _training(
         "adamw",
         "Digits of trained weights and of AdamW's states: adamw has fp32 for both (16 bytes a parameter, its gradient "
         "included), adamw_bf16 bf16 (8 bytes), adamw_8bit bf16 weights and states of 8 bits (6 bytes). The two last "

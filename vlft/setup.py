@@ -152,8 +152,8 @@ def setup(run: Run, engine: Engine) -> Job:
     strategy, model, groups = prepare_strategy(run, source)
     check_groups(model, groups, config.tuning_strategy, source.parts, run.rates, source.tied_head)
     check_optimizer(config, engine)
-    cast(model, source.compute_dtype, masters=not engine.keeps_masters and config.optimizer == "adamw")
-    optimizer = build_optimizer(model, groups, run.rates, config.weight_decay, config.optimizer)
+    cast(model, source.compute_dtype, masters=not engine.keeps_masters and config.optim == "adamw")
+    optimizer = build_optimizer(model, groups, run.rates, config.weight_decay, config.optim)
     table = part_table(model, groups, source.parts, run.rates, source.tied_head)
     meter = Meter(model, source.parts, source.config, engine.device, engine.precision)
     saved = checkpoints.load_weights(resume, model) if resume else {}
@@ -292,16 +292,16 @@ def check_optimizer(config: RunConfig, engine: Engine) -> None:
     Raises:
         ConfigError: an optimizer without masters is asked for where there must be some.
     """
-    if config.optimizer == "adamw":
+    if config.optim == "adamw":
         return
     if engine.shards_states:
         raise ConfigError(
-            f"--optimizer {config.optimizer} runs on one GPU or on whole copies; with DeepSpeed or FSDP, whose own "
+            f"--optim {config.optim} runs on one GPU or on whole copies; with DeepSpeed or FSDP, whose own "
             "masters are cut up, use adamw."
         )
     if engine.precision != "bf16":
         raise ConfigError(
-            f"--optimizer {config.optimizer} keeps trained weights in bf16, but --mixed_precision is "
+            f"--optim {config.optim} keeps trained weights in bf16, but --mixed_precision is "
             f"{engine.precision}; give --mixed_precision bf16, or use adamw."
         )
 

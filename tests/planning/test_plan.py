@@ -125,7 +125,7 @@ def test_sums_of_a_seven_billion(seven: Path) -> None:
     assert found.memory.weights == found.memory.gradients == 4 * numbers
     assert found.memory.states == 8 * numbers
     assert not found.fits
-    eight = plan(seven, "full", "--optimizer", "adamw_8bit")
+    eight = plan(seven, "full", "--optim", "adamw_8bit")
     assert eight.fits
     assert eight.memory.peak < 60 * GIB
 
@@ -191,8 +191,8 @@ def test_each_rule_of_advice(seven: Path) -> None:
     cut = {"per_device_train_batch_size", "gradient_accumulation_steps"}
     assert cut not in flags_of(seven, "full")
     assert cut in flags_of(seven, "full", "--per_device_train_batch_size", "4")
-    assert {"optimizer"} in flags_of(seven, "full")
-    assert {"optimizer"} not in flags_of(seven, "full", "--deepspeed", "zero3")
+    assert {"optim"} in flags_of(seven, "full")
+    assert {"optim"} not in flags_of(seven, "full", "--deepspeed", "zero3")
     assert {"lora_rank"} in flags_of(seven, "lora")
     assert {"lora_rank"} not in flags_of(seven, "lora", "--lora_rank", "8")
     assert {"lora_rank"} not in flags_of(seven, "full")
@@ -240,7 +240,7 @@ def test_the_ladder_is_commands_to_paste(seven: Path, capsys: pytest.CaptureFixt
         head, rest = shlex.split(one)[:4], shlex.split(one)[4:]
         assert head == ["accelerate", "launch", "-m", "vlft"]
         assert read_plan(rest).run.config.model_name_or_path == str(seven / "model")
-    assert any("--optimizer adamw_8bit" in one for one in commands)
+    assert any("--optim adamw_8bit" in one for one in commands)
     assert any("--tuning_strategy lora_llm_full_vit" in one for one in commands)
 
 

@@ -69,8 +69,8 @@ def changes(run: Run) -> Iterator[Change]:
         rows = c.per_device_train_batch_size * c.gradient_accumulation_steps
         flags: dict[str, str | None] = {"per_device_train_batch_size": "1", "gradient_accumulation_steps": str(rows)}
         yield Change(flags, "one sample a forward, the same samples a step: the same result")
-    if c.optimizer == "adamw" and not c.deepspeed:
-        yield Change({"optimizer": "adamw_8bit"}, "no fp32 masters, states of 8 bits, stochastic rounding")
+    if c.optim == "adamw" and not c.deepspeed:
+        yield Change({"optim": "adamw_8bit"}, "no fp32 masters, states of 8 bits, stochastic rounding")
     if (rank := getattr(run.options, "lora_rank", None)) and rank > 8:
         yield Change({"lora_rank": str(max(8, rank // 2))}, "half the rank")
     if c.max_pixels and c.max_pixels > 250_000:
@@ -80,8 +80,8 @@ def changes(run: Run) -> Iterator[Change]:
     lighter = getattr(run.strategy.Config, "lighter", None)
     if lighter and lighter != c.tuning_strategy:
         flags = {"tuning_strategy": lighter}
-        if c.optimizer != "adamw":
-            flags["optimizer"] = None
+        if c.optim != "adamw":
+            flags["optim"] = None
         yield Change(flags, "fewer trained weights, or smaller frozen ones")
 
 

@@ -118,5 +118,5 @@ def _model(run: Run, checkpoint: Checkpoint, compute: torch.dtype) -> tuple[Shap
     return (
         shape,
         training,
-        static_of(model, source.parts, source.tied_head, run.config.optimizer, compute.itemsize, shape),
+        static_of(model, source.parts, source.tied_head, run.config.optim, compute.itemsize, shape),
     )
