@@ -30,8 +30,7 @@ from PIL import Image, ImageDraw, ImageFont
 from demo import draw
 
 ROOT = Path(__file__).resolve().parents[1]
-
-WORDS = ("red", "green", "blue", "circle", "square", "ring")
+WORDS = ("red", "blue", "ring", "star")
 HELD_OUT_WORDS = 60_000_000
 """Seeds far from those of every training picture."""
 SETS = {"held_out": "shapes: colour, number", "held_out_words": "words: reading"}
@@ -58,7 +57,7 @@ def word_picture(seed: int) -> tuple[Image.Image, str]:
     paper = np.full((draw.SIDE, draw.SIDE, 3), rng.randint(225, 252), np.uint8)
     page = Image.fromarray(paper)
     pen = ImageDraw.Draw(page)
-    font = ImageFont.load_default(rng.uniform(20, 27))
+    font = ImageFont.load_default(rng.uniform(32, 40))
     left, top, right, bottom = pen.textbbox((0, 0), word, font=font)
     x = rng.uniform(2, draw.SIDE - 2 - (right - left)) - left
     y = rng.uniform(2, draw.SIDE - 2 - (bottom - top)) - top

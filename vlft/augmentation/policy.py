@@ -158,6 +158,9 @@ def _read_op(entry: Any) -> tuple[str, Op | None, list[str]]:
     if wrong:
         return kind, op, [wrong]
     problems = _argument_problems(op.name, kind, {str(key) for key in given})
+    chance = given.get("p", 0.5)
+    if isinstance(chance, bool) or not isinstance(chance, int | float) or not 0 <= chance <= 1:
+        problems.append(f"'p' is {chance!r}; give a probability from 0 to 1")
     if problems:
         return kind, op, problems
     op = Op(op.name, tuple(sorted((str(key), _tuples(value)) for key, value in given.items())))
