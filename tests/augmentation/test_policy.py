@@ -1,4 +1,4 @@
-"""Policies and rules: what ships is valid, a file's mistakes are told all at once, and words refuse what they should."""
+"""Policies and rules: what ships is valid, a file's mistakes are told at once, and words refuse what they should."""
 
 from __future__ import annotations
 
@@ -72,11 +72,13 @@ ops:
 """
     found = problems(tmp_path, text)
     wanted = [
-        "unknown key 'fitt' (the nearest is 'fit')", "'fit': found 'maybe'", "refuses 'mirrors'", "rule 'nothing' is not there",
+        "unknown key 'fitt' (the nearest is 'fit')",
+        "'fit': found 'maybe'", "refuses 'mirrors'", "rule 'nothing' is not there",
         "rule 'more' has no 'words'", "rule 'bad' has an expression", "op 1 (RandomHorizontlFlip): kornia.augmentation",
         "op 2 (RandomElasticTransform): it moves", "op 3 (RandomCrop): would change", "no argument 'degres'",
         "'padding_mode' is not used", "'size' is the picture's own", "op 7 (RandomMosaic): it moves",
-        "op 8 (Normalize): gives values", "op 9 (ColorJitter): Kornia refuses it", "op 10 (RandomDissolving): downloads",
+        "op 8 (Normalize): gives values",
+        "op 9 (ColorJitter): Kornia refuses it", "op 10 (RandomDissolving): downloads",
         "op 11: found 7",
     ]  # fmt: skip
     missing = [text for text in wanted if not any(text in one for one in found)]
