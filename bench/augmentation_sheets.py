@@ -1,6 +1,6 @@
 """Contact sheets of docs/augmentation.md: a small set with boxes, points, two pictures and words, shown by the program.
 
-python bench/augmentation_sheets.py       # writes docs/images/augmentation-*.png with `vlft augment-preview`
+python bench/augmentation_sheets.py       # writes docs/images/augmentation-*.jpg with `vlft augment-preview`
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ def main() -> None:
             registry.write_text(json.dumps({"datasets": {policy: spec}}))
             words = [sys.executable, "-m", "vlft", "augment-preview", str(ROOT / "demo/base")]
             words += ["--dataset_config_path", str(registry), "--augmentation", policy, "--epochs", "4"]
-            words += ["--cache_dir", str(folder / "cache"), "--output", str(chosen.out / f"augmentation-{policy}.png")]
+            words += ["--cache_dir", str(folder / "cache"), "--output", str(chosen.out / f"augmentation-{policy}.jpg")]
             subprocess.run(words, check=True, env=os.environ | {"PYTHONPATH": paths})
 
 

@@ -75,7 +75,7 @@ def preview(
     rows = [sheet_row(data, facts, policy, i, epochs) for i in pictured]
     sheet = _stacked(rows)
     output.parent.mkdir(parents=True, exist_ok=True)
-    sheet.save(output)
+    sheet.save(output, quality=85)  # of a JPEG; a PNG has none
     return f"{output}: {len(rows)} samples as they are and in {epochs} epochs under {policy.name}, seed {seed}."
 
 

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from vlft.augmentation.geometry import area, clipped, draw, fitted, kinds, move_place, moved
-from vlft.augmentation.policy import Matrix, Op, Policy, matrix, read_policy
+from vlft.augmentation.ops import Matrix, Op, matrix
+from vlft.augmentation.policy import Policy, read_policy
 
 FLIP = np.array([[-1.0, 0, 1], [0, 1, 0], [0, 0, 1]])
 UPSIDE = np.array([[1.0, 0, 0], [0, -1, 1], [0, 0, 1]])
@@ -112,7 +113,7 @@ def test_our_warp_moves_as_kornias_op_does(op: Op) -> None:
     """The same draw, applied by Kornia's own op and by our warp: the middle of a smooth picture agrees."""
     import torch
 
-    from vlft.augmentation.policy import module
+    from vlft.augmentation.ops import module
     from vlft.vision.augment import warp
 
     height = width = 120

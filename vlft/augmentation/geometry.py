@@ -11,7 +11,8 @@ from functools import reduce
 
 import numpy as np
 
-from vlft.augmentation.policy import Matrix, Policy, matrix
+from vlft.augmentation.ops import Matrix, matrix
+from vlft.augmentation.policy import Policy
 
 TRIES = 8
 """Draws of a sample until one is admitted; after that it stays as it is."""

@@ -17,7 +17,8 @@ import numpy as np
 import numpy.typing as npt
 
 from vlft.augmentation.geometry import TRIES, draw, kinds, move_place
-from vlft.augmentation.policy import Matrix, Policy
+from vlft.augmentation.ops import Matrix
+from vlft.augmentation.policy import Policy
 from vlft.augmentation.rules import refused
 from vlft.data.formats import JSON_BOX, MARKED_BOX, BoxPart, Part, Record, RefPart, TextPart, Turn
 from vlft.data.mixing import mix64_scalar

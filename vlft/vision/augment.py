@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from vlft.augmentation.policy import Op, module
+from vlft.augmentation.ops import Op, module
 
 _GOLDEN = 0x9E3779B9
 
