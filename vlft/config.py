@@ -570,8 +570,11 @@ def resolved(run: Run) -> dict[str, Any]:
     values["cache_dir"] = None if run.config.cache_dir == default_cache_dir() else values["cache_dir"]
     for name in ("output_dir", "dataset_config_path", "cache_dir"):
         values[name] = str(Path(values[name]).absolute()) if values[name] is not None else None
-    for name in ("model_name_or_path", "deepspeed", "augmentation"):
+    for name in ("model_name_or_path", "deepspeed"):
         values[name] = _absolute(values[name])
+    # The name of a policy stays one, though a folder here be called "document".
+    policy = values["augmentation"]
+    values["augmentation"] = _absolute(policy) if policy and {".", os.sep} & {*policy} else policy
     values["eval_dataset_scripts"] = {
         dataset: [_absolute(script) for script in scripts]
         for dataset, scripts in run.config.eval_dataset_scripts.items()

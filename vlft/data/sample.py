@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vlft.data.images import Source, smart_resize_batch
-from vlft.data.index import BOXED, HAS_BOXES, Index
+from vlft.data.index import BOXED, HAS_BOXES, LEARNT, Index
 from vlft.data.ledger import LedgerEntry, check_bad_fraction
 from vlft.data.mixing import mix64
 from vlft.data.moved import Moved, Mover, move, spare_tokens
@@ -28,6 +28,8 @@ __all__ = [
 
 Ints: TypeAlias = npt.NDArray[np.int64]
 _SPLIT_SALT, _SUBSET_SALT = 0x5B117, 0x5AB5E7
+_AT_ONCE = 65_536
+"""Samples."""
 IGNORE = -100
 """Label of a token that is not learnt."""
 
@@ -81,15 +83,16 @@ def room_to_move(index: Index, chat: Chat) -> Ints:
     Lengths that hold this room stay upper bounds, so that a plan is the same whatever an epoch's movements are.
     """
     digits = [chat.token_id(digit) for digit in "0123456789"]
-    parts = []
-    for shard in index.shards:
-        spare = np.zeros(len(shard), np.int64)
+    room = np.zeros(len(index), np.int64)
+    for shard, first in zip(index.shards, index.starts.tolist(), strict=False):
         placed = (shard.flags & HAS_BOXES) != 0
-        if placed.any():
-            learnt = np.uint32(1 << 31)
-            spare = spare_tokens(np.asarray(shard.tokens) & ~learnt, shard.n_tokens, digits) * placed
-        parts.append(spare)
-    return np.concatenate([np.zeros(0, np.int64), *parts])
+        for at in range(0, len(shard), _AT_ONCE):  # the tokens of millions of samples are mapped, not read at once
+            here = slice(at, min(at + _AT_ONCE, len(shard)))
+            if placed[here].any():
+                tokens = shard.tokens[int(shard.token_starts[here.start]) : int(shard.token_starts[here.stop])]
+                spare = spare_tokens(np.asarray(tokens) & ~LEARNT, shard.n_tokens[here], digits)
+                room[first + here.start : first + here.stop] = spare * placed[here]
+    return room
 
 
 def fit(index: Index, limits: Limits, room: Ints | None = None) -> Fitted:
