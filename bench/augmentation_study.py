@@ -39,7 +39,8 @@ SETS = {"held_out": "shapes: colour, number", "held_out_words": "words: reading"
 def options() -> argparse.Namespace:
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--arms", default="none,geometric", help="policies of --augmentation; none: without")
-    made.add_argument("--seeds", type=int, default=5)
+    made.add_argument("--first", type=int, default=1, help="first seed")
+    made.add_argument("--seeds", type=int, default=5, help="last seed")
     made.add_argument("--pictures", type=int, default=120, help="training pictures of shapes")
     made.add_argument("--words", type=int, default=120, help="training pictures of words")
     made.add_argument("--held_out", type=int, default=200, help="held-out pictures of each kind")
@@ -146,7 +147,7 @@ def main() -> None:
     kept = chosen.out / "lines.jsonl"
     lines = [json.loads(text) for text in kept.read_text().splitlines()] if kept.exists() else []
     arms = chosen.arms.split(",")
-    for seed in range(1, chosen.seeds + 1):
+    for seed in range(chosen.first, chosen.seeds + 1):
         for arm in arms:
             if any((one["arm"], one["seed"]) == (arm, seed) for one in lines):
                 continue
