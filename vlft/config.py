@@ -239,10 +239,10 @@ class RunConfig(SharedOptions):
     tuning_strategy: str = _model(..., "Which parts train and how, by name; 'vlft plugins' lists them.")
 
     use_data_augmentation: bool = _data(False, "Change training pictures at random, seeded by the sample.")
-    augmentation: Literal["photometric", "geometric"] | None = _data(
+    augmentation: str | None = _data(
         lambda values: "photometric" if values.get("use_data_augmentation") else None,
-        "Kind of change: photometric (colour, blur, noise, JPEG) or geometric (flips and crops too, except for samples "
-        "with boxes). Giving it switches augmentation on.",
+        "Policy: photometric (colour, blur, noise, JPEG), geometric (flips, turns and crops too), document (what pages "
+        "undergo in scans and photographs), or a YAML file of Kornia's ops. Giving it switches augmentation on.",
         shown="photometric, when augmentation is on",
     )
 
@@ -381,7 +381,7 @@ class RunConfig(SharedOptions):
     def _home(cls, value: Path) -> Path:
         return value.expanduser()
 
-    @field_validator("model_name_or_path", "resume_from_checkpoint", "deepspeed")
+    @field_validator("model_name_or_path", "resume_from_checkpoint", "deepspeed", "augmentation")
     @classmethod
     def _home_in_words(cls, value: str | None) -> str | None:
         """A shell does not expand `~` in YAML."""
@@ -655,6 +655,9 @@ def resolved(run: Run) -> dict[str, Any]:
         values[name] = str(Path(values[name]).absolute()) if values[name] is not None else None
     for name in ("model_name_or_path", "deepspeed"):
         values[name] = _absolute(values[name])
+    # The name of a policy stays one, though a folder here be called "document".
+    policy = values["augmentation"]
+    values["augmentation"] = _absolute(policy) if policy and {".", os.sep} & {*policy} else policy
     values["eval_dataset_scripts"] = {
         dataset: [_absolute(script) for script in scripts]
         for dataset, scripts in run.config.eval_dataset_scripts.items()

@@ -15,6 +15,7 @@ from torch import nn
 
 from vlft import card, evaluate, export
 from vlft import checkpoint as checkpoints
+from vlft.augmentation.policy import Policy, read_policy
 from vlft.batch import ToInputs
 from vlft.config import (
     Run,
@@ -122,6 +123,7 @@ class Job:
             "global_batch": self.global_batch, "options": resolved(self.run), "bad": self.data.bad,
             "scaler": self.engine.scaler_state(), "skipped": self.skipped, "budget": self.budget.json(),
             "proved": self.proof.state(), "data": self.data.fingerprint, "precision": self.engine.precision,
+            "augmentation": self.data.options.policy.digest if self.data.options.policy else None,
         }  # fmt: skip
 
 
@@ -131,6 +133,7 @@ def setup(run: Run, engine: Engine) -> Job:
     resume = engine.on_main(lambda: checkpoints.find(config.resume_from_checkpoint, folder.checkpoints))
     # Once, not on every rank: the checksums of a large model's states take a while.
     state = engine.on_main(lambda: checkpoints.read_state(resume)) if resume else None
+    policy = read_policy(config.augmentation) if config.augmentation else None
     metrics = load_metrics(engine, config.eval_dataset_scripts)
     checkpoint = base_checkpoint(run, engine, folder)
     source = source_of(checkpoint, engine.precision, engine.device, sharded=engine.shards_weights)
@@ -139,11 +142,16 @@ def setup(run: Run, engine: Engine) -> Job:
     if state:
         check_resume(state["options"], run, stored_global_batch=batch, world_size=engine.world_size,
                      precision=(state["precision"], engine.precision))  # fmt: skip
-    data = engine.main_first(lambda: prepare_data(data_options(run, engine, checkpoint, batch)))
+    data = engine.main_first(lambda: prepare_data(data_options(run, engine, checkpoint, batch, policy)))
     if state and state["data"] != data.fingerprint:
         raise CheckpointError(
             f"the data are not those of {resume} (now {data.plan.samples_per_epoch} training samples an epoch); go on "
             "with the data as they were, or start a new --output_dir from the result."
+        )
+    if state and state.get("augmentation") != (policy.digest if policy else None):
+        raise CheckpointError(
+            f"the augmentation policy {config.augmentation} is not that of {resume}; go on with the file as it was, or "
+            "start a new --output_dir from the result."
         )
     best = choose_best(config, try_metrics(engine, data, metrics))
     total = config.max_steps or math.ceil(config.epochs * data.steps_per_epoch)
@@ -180,7 +188,7 @@ def setup(run: Run, engine: Engine) -> Job:
     job = Job(
         run, engine, folder, source, strategy, model, packed, optimizer,
         schedule(config.lr_scheduler_type, warmup, total), proof, data,
-        ToInputs(checkpoint.pictures, config.augmentation, engine.device), metrics,
+        ToInputs(checkpoint.pictures, data.options.policy, engine.device), metrics,
         Journal(folder, trackers, is_main=engine.is_main, total_steps=total), Interrupt(speaks=engine.is_main),
         part_costs(table), batch, total, done, int(state["skipped"]) if state else 0, budget, budget,
         meter, Answers(config.eval_max_new_tokens, config.eval_temperature, config.seed), best,
@@ -365,12 +373,15 @@ def base_checkpoint(run: Run, engine: Engine, folder: RunFolder) -> Checkpoint:
     return open_checkpoint(str(folder.base), trust_remote_code=trust)
 
 
-def data_options(run: Run, engine: Engine, checkpoint: Checkpoint, batch: int) -> DataOptions:
+def data_options(
+    run: Run, engine: Engine, checkpoint: Checkpoint, batch: int, policy: Policy | None = None
+) -> DataOptions:
     c, pictures = run.config, checkpoint.pictures
     check_pixels(c, pictures)
     return shared_data_options(
         c, engine, checkpoint, pictures, global_batch=batch, train_batch_size=c.per_device_train_batch_size,
         rows_per_rank=accumulation_for(c, engine.world_size, batch), eval_batch_size=c.per_device_eval_batch_size,
+        policy=policy,
     )  # fmt: skip
 
 
