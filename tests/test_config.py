@@ -422,3 +422,34 @@ def test_deepspeed_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_global_batch() -> None:
     assert c.global_batch(make(per_device_train_batch_size=2, gradient_accumulation_steps=8), 4) == 64
+
+
+def test_a_plan_of_memory_is_a_word_or_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "memory.yaml"
+    path.write_text("vision: {attention: 20, input: 12}\n")
+    assert c.memory_plan("auto") == "auto"
+    assert c.memory_plan(str(path)) == {"vision": {"attention": 20, "input": 12}}
+    assert make(memory=str(path)).memory == str(path)
+
+
+@pytest.mark.parametrize(
+    "text", ["vision: {attention: -1}", "vision: 3", "tower: {input: 1}", "{", "- 1", "vision: {all: 2}"]
+)
+def test_a_plan_of_memory_that_is_none(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "memory.yaml"
+    path.write_text(text)
+    with pytest.raises(
+        ConfigError, match=r"memory\.yaml is no such plan .*write e\.g\. vision: \{attention: 20, input: 12\}"
+    ):
+        run("--memory", str(path))
+    with pytest.raises(
+        ConfigError, match=r"absent\.yaml: there is no such file; give auto, low or the path of a YAML file"
+    ):
+        run("--memory", str(tmp_path / "absent.yaml"))
+
+
+def test_memory_and_checkpointing_are_one_choice() -> None:
+    with pytest.raises(
+        ConfigError, match="gradient_checkpointing is True, and memory is low; leave one of the two out"
+    ):
+        run("--memory", "low", "--gradient_checkpointing")
