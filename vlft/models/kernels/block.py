@@ -142,10 +142,7 @@ class Block:
         kept.before = before if q_weight is not None else None
         # A graph of its own, for this one operation, whose backward is the library's.
         with torch.set_grad_enabled(learns):
-            q, k, v = (
-                part.detach().requires_grad_(learns)
-                for part in torch.split(rotated, [self.heads, self.kv_heads, self.kv_heads], dim=1)
-            )
+            q, k, v = (part.detach().requires_grad_(learns) for part in rotated)
             kept.attended = packed_attention(q, k, v, call.borders, call.longest, self.scale, causal=self.causal)
         kept.qkv = (q, k, v)
 

@@ -133,39 +133,44 @@ def norm_backward(
 
 @triton.jit
 def _rotate_kernel(
-    x_ptr, out_ptr, cos_ptr, sin_ptr, q_weight_ptr, k_weight_ptr, eps, heads, keys, all_heads, size,
+    x_ptr, q_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, q_weight_ptr, k_weight_ptr, eps, heads, kv_heads, size,
     NORMS: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
     half = size // 2
+    keys = heads + kv_heads
     column = tl.arange(0, HALF)[None, :]
     head = tl.arange(0, HEADS)[:, None]
     inside = column < half
+    is_q = inside & (head < heads)
+    is_k = inside & (head >= heads) & (head < keys)
+    is_v = inside & (head >= keys) & (head < keys + kv_heads)
     cos_low = tl.load(cos_ptr + token * size + column, mask=inside, other=0.0).to(tl.float32)
     sin_low = tl.load(sin_ptr + token * size + column, mask=inside, other=0.0).to(tl.float32)
     cos_high = tl.load(cos_ptr + token * size + half + column, mask=inside, other=0.0).to(tl.float32)
     sin_high = tl.load(sin_ptr + token * size + half + column, mask=inside, other=0.0).to(tl.float32)
-    place = (token * all_heads + head) * size + column
-    mine = inside & (head < (all_heads if NORMS else keys))
-    low = tl.load(x_ptr + place, mask=mine, other=0.0).to(tl.float32)
-    high = tl.load(x_ptr + place + half, mask=mine, other=0.0).to(tl.float32)
-    kept_low = low
-    kept_high = high
+    place = (token * (keys + kv_heads) + head) * size + column
+    low = tl.load(x_ptr + place, mask=is_q | is_k | is_v, other=0.0).to(tl.float32)
+    high = tl.load(x_ptr + place + half, mask=is_q | is_k | is_v, other=0.0).to(tl.float32)
+    v_place = (token * kv_heads + head - keys) * size + column
+    tl.store(v_ptr + v_place, low.to(v_ptr.dtype.element_ty), mask=is_v)
+    tl.store(v_ptr + v_place + half, high.to(v_ptr.dtype.element_ty), mask=is_v)
     if NORMS:
         scale = tl.rsqrt((tl.sum(low * low, 1) + tl.sum(high * high, 1)) / size + eps)[:, None]
         q_low = tl.load(q_weight_ptr + column, mask=inside, other=0.0).to(tl.float32)
         q_high = tl.load(q_weight_ptr + half + column, mask=inside, other=0.0).to(tl.float32)
         k_low = tl.load(k_weight_ptr + column, mask=inside, other=0.0).to(tl.float32)
         k_high = tl.load(k_weight_ptr + half + column, mask=inside, other=0.0).to(tl.float32)
-        low *= scale * tl.where(head < heads, q_low, k_low)
-        high *= scale * tl.where(head < heads, q_high, k_high)
+        low *= scale * tl.where(is_q, q_low, k_low)
+        high *= scale * tl.where(is_q, q_high, k_high)
     new_low = low * cos_low - high * sin_low
     new_high = high * cos_high + low * sin_high
-    if NORMS:
-        new_low = tl.where(head < keys, new_low, kept_low)
-        new_high = tl.where(head < keys, new_high, kept_high)
-    tl.store(out_ptr + place, new_low.to(out_ptr.dtype.element_ty), mask=mine)
-    tl.store(out_ptr + place + half, new_high.to(out_ptr.dtype.element_ty), mask=mine)
+    q_place = (token * heads + head) * size + column
+    tl.store(q_ptr + q_place, new_low.to(q_ptr.dtype.element_ty), mask=is_q)
+    tl.store(q_ptr + q_place + half, new_high.to(q_ptr.dtype.element_ty), mask=is_q)
+    k_place = (token * kv_heads + head - heads) * size + column
+    tl.store(k_ptr + k_place, new_low.to(k_ptr.dtype.element_ty), mask=is_k)
+    tl.store(k_ptr + k_place + half, new_high.to(k_ptr.dtype.element_ty), mask=is_k)
 
 
 def rotate(
@@ -177,17 +182,17 @@ def rotate(
     q_weight_d: Tensor | None,
     k_weight_d: Tensor | None,
     eps: float,
-) -> Tensor:
+) -> tuple[Tensor, Tensor, Tensor]:
     tokens, all_heads, size = qkv_NCd.shape
+    q, k, v = (qkv_NCd.new_empty(tokens, n, size) for n in (heads, kv_heads, kv_heads))
     norms = q_weight_d is not None
-    out = torch.empty_like(qkv_NCd) if norms else qkv_NCd
     weights: Any = (q_weight_d, k_weight_d) if norms else (cos_Nd, cos_Nd)
-    block = triton.next_power_of_2(all_heads if norms else heads + kv_heads), triton.next_power_of_2(size // 2)
+    block = triton.next_power_of_2(all_heads), triton.next_power_of_2(size // 2)
     _rotate_kernel[(tokens,)](
-        qkv_NCd, out, cos_Nd.contiguous(), sin_Nd.contiguous(), *weights, eps, heads, heads + kv_heads, all_heads, size,
+        qkv_NCd.contiguous(), q, k, v, cos_Nd.contiguous(), sin_Nd.contiguous(), *weights, eps, heads, kv_heads, size,
         NORMS=norms, HEADS=block[0], HALF=block[1], num_warps=_warps(block[0] * block[1]),
     )  # fmt: skip
-    return out
+    return q, k, v
 
 
 @triton.jit

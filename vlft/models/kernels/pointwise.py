@@ -139,23 +139,19 @@ def rotate(
     q_weight_d: Tensor | None,
     k_weight_d: Tensor | None,
     eps: float,
-) -> Tensor:
+) -> tuple[Tensor, Tensor, Tensor]:
     """Queries and keys normalised head by head (where they have weights for it) and rotated; values as they are.
 
     Returns:
-        (N, C, d). The same memory where there are no norms, whose backward needs what was there before.
+        (N, H, d), (N, K, d), (N, K, d), each in memory of its own, as attention wants them.
     """
     keys = heads + kv_heads
     x = wide(qkv_NCd[:, :keys])
     if q_weight_d is not None and k_weight_d is not None:
         x, _ = _standardised(x, eps, centred=False)
         x = x * _per_head(q_weight_d, k_weight_d, heads, kv_heads).to(x.dtype)
-        out = torch.empty_like(qkv_NCd)
-        out[:, keys:] = qkv_NCd[:, keys:]
-    else:
-        out = qkv_NCd
-    out[:, :keys] = _turned(x, cos_Nd, sin_Nd).to(qkv_NCd.dtype)
-    return out
+    turned = _turned(x, cos_Nd, sin_Nd).to(qkv_NCd.dtype)
+    return turned[:, :heads].contiguous(), turned[:, heads:].contiguous(), qkv_NCd[:, keys:].contiguous()
 
 
 @_one_kernel
