@@ -8,7 +8,7 @@ docs/options.zh.yaml, which maps every English text to its Chinese one, so that 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,6 +17,7 @@ import yaml
 from vlft import discovery
 from vlft.commands import COMMANDS
 from vlft.config import GROUPS, RATE_PARTS, Option, RunConfig, options_of
+from vlft.parse import short_rate
 from vlft.strategy import Strategy
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
@@ -100,7 +101,7 @@ def tables(say: Words) -> dict[str, str]:
     own = built_in()
     return found | {
         "strategies": _strategies(say, own),
-        "rates": _rates(say, own),
+        "default rates": _rates(say, own),
         "commands": _commands(say),
         "command options": _command_options(say, core),
     }
@@ -110,12 +111,6 @@ def built_in() -> dict[str, type[Strategy]]:
     """The strategies that come with vlft."""
     strategies = discovery.find(discovery.STRATEGIES).items()
     return {name: discovery.load_strategy(name)[0] for name, found in strategies if found.distribution == "vlft"}
-
-
-def short(rate: float) -> str:
-    """0.00015 -> 1.5e-4, as rates are written."""
-    digits, _, power = f"{rate:e}".partition("e")
-    return f"{float(digits):g}e{int(power)}"
 
 
 def _strategies(say: Words, own: Mapping[str, type[Strategy]]) -> str:
@@ -136,7 +131,7 @@ def _rates(say: Words, own: Mapping[str, type[Strategy]]) -> str:
         config = cls.Config()
         rates, ranges = config.rates(), config.recommended()
         cells = [
-            f"{short(rates[part])} ({' – '.join(map(short, ranges[part]))})"
+            f"{short_rate(rates[part])} ({' – '.join(map(short_rate, ranges[part]))})"
             if part in rates
             else say("frozen", f"the rates of {name}")
             for part in RATE_PARTS
@@ -176,11 +171,11 @@ def _row(option: Option, say: Words, place: str) -> tuple[str, ...]:
     )
 
 
-def _code(names: list[str]) -> str:
+def _code(names: Sequence[str]) -> str:
     return ", ".join(f"`{name}`" for name in names)
 
 
-def _table(say: Words, header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+def _table(say: Words, header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     said = [name if name.startswith("`") else say(name, "the head of a table") for name in header]
     lines = [said, ["---"] * len(said), *([cell.replace("|", "\\|") for cell in row] for row in rows)]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)

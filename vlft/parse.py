@@ -230,6 +230,12 @@ def _rates_of(options: StrategyConfig, found: discovery.Found) -> tuple[dict[Par
     return rates, recommended
 
 
+def short_rate(rate: float) -> str:
+    """0.00015 -> 1.5e-4, as rates are written."""
+    digits, _, power = f"{rate:e}".partition("e")
+    return f"{float(digits):g}e{int(power)}"
+
+
 LOWEST_RATE = 1e-7
 """Below it a training changes nothing that anyone would see: a slip of the exponent."""
 
@@ -241,13 +247,14 @@ def rate_notes(rates: Mapping[Part, float], recommended: Ranges, strategy: str) 
         low, high = recommended.get(part, (LOWEST_RATE, math.inf))
         if rate > high:
             notes.append(
-                f"--learning_rate_{part} is {rate:g}, above the {low:g} to {high:g} that {strategy} recommends: the "
-                "model may forget what it could, or the loss may jump; watch the held-out loss, or give less."
+                f"--learning_rate_{part} is {short_rate(rate)}, above the {short_rate(low)} to {short_rate(high)} that "
+                f"{strategy} recommends: the model may forget what it could, or the loss may jump; watch the held-out "
+                "loss, or give less."
             )
         elif rate < LOWEST_RATE:
             notes.append(
-                f"--learning_rate_{part} is {rate:g}, below {LOWEST_RATE:g}: the {part} will hardly change; look at "
-                "the exponent."
+                f"--learning_rate_{part} is {short_rate(rate)}, below {short_rate(LOWEST_RATE)}: the {part} will "
+                "hardly change; look at the exponent."
             )
     return notes
 
