@@ -199,6 +199,23 @@ def test_rates_of_a_strategy_without_advice() -> None:
     assert set(RATE_PARTS) == set(guide.built_in()["full"].Config().recommended())
 
 
+def test_what_a_step_of_adam_does_to_bf16_weights() -> None:
+    """The page's 70%: an early step of Adam is the rate itself, up or down."""
+    import torch
+
+    weights = (0.02 * torch.randn(100_000, generator=torch.Generator().manual_seed(0))).bfloat16()
+    moved = (weights.float() - 2e-5).bfloat16()
+    assert (moved == weights).float().mean().item() == pytest.approx(0.7, abs=0.01)
+    assert all("70%" in page for page in PAGES.values())
+
+
+def test_the_demo_s_rates() -> None:
+    demo = (ROOT / "demo" / "run.py").read_text(encoding="utf-8")
+    rates = re.findall(r'"--learning_rate_(\w+)", "([^"]+)"', demo)
+    assert dict(rates) == {"llm": "2e-3", "vit": "1e-3", "projector": "1e-3"}
+    assert '"--lora_rank", 32, "--lora_alpha", 64' in demo
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Memory
 
