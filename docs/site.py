@@ -1,7 +1,7 @@
 """What mkdocs must be told about this repository: its pages link to files outside of docs/, which come along.
 
-README.md becomes the first page, other Markdown files a page at their own path, any other file is copied. A link to a
-file that does not exist is left as it is; mkdocs then fails (`strict`).
+README.md becomes the first page, other Markdown files a page at their own path, a folder a page that lists its files;
+any other file is copied. A link to a file that does not exist is left as it is; mkdocs then fails (`strict`).
 """
 
 from __future__ import annotations
@@ -32,12 +32,11 @@ def on_files(files: Files, config: Any) -> Files:
     while waiting:
         path = waiting.pop()
         if not path.startswith("docs/"):
-            files.append(File.generated(config, in_site(path), content=(ROOT / path).read_bytes()))
-        if path.endswith(".md"):
-            targets = {target for target in linked(path) if (ROOT / target).is_file()} - seen
-            outside = [t for t in targets if not t.startswith("docs/")]
-            waiting += outside
-            seen |= {*outside}
+            files.append(File.generated(config, in_site(path), content=content(path)))
+        targets = linked(path) if path.endswith(".md") else inside(path)
+        outside = {t for t in targets if (ROOT / t).exists() and not t.startswith("docs/")} - seen
+        waiting += sorted(outside)
+        seen |= outside
     return files
 
 
@@ -60,6 +59,18 @@ def on_page_markdown(markdown: str, *, page: Any, **_: Any) -> str:
     return "".join(part if part.startswith("```") else _LINK.sub(changed, part) for part in parts)
 
 
+def inside(path: str) -> set[str]:
+    """The files of a folder; none of a file."""
+    return {f"{path}/{one.name}" for one in (ROOT / path).glob("*.*")} if (ROOT / path).is_dir() else set()
+
+
+def content(path: str) -> str | bytes:
+    if not (ROOT / path).is_dir():
+        return (ROOT / path).read_bytes()
+    names = sorted(posixpath.basename(one) for one in inside(path))
+    return "\n".join([f"# {path}", "", *(f"* [{name}]({name})" for name in names)])
+
+
 def linked(path: str) -> set[str]:
     text = _FENCE.sub("", (ROOT / path).read_text(encoding="utf-8"))
     return {resolve(path, match[2]) for match in _LINK.finditer(text) if "://" not in match[2]}
@@ -71,10 +82,12 @@ def resolve(page: str, link: str) -> str:
 
 def in_site(path: str) -> str:
     """Where a file of the repository lies in the site."""
-    return "index.md" if path == "README.md" else path.removeprefix("docs/")
+    if path == "README.md":
+        return "index.md"
+    return f"{path}/index.md" if (ROOT / path).is_dir() else path.removeprefix("docs/")
 
 
 def in_repository(uri: str) -> str:
     if uri == "index.md":
         return "README.md"
-    return f"docs/{uri}" if (ROOT / "docs" / uri).exists() else uri
+    return f"docs/{uri}" if (ROOT / "docs" / uri).exists() else uri.removesuffix("/index.md")

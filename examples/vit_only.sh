@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # For seeing alone: vision tower and projector train, the LLM stays as it is.
-# Augmentation makes the tower less sensitive to light, colour and blur; --augmentation geometric also flips and crops.
+# Augmentation makes the tower less sensitive to light, colour and blur; --augmentation geometric also flips and crops
+# (docs/augmentation.md), and boxes move along.
 # Change MODEL, OUTPUT and DATASET here or in the environment; further options go at the end:
 #     examples/vit_only.sh --resume_from_checkpoint latest
 set -euo pipefail

@@ -160,6 +160,16 @@ def yaml(text: str | bytes | None) -> Spoil:
     return spoil
 
 
+def policy(text: str) -> Spoil:
+    """A file of --augmentation with this text."""
+
+    def spoil(w: Work) -> None:
+        (w.folder / "policy.yaml").write_text(text)
+        w.options["augmentation"] = str(w.folder / "policy.yaml")
+
+    return spoil
+
+
 def registry(text: str) -> Spoil:
     return lambda w: setattr(w, "registry", text)
 
@@ -534,6 +544,12 @@ TABLE: dict[str, list[Case]] = {
              ("'now' stands before the first option", "options are written --name value"), exit=2),
         Case("unknown command", "a command that is not there", lambda w: setattr(w, "whole", ["trian", *w.argv()]),
              ("'trian' is not a command", "the nearest is 'train'"), exit=2),
+        Case("unknown augmentation", "an augmentation policy that is not there", option(augmentation="geometrik"),
+             ("--augmentation geometrik: there is no such policy or file", "the nearest is 'geometric'"), exit=2),
+        Case("wrong augmentation", "a file of augmentation with two mistakes",
+             policy("ops:\n  - RandomFlip\n  - RandomCrop: {size: [8, 8]}\n"),
+             ("op 1 (RandomFlip): kornia.augmentation has no such op", "op 2 (RandomCrop): would change"),
+             exit=2, problems=2),
         Case("unknown deepspeed name", "a DeepSpeed configuration that is not there", option(deepspeed="zer9"),
              ("--deepspeed zer9: there is no such file", "give a path or a bundled name"), exit=2),
     ],

@@ -48,3 +48,25 @@ def test_idle_spans_between_steps_are_those_in_which_one_ends(monkeypatch: pytes
     found = shares(kernels, [0.0, 10.5, 21.0, 30.0])
     # 4 of 30 idle, 3 of them around the two borders; the third step's border is cut off.
     assert found == {"gpu_busy": round(26 / 30, 4), "gpu_idle_between": round(3 / 30 * 3 / 2, 4)}
+
+
+@pytest.mark.slow
+def test_augmentation_s_share_of_a_step(tmp_path: Path) -> None:
+    tiny = ("--size", "tiny", "--device", "cpu", "--records", 4, "--workers", 0, "--root", tmp_path / "root")
+    lines = run("augmentation.py", *tiny, "--steps", 1, "--warm", 1, "--out", tmp_path, "--policies", "none,geometric")
+    none, moved = (json.loads(line) for line in lines[:2])
+    assert 0 < none["share"] < moved["share"] < 1
+    assert moved["worker_ms"] > 0
+    assert lines[-1].startswith("| `geometric` |")
+
+
+def test_the_study_s_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCH))
+    from augmentation_study import table, word_picture
+
+    shares = {("none", 1): 0.5, ("none", 2): 0.6, ("geometric", 1): 0.7, ("geometric", 2): 0.7}
+    lines = [{"arm": a, "seed": s, "held_out": x, "held_out_words": 0.5} for (a, s), x in shares.items()]
+    rows = table(lines, ["none", "geometric"]).splitlines()
+    assert rows[2] == "| shapes: colour, number | none | 50.0% | 60.0% | 55.0% | 7.1% |  |"
+    assert rows[3].endswith("| 70.0% | 70.0% | 70.0% | 0.0% | +15.0% (+10.0% to +20.0%) |")
+    assert word_picture(3)[0].tobytes() == word_picture(3)[0].tobytes()

@@ -38,7 +38,7 @@ def run(*words: str, strategy: str = "full") -> c.Run:
 ISSUE += shlex.split("eval_max_new_tokens eval_limit metric_for_best")
 OURS = {
     "memory",
-    "optimizer",
+    "optim",
     "reference",
     "cache_dir",
     "max_skipped_steps",
@@ -298,7 +298,7 @@ CHANGED = {
     "learning_rate_projector": "7e-6",
 }
 ELSEWHERE = {
-    "optimizer",
+    "optim",
     "reference",
     "greater_is_better",
     "mixed_precision",

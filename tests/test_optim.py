@@ -198,12 +198,12 @@ def test_a_run_without_masters_learns_and_a_resume_is_exact(
 ) -> None:
     registry = write_data(tmp_path, 24)
     options: dict[str, Any] = {
-        "optimizer": kind, "mixed_precision": "bf16", "learning_rate_llm": 1e-3, "learning_rate_vit": 1e-3,
+        "optim": kind, "mixed_precision": "bf16", "learning_rate_llm": 1e-3, "learning_rate_vit": 1e-3,
         "learning_rate_projector": 1e-3, "save_steps": 4, "max_steps": 8,
     }  # fmt: skip
     train(command(tiny(), registry, tmp_path / "one", "full", **options))
     losses = [line["loss"] for line in metrics(tmp_path / "one")]
-    train(command(tiny(), registry, tmp_path / "with", "full", **{**options, "optimizer": "adamw"}))
+    train(command(tiny(), registry, tmp_path / "with", "full", **{**options, "optim": "adamw"}))
     exact = [line["loss"] for line in metrics(tmp_path / "with")]
     assert losses[-1] < losses[0] - 0.5
     assert losses == pytest.approx(exact, rel=0.03)
@@ -219,4 +219,4 @@ def test_a_run_without_masters_learns_and_a_resume_is_exact(
 def test_masters_are_kept_where_bf16_is_not_what_runs(tiny: Callable[..., Path], tmp_path: Path) -> None:
     registry = write_data(tmp_path, 4)
     with pytest.raises(ConfigError, match="give --mixed_precision bf16, or use adamw"):
-        train(command(tiny(), registry, tmp_path / "out", "full", optimizer="adamw_8bit", mixed_precision="no"))
+        train(command(tiny(), registry, tmp_path / "out", "full", optim="adamw_8bit", mixed_precision="no"))

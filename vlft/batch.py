@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 
+from vlft.augmentation.policy import Policy
 from vlft.data.collate import Row
 from vlft.models.load import PictureFacts
-from vlft.vision.augment import Policy, augment_row
+from vlft.vision.augment import augment_row
 from vlft.vision.patches import cut_patches, normalisation_table, split_pictures
 
 
@@ -43,6 +44,10 @@ class ToInputs:
         pixels = row.pixels_u8.to(self.device, non_blocking=True)
         views = split_pictures(pixels, row.image_grid_thw, p.patch_size)
         shown = augment_row(
-            list(views), policy, row.image_sample.tolist(), row.sample_seeds.tolist(), row.photometric_only.tolist()
+            list(views),
+            policy.photometric if policy else (),
+            row.image_sample.tolist(),
+            row.sample_seeds.tolist(),
+            row.moves,
         )
         return cut_patches(shown, self.table, p.patch_size, p.merge_size, p.temporal_patch_size)

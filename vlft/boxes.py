@@ -15,6 +15,7 @@ _NUMBER = r"\s*(-?\d{1,6}(?:\.\d{1,6})?)\s*"
 _PAIRS = rf"\({_NUMBER},{_NUMBER}\)\s*,?\s*\({_NUMBER},{_NUMBER}\)"
 _LIST = rf"\[{_NUMBER},{_NUMBER},{_NUMBER},{_NUMBER}\]"
 _BOX = re.compile(f"{_PAIRS}|{_LIST}")
+_POINT = re.compile(rf'"point_2d"\s*:\s*\[{_NUMBER},{_NUMBER}\]|<\|box_start\|>\({_NUMBER},{_NUMBER}\)<\|box_end\|>')
 
 
 class Box(NamedTuple):
@@ -38,6 +39,13 @@ def parse(text: str) -> list[Box]:
         x1, y1, x2, y2 = (float(n) for n in match.groups() if n is not None)
         found.append(Box(x1, y1, x2, y2, _label(text, match.start(), match.end())))
     return found
+
+
+def places(text: str) -> list[tuple[float, ...]]:
+    """Every box (x1, y1, x2, y2) and every point (x, y) of the text, in its order; points have a key or marks."""
+    found = [(m.start(), tuple(float(n) for n in m.groups() if n is not None)) for m in _BOX.finditer(text)]
+    found += [(m.start(), tuple(float(n) for n in m.groups() if n is not None)) for m in _POINT.finditer(text)]
+    return [numbers for _, numbers in sorted(found)]
 
 
 def _label(text: str, start: int, end: int) -> str:

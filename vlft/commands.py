@@ -15,8 +15,18 @@ from typing import Any, Literal
 from pydantic import Field
 
 from vlft import discovery
+from vlft.augmentation.policy import problem_of as policy_problem
 from vlft.config import CommandOptions as Options
-from vlft.config import DoctorOptions, EvalOptions, Option, options_of, output_dir_problem
+from vlft.config import (
+    DoctorOptions,
+    EvalOptions,
+    Option,
+    PlanOptions,
+    Run,
+    default_cache_dir,
+    options_of,
+    output_dir_problem,
+)
 from vlft.errors import ConfigError
 from vlft.parse import read_training
 from vlft.rivals import nearest
@@ -367,6 +377,76 @@ def _doctor(options: DoctorOptions) -> None:
     main(options)
 
 
+@dataclass(frozen=True)
+class _PlanWords:
+    """A training, its own words, and the options of `vlft plan` among them."""
+
+    options: PlanOptions
+    run: Run
+    words: tuple[str, ...]
+
+
+def read_plan(words: Sequence[str]) -> _PlanWords:
+    read = read_training(words, PlanOptions)
+    if read.strategy is None or read.options is None or read.found is None:
+        raise ConfigError("--tuning_strategy is missing; 'vlft plugins' lists those there are.")
+    for note in read.notes:
+        print(note)
+    from vlft.planning.advice import with_flags
+
+    own = with_flags(words, dict.fromkeys(("gpu", "gpus", "goal")))
+    return _PlanWords(read.config, Run(read.config, read.strategy, read.options, read.found.source, ()), tuple(own))
+
+
+def _plan(found: _PlanWords) -> None:
+    from vlft.planning.command import main
+
+    main(found.options, found.run, found.words, lambda words: read_plan(words).run)
+
+
+class PreviewOptions(Options):
+    model: str = Field(description="Base model of the training: folder or hub name; its tokenizer and picture sizes.")
+    augmentation: str = Field(description="Policy: photometric, geometric, document, or a YAML file of Kornia's ops.")
+    dataset_config_path: Path = Field(
+        Path("configs/dataset_config.json"), description="Registry of datasets, a JSON file."
+    )
+    dataset_names: tuple[str, ...] | None = Field(
+        None, description="Datasets of the registry to use.", json_schema_extra={"shown": "all"}
+    )
+    output: Path = Field(Path("augmentation.png"), description="The sheet, a PNG or JPEG file.")
+    samples: int = Field(6, ge=1, le=50, description="Samples to show: those that training takes first.")
+    epochs: int = Field(4, ge=1, le=20, description="Epochs to show each of them in.")
+    seed: int = Field(42, ge=0, lt=2**32, description="Of the training.")
+    train_split_ratio: float = Field(0.9, gt=0, le=1, description="Share of each dataset that trains, as in training.")
+    max_pixels: int = Field(1003520, ge=784, description="Largest size of a picture, in pixels (width x height).")
+    max_seq_length: int = Field(2048, gt=0, description="Longest sample, in tokens, pictures included.")
+    cache_dir: Path = Field(
+        default_factory=default_cache_dir,
+        description="Folder of the data index.",
+        json_schema_extra={"shown": "$VLFT_CACHE, or ~/.cache/vlft"},
+    )
+
+    def problems(self, failed: set[str]) -> list[str]:
+        found = resolve_model(self.model, "MODEL")[1] if "model" not in failed else []
+        if "augmentation" not in failed and (wrong := policy_problem(self.augmentation)):
+            found.append(f"--augmentation {self.augmentation}: {wrong}")
+        registry = self.dataset_config_path
+        if "dataset_config_path" not in failed and not registry.is_file():
+            found.append(
+                f"--dataset_config_path {registry}: there is no such file{sibling(registry)}; give the registry."
+            )
+        if "output" not in failed and self.output.suffix.lower() not in (".png", ".jpg", ".jpeg"):
+            found.append(f"--output {self.output} is no picture's name; give one that ends in .png or .jpg.")
+        return found
+
+
+def _preview(options: PreviewOptions) -> None:
+    from vlft.preview import preview
+
+    given = options.model_dump(exclude={"model", "dataset_config_path", "output"})
+    print(preview(resolve_model(options.model, "MODEL")[0], options.dataset_config_path, options.output, **given))
+
+
 COMMANDS = {
     command.name: command
     for command in (
@@ -376,6 +456,13 @@ COMMANDS = {
             DoctorOptions,
             _doctor,
             read=read_doctor,
+        ),
+        Command(
+            "plan",
+            "memory and time of a training, with its options, before it runs; what to change if it does not fit",
+            PlanOptions,
+            _plan,
+            read=read_plan,
         ),
         Command(
             "eval", "loss and metrics of a model on held-out data", EvalCommandOptions, _eval, ("model",), complete_eval
@@ -391,6 +478,9 @@ COMMANDS = {
         Command("export", "a whole model ready to serve, here or on the hub", ExportOptions, _export, ("model",)),
         Command("verify", "does a result say what its run trained?", VerifyOptions, _verify, ("model",)),
         Command("chat", "ask a model about pictures", ChatOptions, _chat, ("model", "question"), complete_chat),
+        Command(
+            "augment-preview", "training pictures as augmentation shows them", PreviewOptions, _preview, ("model",)
+        ),
         Command("plugins", "strategies and metrics, and whether they work", PluginsOptions, _plugins),
     )
 }

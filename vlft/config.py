@@ -239,10 +239,10 @@ class RunConfig(SharedOptions):
     tuning_strategy: str = _model(..., "Which parts train and how, by name; 'vlft plugins' lists them.")
 
     use_data_augmentation: bool = _data(False, "Change training pictures at random, seeded by the sample.")
-    augmentation: Literal["photometric", "geometric"] | None = _data(
+    augmentation: str | None = _data(
         lambda values: "photometric" if values.get("use_data_augmentation") else None,
-        "Kind of change: photometric (colour, blur, noise, JPEG) or geometric (flips and crops too, except for samples "
-        "with boxes). Giving it switches augmentation on.",
+        "Policy: photometric (colour, blur, noise, JPEG), geometric (flips, turns and crops too), document (what pages "
+        "undergo in scans and photographs), or a YAML file of Kornia's ops. Giving it switches augmentation on.",
         shown="photometric, when augmentation is on",
     )
 
@@ -281,7 +281,7 @@ class RunConfig(SharedOptions):
     lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt"] = (
         _training("cosine", "Course of the rates after the warmup.")
     )
-    optimizer: Literal["adamw", "adamw_bf16", "adamw_8bit"] = _training(
+    optim: Literal["adamw", "adamw_bf16", "adamw_8bit"] = _training(
         "adamw",
         "Digits of trained weights and of AdamW's states: adamw has fp32 for both (16 bytes a parameter, its gradient "
         "included), adamw_bf16 bf16 (8 bytes), adamw_8bit bf16 weights and states of 8 bits (6 bytes). The two last "
@@ -381,7 +381,7 @@ class RunConfig(SharedOptions):
     def _home(cls, value: Path) -> Path:
         return value.expanduser()
 
-    @field_validator("model_name_or_path", "resume_from_checkpoint", "deepspeed")
+    @field_validator("model_name_or_path", "resume_from_checkpoint", "deepspeed", "augmentation")
     @classmethod
     def _home_in_words(cls, value: str | None) -> str | None:
         """A shell does not expand `~` in YAML."""
@@ -481,6 +481,19 @@ class DoctorOptions(RunConfig):
     @classmethod
     def _home_of_page(cls, value: Path) -> Path:
         return value.expanduser()
+
+
+class PlanOptions(RunConfig):
+    """Options of `vlft plan`: those of the training, and a few of its own."""
+
+    output_dir: Path | None = _model(None, "Folder that the run will have.", shown="none")  # type: ignore[assignment]
+    gpu: str | None = _machine(
+        None, "GPU to plan for, e.g. 'RTX 4090 24GB'; a size goes before the usual one.", shown="the one at hand"
+    )
+    gpus: int = _machine(1, "How many of them.", gt=0)
+    goal: str | None = _machine(
+        None, "Search for the fewest changes with which it fits, e.g. 'fit 24GB'.", shown="none"
+    )
 
 
 def parse_scripts(value: Any) -> dict[str, tuple[str, ...]]:
@@ -642,6 +655,9 @@ def resolved(run: Run) -> dict[str, Any]:
         values[name] = str(Path(values[name]).absolute()) if values[name] is not None else None
     for name in ("model_name_or_path", "deepspeed"):
         values[name] = _absolute(values[name])
+    # The name of a policy stays one, though a folder here be called "document".
+    policy = values["augmentation"]
+    values["augmentation"] = _absolute(policy) if policy and {".", os.sep} & {*policy} else policy
     values["eval_dataset_scripts"] = {
         dataset: [_absolute(script) for script in scripts]
         for dataset, scripts in run.config.eval_dataset_scripts.items()

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Generic, TypeVar
 
 from vlft import discovery
+from vlft.augmentation.policy import problem_of as policy_problem
 from vlft.config import (
     RATE_PARTS,
     Option,
@@ -316,6 +317,9 @@ def _check_disk(
         problems += _registry_problems(config, place)
     if "cache_dir" not in failed and (found := no_folder(config.cache_dir)):
         problems.append(f"{place('cache_dir')} {config.cache_dir} cannot be made: {found}; choose another.")
+    chosen = config.augmentation
+    if chosen and "augmentation" not in failed and (problem := policy_problem(chosen)):
+        problems.append(f"{place('augmentation')} {chosen}: {problem}")
     needed: list[tuple[str, str]] = [
         ("use_wandb" if n == "wandb" and config.use_wandb else "report_to", n) for n in config.trackers
     ]

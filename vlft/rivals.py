@@ -23,7 +23,7 @@ _SAME: dict[str, str] = {
     "train_micro_batch_size_per_gpu per_gpu_train_batch_size",
     "per_device_eval_batch_size": "eval_batch_size per_gpu_eval_batch_size",
     "gradient_accumulation_steps": "grad_accum gradient_accumulation accumulation_steps grad_accumulation_steps",
-    "optimizer": "optim",
+    "optim": "optimizer",
     "learning_rate_llm": "learning_rate lr llm_lr language_lr learning_rate_language optimizer.lr",
     "learning_rate_vit": "vit_lr vision_lr vision_tower_lr learning_rate_vision visual_lr",
     "learning_rate_projector": "aligner_lr merger_lr mm_projector_lr projector_lr learning_rate_merger connector_lr",

@@ -15,6 +15,7 @@ from torch import nn
 
 from vlft import card, evaluate, export
 from vlft import checkpoint as checkpoints
+from vlft.augmentation.policy import Policy, read_policy
 from vlft.batch import ToInputs
 from vlft.config import (
     Run,
@@ -122,6 +123,7 @@ class Job:
             "global_batch": self.global_batch, "options": resolved(self.run), "bad": self.data.bad,
             "scaler": self.engine.scaler_state(), "skipped": self.skipped, "budget": self.budget.json(),
             "proved": self.proof.state(), "data": self.data.fingerprint, "precision": self.engine.precision,
+            "augmentation": self.data.options.policy.digest if self.data.options.policy else None,
         }  # fmt: skip
 
 
@@ -131,6 +133,7 @@ def setup(run: Run, engine: Engine) -> Job:
     resume = engine.on_main(lambda: checkpoints.find(config.resume_from_checkpoint, folder.checkpoints))
     # Once, not on every rank: the checksums of a large model's states take a while.
     state = engine.on_main(lambda: checkpoints.read_state(resume)) if resume else None
+    policy = read_policy(config.augmentation) if config.augmentation else None
     metrics = load_metrics(engine, config.eval_dataset_scripts)
     checkpoint = base_checkpoint(run, engine, folder)
     source = source_of(checkpoint, engine.precision, engine.device, sharded=engine.shards_weights)
@@ -139,11 +142,16 @@ def setup(run: Run, engine: Engine) -> Job:
     if state:
         check_resume(state["options"], run, stored_global_batch=batch, world_size=engine.world_size,
                      precision=(state["precision"], engine.precision))  # fmt: skip
-    data = engine.main_first(lambda: prepare_data(data_options(run, engine, checkpoint, batch)))
+    data = engine.main_first(lambda: prepare_data(data_options(run, engine, checkpoint, batch, policy)))
     if state and state["data"] != data.fingerprint:
         raise CheckpointError(
             f"the data are not those of {resume} (now {data.plan.samples_per_epoch} training samples an epoch); go on "
             "with the data as they were, or start a new --output_dir from the result."
+        )
+    if state and state.get("augmentation") != (policy.digest if policy else None):
+        raise CheckpointError(
+            f"the augmentation policy {config.augmentation} is not that of {resume}; go on with the file as it was, or "
+            "start a new --output_dir from the result."
         )
     best = choose_best(config, try_metrics(engine, data, metrics))
     total = config.max_steps or math.ceil(config.epochs * data.steps_per_epoch)
@@ -152,8 +160,8 @@ def setup(run: Run, engine: Engine) -> Job:
     strategy, model, groups = prepare_strategy(run, source)
     check_groups(model, groups, config.tuning_strategy, source.parts, run.rates, source.tied_head)
     check_optimizer(config, engine)
-    cast(model, source.compute_dtype, masters=not engine.keeps_masters and config.optimizer == "adamw")
-    optimizer = build_optimizer(model, groups, run.rates, config.weight_decay, config.optimizer)
+    cast(model, source.compute_dtype, masters=not engine.keeps_masters and config.optim == "adamw")
+    optimizer = build_optimizer(model, groups, run.rates, config.weight_decay, config.optim)
     table = part_table(model, groups, source.parts, run.rates, source.tied_head)
     meter = Meter(model, source.parts, source.config, engine.device, engine.precision)
     saved = checkpoints.load_weights(resume, model) if resume else {}
@@ -180,7 +188,7 @@ def setup(run: Run, engine: Engine) -> Job:
     job = Job(
         run, engine, folder, source, strategy, model, packed, optimizer,
         schedule(config.lr_scheduler_type, warmup, total), proof, data,
-        ToInputs(checkpoint.pictures, config.augmentation, engine.device), metrics,
+        ToInputs(checkpoint.pictures, data.options.policy, engine.device), metrics,
         Journal(folder, trackers, is_main=engine.is_main, total_steps=total), Interrupt(speaks=engine.is_main),
         part_costs(table), batch, total, done, int(state["skipped"]) if state else 0, budget, budget,
         meter, Answers(config.eval_max_new_tokens, config.eval_temperature, config.seed), best,
@@ -292,16 +300,16 @@ def check_optimizer(config: RunConfig, engine: Engine) -> None:
     Raises:
         ConfigError: an optimizer without masters is asked for where there must be some.
     """
-    if config.optimizer == "adamw":
+    if config.optim == "adamw":
         return
     if engine.shards_states:
         raise ConfigError(
-            f"--optimizer {config.optimizer} runs on one GPU or on whole copies; with DeepSpeed or FSDP, whose own "
+            f"--optim {config.optim} runs on one GPU or on whole copies; with DeepSpeed or FSDP, whose own "
             "masters are cut up, use adamw."
         )
     if engine.precision != "bf16":
         raise ConfigError(
-            f"--optimizer {config.optimizer} keeps trained weights in bf16, but --mixed_precision is "
+            f"--optim {config.optim} keeps trained weights in bf16, but --mixed_precision is "
             f"{engine.precision}; give --mixed_precision bf16, or use adamw."
         )
 
@@ -314,7 +322,9 @@ def remember(packed: PackedVLM, config: RunConfig, engine: Engine) -> None:
         plan = "low" if config.gradient_checkpointing else "all"
     room = room_on_gpu(engine.device, engine.pending_bytes) if on_gpu and plan == "auto" else None
     vocabulary = int(packed.hf.config.get_text_config().vocab_size)
-    packed.memory = memory_for(packed.installed, vocabulary, plan, room)
+    packed.memory = memory_for(
+        packed.installed, vocabulary, plan, room, gradients_stay=not engine.shards_states
+    )  # fmt: skip
     if plan == "low" or (plan == "auto" and on_gpu):
         # Non-reentrant: frozen embeddings give inputs without a gradient, which the reentrant kind would cut off.
         packed.hf.gradient_checkpointing_enable({"use_reentrant": False})
@@ -363,12 +373,15 @@ def base_checkpoint(run: Run, engine: Engine, folder: RunFolder) -> Checkpoint:
     return open_checkpoint(str(folder.base), trust_remote_code=trust)
 
 
-def data_options(run: Run, engine: Engine, checkpoint: Checkpoint, batch: int) -> DataOptions:
+def data_options(
+    run: Run, engine: Engine, checkpoint: Checkpoint, batch: int, policy: Policy | None = None
+) -> DataOptions:
     c, pictures = run.config, checkpoint.pictures
     check_pixels(c, pictures)
     return shared_data_options(
         c, engine, checkpoint, pictures, global_batch=batch, train_batch_size=c.per_device_train_batch_size,
         rows_per_rank=accumulation_for(c, engine.world_size, batch), eval_batch_size=c.per_device_eval_batch_size,
+        policy=policy,
     )  # fmt: skip
 
 

@@ -24,6 +24,9 @@ class StrategyConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
+    lighter: ClassVar[str | None] = None
+    """A strategy that trains much the same with less memory: `vlft plan` proposes it where this does not fit."""
+
     def rates(self) -> dict[Part, float]:
         """Default learning rate of every part that these options train; a part that is absent stays frozen.
 

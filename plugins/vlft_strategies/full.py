@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 class FullConfig(PartsConfig):
-    pass
+    lighter: ClassVar[str | None] = "lora_llm_full_vit"
 
 
 class Full:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 
 class LoraConfig(PartsConfig):
+    lighter: ClassVar[str | None] = "qlora"
     llm_rate: ClassVar[float] = ADAPTER_RATE
     llm_range: ClassVar[Range] = ADAPTER_RANGE
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field
 
@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 
 class PartialConfig(PartsConfig):
+    lighter: ClassVar[str | None] = "lora_llm_full_vit"
+
     llm_frozen_layers: int | None = Field(
         None,
         ge=0,

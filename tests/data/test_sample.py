@@ -194,7 +194,7 @@ def test_boxes_are_written_for_the_final_size(build: Build, tmp_path: Path, chat
         text = chat.tokenizer.decode(sample.labels[sample.labels != -100])
         assert text == f"[0, {round(h / 10)}, {w // 2}, {h}]<|im_end|>"
         assert len(sample.input_ids) <= fitted.length[0]
-        assert sample.photometric_only
+        assert sample.moved.unit is None
 
 
 def test_a_file_that_changed_under_the_index(build: Build, tmp_path: Path, chat: Chat) -> None:

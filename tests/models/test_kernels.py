@@ -17,8 +17,8 @@ from torch.nn import functional as F
 
 from vlft.models.forward import PackedVLM
 from vlft.models.kernels import block as blocks
-from vlft.models.kernels import memory, pointwise
-from vlft.models.kernels.memory import Drop, Memory, choose, memory_for
+from vlft.models.kernels import pointwise
+from vlft.models.kernels.memory import Cost, Memory, Sizes, Tower, choose, memory_for, peak
 from vlft.models.load import open_checkpoint, source_of
 from vlft.testing.tiny import FAMILIES
 from vlft_strategies.full import Full
@@ -334,26 +334,39 @@ def test_less_is_kept_where_less_is_asked_for(tiny: Callable[..., Path]) -> None
     assert held[0] > held[1] > held[2]
 
 
+VISION = Tower(2, Cost(input=10, attention=50, inner=100, again_attention=10.0, again_inner=10.0), gradients=0)
+LANGUAGE = Tower(3, Cost(input=10, attention=50, inner=100, again_attention=1.0, again_inner=15.0), gradients=0)
+
+
 def test_what_is_cheap_to_compute_again_goes_first() -> None:
-    drops = [
-        [Drop(0, "attention", 100, 10.0), Drop(0, "input", 50, 10.0)],
-        [Drop(1, "attention", 100, 15.0), Drop(1, "input", 50, 1.0)],
-    ]
-    everything = 2 * 150 + 3 * 150
-    layers = [2, 3]
-
     def at(room: float) -> str:
-        return " ".join("".join(keep[0] for keep in tower) for tower in choose(layers, drops, everything, room))
+        letters = {"all": "A", "attention": "t", "input": "i"}
+        return " ".join("".join(letters[keep] for keep in tower) for tower in choose([VISION, LANGUAGE], 0.0, room))
 
-    assert at(everything) == "aa aaa"
-    assert [Drop(0, "attention", 1, 1.0).keep[:2]] == ["at"]
-    chosen = choose(layers, drops, everything, everything - 1)
-    assert chosen == [["attention", "all"], ["all", "all", "all"]]
-    assert choose(layers, drops, everything, everything - 200) == [["attention"] * 2, ["all"] * 3]
-    # Then the LLM's at 0.15 FLOPs a byte, which open its cheap ones; the tower's others, at 0.2, come last.
-    assert choose(layers, drops, everything, everything - 500) == [["attention"] * 2, ["attention"] * 3]
-    assert choose(layers, drops, everything, everything - 650) == [["attention"] * 2, ["input"] * 3]
-    assert choose(layers, drops, everything, 0) == [["input"] * 2, ["input"] * 3]
+    everything = peak([VISION, LANGUAGE], [["all"] * 2, ["all"] * 3], 0.0)
+    assert everything == 5 * 160 + 3 * 100  # at the last layer, whose backward comes first
+    assert at(everything) == "AA AAA"
+    seen = [at(everything - less) for less in range(0, 900, 20)]
+    assert seen[0] == "AA AAA"
+    assert seen[-1] == "ii iii"
+    assert len(set(seen)) > 5
+    # 0.1 FLOPs a byte in the tower; then the LLM's at 0.15, which open its cheap ones; 0.2 last.
+    keeps = [choose([VISION, LANGUAGE], 0.0, room) for room in (1000, 700, 0)]
+    assert keeps[0][1] == ["all"] * 3
+    assert keeps[0][0][0] == "attention"
+    assert keeps[1][0] == ["attention"] * 2
+    assert keeps[-1] == [["input"] * 2, ["input"] * 3]
+
+
+def test_gradients_come_as_kept_values_go() -> None:
+    def of(gradients: int) -> float:
+        return peak([Tower(4, LANGUAGE.cost, gradients)], [["input"] * 4], 0.0)
+
+    # Bytes of the first layer's backward: its input, what it computes again, and all gradients.
+    assert of(1000) == 10 + 150 + 300 + 4 * 1000
+    assert of(0) == 4 * 10 + 150 + 300
+    assert peak([], [], 77.0) == 77.0
+    assert peak([Tower(4, LANGUAGE.cost, 0)], [["input"] * 4], 1e6) == 4 * 10 + 1e6
 
 
 def test_a_row_chooses_by_the_room_there_is(tiny: Callable[..., Path]) -> None:
@@ -398,8 +411,8 @@ def test_the_bytes_that_a_layer_keeps_are_counted(tiny: Callable[..., Path], fam
     for block, n, kept, call in noted:
         if call.rows_S is not None:
             continue
-        _, attention, inner = memory.kept_bytes(block, n, torch.float32, torch.float32)
-        assert inner == kept.inner.numel() * 4
+        cost = Cost.of(Sizes.of(block), n, n, 4)
+        assert cost.inner == kept.inner.numel() * 4
         own = [kept.attended, kept.middle, *kept.qkv, *([] if kept.before is None else [kept.before])]
         # The log-sum-exp of the attention is counted for the GPU's kernel; this one keeps more.
-        assert attention == sum(t.numel() * 4 for t in own) + n * block.heads * 4
+        assert cost.attention == sum(t.numel() * 4 for t in own) + n * block.heads * 4

@@ -1,13 +1,17 @@
+"""Pixels: a movement lands where the text's coordinates say, seeds decide, and the grid and the generator stay."""
+
 from __future__ import annotations
 
-from typing import Any
-
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from vlft.vision import augment as module
-from vlft.vision.augment import augment, augment_row
+from vlft.augmentation.geometry import draw, move_place, moved
+from vlft.augmentation.policy import read_policy
+from vlft.vision.augment import augment_row, warp
+
+STILL = torch.eye(3, dtype=torch.float64)[None]
 
 
 @pytest.fixture
@@ -17,32 +21,82 @@ def picture() -> Tensor:
     return ramp.to(torch.uint8)
 
 
-@pytest.mark.parametrize("policy", ["photometric", "geometric"])
-def test_a_seed_decides_and_the_global_generator_is_left_alone(picture: Tensor, policy: Any) -> None:
+def flip() -> Tensor:
+    return torch.tensor([[-1.0, 0, 1], [0, 1, 0], [0, 0, 1]], dtype=torch.float64)
+
+
+@pytest.mark.parametrize("policy", ["photometric", "geometric", "document"])
+def test_a_seed_decides_and_the_global_generator_is_left_alone(picture: Tensor, policy: str) -> None:
+    ops = read_policy(policy).photometric
     torch.manual_seed(5)
-    first = augment(picture, 11, policy, values_only=False)
+    (first,) = augment_row([picture], ops, [0], [11], STILL)
     after = torch.rand(1)
     torch.manual_seed(5)
     assert torch.equal(after, torch.rand(1))
     torch.rand(7)
-    assert torch.equal(first, augment(picture, 11, policy, values_only=False))
+    assert torch.equal(first, augment_row([picture], ops, [0], [11], STILL)[0])
     assert first.shape == picture.shape
     assert first.dtype == torch.uint8
-    assert any(not torch.equal(first, augment(picture, s, policy, values_only=False)) for s in range(20, 24))
+    assert any(not torch.equal(first, augment_row([picture], ops, [0], [s], STILL)[0]) for s in range(20, 24))
 
 
-def test_boxes_keep_a_picture_from_moving(picture: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A left-to-right ramp never falls if nothing is flipped; with geometry it does for some seed."""
-    monkeypatch.setattr(module, "_photometric", lambda: torch.nn.Identity())
-    falls = lambda x: bool((x[1, 40].int().diff() < 0).any())  # noqa: E731
-    assert not any(falls(augment(picture, s, "geometric", values_only=True)) for s in range(12))
-    assert any(falls(augment(picture, s, "geometric", values_only=False)) for s in range(12))
+def test_a_flip_is_exact_and_the_size_stays(picture: Tensor) -> None:
+    (out,) = augment_row([picture], (), [0], [1], flip()[None])
+    assert torch.equal(out, picture.flip(-1))
+
+
+def test_nothing_to_do_gives_the_same_tensor(picture: Tensor) -> None:
+    assert augment_row([picture], (), [0], [1], STILL)[0] is picture
+    out = augment_row([picture, picture], (), [0, 1], [1, 2], torch.cat([STILL, flip()[None]]))
+    assert out[0] is picture
+    assert torch.equal(out[1], picture.flip(-1))
 
 
 def test_a_row_is_augmented_by_sample_not_by_place(picture: Tensor) -> None:
-    alone = augment_row([picture, picture], "photometric", [0, 0], [77], [False])
-    beside = augment_row([picture, picture, picture], "photometric", [0, 1, 1], [5, 77], [False, False])
+    ops = read_policy("photometric").photometric
+    alone = augment_row([picture, picture], ops, [0, 0], [77], STILL)
+    beside = augment_row([picture, picture, picture], ops, [0, 1, 1], [5, 77], STILL.expand(2, 3, 3))
     assert torch.equal(alone[0], beside[1])
     assert torch.equal(alone[1], beside[2])
     assert not torch.equal(alone[0], alone[1])
-    assert torch.equal(augment_row([picture], None, [0], [1], [False])[0], picture)
+
+
+def test_all_pictures_of_a_sample_move_alike(picture: Tensor) -> None:
+    unit = draw(read_policy("geometric"), 5, (56, 84))
+    assert unit is not None
+    both = augment_row([picture, picture], (), [0, 0], [1], torch.from_numpy(unit)[None])
+    assert torch.equal(both[0], both[1])
+
+
+@pytest.mark.parametrize("policy", ["geometric", "document"])
+@pytest.mark.parametrize("size", [(448, 336), (140, 280)])
+def test_a_box_is_where_its_thing_is(policy: str, size: tuple[int, int]) -> None:
+    """A bright rectangle, moved by Kornia, against its box, moved by numpy: within a pixel and a half."""
+    width, height = size
+    chosen, seen = read_policy(policy), 0
+    for seed in range(60):
+        unit = draw(chosen, seed, size)
+        box = (0.3, 0.4, 0.55, 0.65)
+        places = move_place(unit, box) if unit is not None else None
+        if unit is None or places is None:
+            continue
+        seen += 1
+        x = torch.zeros(1, 3, height, width)
+        x[..., round(0.4 * height) : round(0.65 * height), round(0.3 * width) : round(0.55 * width)] = 1.0
+        out = warp(x, torch.from_numpy(unit))[0, 0]
+        rows, columns = (torch.nonzero(out.amax(dim=d) > 0.5).flatten() for d in (1, 0))
+        found = (columns[0], rows[0], columns[-1] + 1, rows[-1] + 1)
+        wanted = [n * (width, height)[k % 2] for k, n in enumerate(places)]
+        assert all(abs(float(a) - b) < 2.0 for a, b in zip(found, wanted, strict=True)), (seed, found, wanted)
+    assert seen > 20
+
+
+def test_a_point_is_where_its_dot_is() -> None:
+    unit = draw(read_policy("geometric"), 3, (224, 224))
+    assert unit is not None
+    ((x, y),) = moved(unit, np.array([[0.5, 0.4]]))
+    dot = torch.zeros(1, 3, 224, 224)
+    dot[..., 88:91, 111:114] = 1.0
+    at = int(warp(dot, torch.from_numpy(unit))[0, 0].flatten().argmax())
+    assert abs(at % 224 - 224 * x) < 2.5
+    assert abs(at // 224 - 224 * y) < 2.5

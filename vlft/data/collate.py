@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 # What the device needs; the rest is read by Python code, which must not wait for a copy back.
 _ON_DEVICE = ("input_ids_T", "position_ids_4T", "labels_T", "supervised_S", "pictured_M", "pixels_u8")
+_STILL = np.eye(3)
 
 
 @dataclass(frozen=True)
@@ -47,8 +48,8 @@ class Row:
     """(I,) int64: which sample of the row a picture belongs to, on the CPU"""
     sample_seeds: torch.Tensor
     """(B,) int64: seed of each sample's augmentation, on the CPU"""
-    photometric_only: torch.Tensor
-    """(B,) bool: the sample speaks of places in its picture, on the CPU"""
+    moves: torch.Tensor
+    """(B, 3, 3) float64: how each sample's pictures move, on fractions of a picture; identity: they stay. On the CPU"""
     sample_ids: tuple[int, ...]
     """(B) numbers in the index; empty for an empty row"""
     dataset_ids: tuple[int, ...]
@@ -137,7 +138,7 @@ def collate(
         image_grid_thw=torch.from_numpy(np.concatenate([s.grid_thw for s in samples])),
         image_sample=torch.tensor(owners, dtype=torch.int64),
         sample_seeds=torch.tensor(seeds, dtype=torch.int64),
-        photometric_only=torch.tensor([s.photometric_only for s in samples]),
+        moves=torch.from_numpy(np.stack([_STILL if s.moved.unit is None else s.moved.unit for s in samples])),
         sample_ids=tuple(s.index for s in samples),
         dataset_ids=tuple(s.dataset for s in samples),
     )
@@ -158,7 +159,7 @@ def empty_row(pad_token_id: int) -> Row:
         image_grid_thw=torch.zeros(0, 3, dtype=torch.int64),
         image_sample=torch.zeros(0, dtype=torch.int64),
         sample_seeds=torch.zeros(1, dtype=torch.int64),
-        photometric_only=torch.zeros(1, dtype=torch.bool),
+        moves=torch.from_numpy(_STILL[None].copy()),
         sample_ids=(),
         dataset_ids=(),
     )

@@ -52,6 +52,8 @@ class BoxPart:
     """How it is written: the family's template, a JSON list, or `<|box_start|>(x,y),(x,y)<|box_end|>`."""
     image: int | None
     """Index into `Record.images`; None if the record has several pictures and does not say which."""
+    layout: str = ""
+    """`[{}, {}]`: written so, with the numbers in their places; empty: as `style` says."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,7 @@ class Record:
     turns: tuple[Turn, ...]
     images: tuple[ImageRef, ...]
     has_boxes: bool
-    """The text speaks of places in the picture: only photometric augmentation is safe."""
+    """The text speaks of places in the picture, which move with it (vlft.data.moved)."""
 
 
 @dataclass
@@ -506,8 +508,8 @@ def _encode_pil(picture: Any) -> bytes:
 # ------------------------------------------------------------------ boxes
 
 _NUMBER = r"-?\d+(?:\.\d+)?"
-_JSON_BOX = re.compile(rf'("(?:bbox_2d|point_2d)"\s*:\s*)\[\s*({_NUMBER}(?:\s*,\s*{_NUMBER})*)\s*\]')
-_MARKED_BOX = re.compile(
+JSON_BOX = re.compile(rf'("(?:bbox_2d|point_2d)"\s*:\s*)\[\s*({_NUMBER}(?:\s*,\s*{_NUMBER})*)\s*\]')
+MARKED_BOX = re.compile(
     rf"<\|box_start\|>\(\s*({_NUMBER})\s*,\s*({_NUMBER})\s*\)(?:\s*,\s*\(\s*({_NUMBER})\s*,\s*({_NUMBER})\s*\))?<\|box_end\|>"
 )
 # Not the description of a format in a prompt ("bbox_2d": [x1, y1, x2, y2]).
@@ -579,9 +581,9 @@ def _split_boxes(text: str, unit: Unit) -> list[Part]:
     """Inline boxes of a text as parts of their own. Only called if the registry says what they mean."""
     parts: list[Part] = []
     at = 0
-    found = sorted([*_JSON_BOX.finditer(text), *_MARKED_BOX.finditer(text)], key=lambda m: m.start())
+    found = sorted([*JSON_BOX.finditer(text), *MARKED_BOX.finditer(text)], key=lambda m: m.start())
     for match in found:
-        marked = match.re is _MARKED_BOX
+        marked = match.re is MARKED_BOX
         numbers = [g for g in match.groups() if g] if marked else match.group(2).split(",")
         head = text[at : match.start()] + ("" if marked else match.group(1))
         parts.append(TextPart(head))

@@ -46,7 +46,7 @@ INDEX_VERSION = 2
 """Raise it when the same data would be indexed otherwise by the code below."""
 BOXED, HAS_BOXES = 1, 2
 """Bits of `flags`: the text must be written again with the final sizes; it speaks of places in the picture."""
-_LEARNT = np.uint32(1 << 31)
+LEARNT = np.uint32(1 << 31)
 """Bit of a stored token id: it is supervised."""
 _INLINE, _PATH = "inline:", "path:"
 _LONGEST_MESSAGE = 500
@@ -162,7 +162,7 @@ class _Collector:
         lists["n_images"].append(len(sizes))
         lists["split_hash"].append(_split_hash(record, hashes))
         lists["flags"].append(BOXED * encoded.boxed + HAS_BOXES * record.has_boxes)
-        lists["tokens"].append(encoded.input_ids | np.where(encoded.supervised, _LEARNT, np.uint32(0)))
+        lists["tokens"].append(encoded.input_ids | np.where(encoded.supervised, LEARNT, np.uint32(0)))
         for size, text in zip(sizes, refs, strict=True):
             data = text.encode("utf-8", "surrogateescape")
             lists["width"].append(size.width)
@@ -589,7 +589,7 @@ class Index:
         """(T,) ids and which are supervised."""
         shard, k = self.locate(i)
         stored = np.asarray(shard.tokens[shard.token_starts[k] : shard.token_starts[k + 1]])
-        return stored & ~_LEARNT, (stored & _LEARNT) != 0
+        return stored & ~LEARNT, (stored & LEARNT) != 0
 
     def sources(self, i: int) -> list[images.Source]:
         """Where the pictures of sample `i` are: checked paths, or bytes taken from the record.

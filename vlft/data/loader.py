@@ -16,12 +16,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from vlft.augmentation.policy import Policy
 from vlft.data import images
 from vlft.data.collate import Row, collate
 from vlft.data.index import Index
 from vlft.data.ledger import LedgerEntry
 from vlft.data.plan import Plan, place
-from vlft.data.sample import Fitted, Sample, build_sample
+from vlft.data.sample import Fitted, Mover, Sample, build_sample
 from vlft.data.tokens import Chat
 from vlft.errors import DataError, RecordError
 
@@ -68,6 +69,8 @@ class _Steps:
     placement: dict[str, Any]
     without: tuple[int, ...] = ()
     """Samples that this device cannot hold: left out of their steps."""
+    policy: Policy | None = None
+    """How pictures move; None: they stay."""
 
     def __getitem__(self, step: int) -> Step:
         epoch, ids = self.members(step)
@@ -88,9 +91,10 @@ class _Steps:
     def _row(self, ids: Sequence[int], step: int, epoch: int, failures: list[LedgerEntry]) -> Row:
         samples: list[Sample] = []
         decoded: list[list[npt.NDArray[np.uint8]]] = []
+        mover = Mover(self.policy, self.seed, epoch) if self.policy and self.policy.geometric else None
         for i in ids:
             try:
-                sample = build_sample(self.index, self.fitted, self.chat, i)
+                sample = build_sample(self.index, self.fitted, self.chat, i, mover)
                 pictures = decode_sample(sample)
             except RecordError as error:
                 failures.append(self._failure(i, step, error))
@@ -168,6 +172,7 @@ def step_loader(
     token_budget: int | None = None,
     patch_budget: int | None = None,
     without: Sequence[int] = (),
+    policy: Policy | None = None,
     costs: tuple[float, float] = (1.0, 0.0),
     num_workers: int = 0,
     pin_memory: bool = False,
@@ -178,11 +183,12 @@ def step_loader(
         start_step: steps already done.
         rows_per_rank, token_budget, patch_budget: see `plan.place`.
         without: samples, by number, that are left out of their steps.
+        policy: of augmentation; pictures and the coordinates in texts move by it.
         costs: of one token and of one ViT patch, any unit.
     """
     index.warm()
     placement = _placement(rows_per_rank, token_budget, patch_budget, costs)
-    steps = _Steps(index, fitted, chat, _TrainMembers(plan), rank, world_size, seed, placement, tuple(without))
+    steps = _Steps(index, fitted, chat, _TrainMembers(plan), rank, world_size, seed, placement, tuple(without), policy)
     return _loader(steps, range(start_step, total_steps), num_workers, pin_memory)
 
 

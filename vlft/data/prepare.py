@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
+from vlft.augmentation.policy import Policy
 from vlft.data import show
 from vlft.data.budget import Budget
 from vlft.data.index import Index, open_index
@@ -23,7 +24,7 @@ from vlft.data.loader import Step, eval_steps, step_loader, surviving
 from vlft.data.mixing import mix64
 from vlft.data.plan import Plan
 from vlft.data.registry import DatasetSpec, read_registry
-from vlft.data.sample import Fitted, Limits, fit, split
+from vlft.data.sample import Fitted, Limits, fit, room_to_move, split
 from vlft.data.show import Described, Shown
 from vlft.data.tokens import Chat
 from vlft.errors import ConfigError, DataError, RecordError
@@ -63,6 +64,8 @@ class DataOptions:
     num_workers: int
     pin_memory: bool
     progress: bool
+    policy: Policy | None = None
+    """Of augmentation, for training samples; None: they stay as they are."""
     eval_limit: int | None = None
     """Held-out samples of a data set that are answered."""
     use: Literal["train", "held_out", "all"] = "train"
@@ -122,8 +125,8 @@ class Data:
             lambda first: step_loader(
                 self.index, self.fitted, self.plan, self.chat, rank=o.rank, world_size=o.world_size, seed=o.seed,
                 start_step=first, total_steps=total, rows_per_rank=o.rows_per_rank, token_budget=limit.tokens,
-                patch_budget=limit.patches, without=limit.without, costs=costs, num_workers=o.num_workers,
-                pin_memory=o.pin_memory,
+                patch_budget=limit.patches, without=limit.without, policy=o.policy, costs=costs,
+                num_workers=o.num_workers, pin_memory=o.pin_memory,
             ),
             start,
         )  # fmt: skip
@@ -247,9 +250,12 @@ def check_specs(options: DataOptions, specs: Sequence[DatasetSpec]) -> None:
         )
 
 
-def limits_of(o: DataOptions) -> Limits:
+def fitted_of(o: DataOptions, index: Index, chat: Chat) -> Fitted:
+    """Sizes and lengths under the options' limits, with room for coordinates that a policy may move."""
     factor = o.patch_size * o.merge_size
-    return Limits(o.min_pixels, o.max_pixels, o.max_seq_length, o.on_too_long, factor, o.merge_size)
+    limits = Limits(o.min_pixels, o.max_pixels, o.max_seq_length, o.on_too_long, factor, o.merge_size)
+    moves = o.policy is not None and bool(o.policy.geometric)
+    return fit(index, limits, room_to_move(index, chat) if moves else None)
 
 
 def nothing_left(o: DataOptions, index: Index, fitted: Fitted, held_out: int) -> DataError:
@@ -276,7 +282,7 @@ def prepare_data(options: DataOptions) -> Data:
         progress=o.progress,
     )  # fmt: skip
     check_bad_fraction(index.ledger, index.total, o.max_bad_fraction)
-    fitted = fit(index, limits_of(o))
+    fitted = fitted_of(o, index, chat)
     train, held_out = split(index, specs, o.train_split_ratio, usable=fitted.usable)
     if o.use == "all":
         train, held_out = train[:0], np.sort(np.concatenate([train, held_out]))

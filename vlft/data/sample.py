@@ -13,17 +13,23 @@ import numpy as np
 import numpy.typing as npt
 
 from vlft.data.images import Source, smart_resize_batch
-from vlft.data.index import BOXED, HAS_BOXES, Index
+from vlft.data.index import BOXED, HAS_BOXES, LEARNT, Index
 from vlft.data.ledger import LedgerEntry, check_bad_fraction
 from vlft.data.mixing import mix64
+from vlft.data.moved import Moved, Mover, move, spare_tokens
 from vlft.data.registry import DatasetSpec
 from vlft.data.tokens import Chat, PictureSize
 from vlft.errors import DataError, RecordError
 
-__all__ = ["Fitted", "LedgerEntry", "Limits", "Sample", "build_sample", "check_bad_fraction", "fit", "split"]
+__all__ = [
+    "Fitted", "LedgerEntry", "Limits", "Mover", "Sample", "build_sample", "check_bad_fraction", "fit", "room_to_move",
+    "split",
+]  # fmt: skip
 
 Ints: TypeAlias = npt.NDArray[np.int64]
 _SPLIT_SALT, _SUBSET_SALT = 0x5B117, 0x5AB5E7
+_AT_ONCE = 65_536
+"""Samples."""
 IGNORE = -100
 """Label of a token that is not learnt."""
 
@@ -71,16 +77,36 @@ class Fitted:
 # ------------------------------------------------------------------ fitting
 
 
-def fit(index: Index, limits: Limits) -> Fitted:
+def room_to_move(index: Index, chat: Chat) -> Ints:
+    """(N,) tokens by which the coordinates of each sample may grow when its pictures move; 0 for one without any.
+
+    Lengths that hold this room stay upper bounds, so that a plan is the same whatever an epoch's movements are.
+    """
+    digits = [chat.token_id(digit) for digit in "0123456789"]
+    room = np.zeros(len(index), np.int64)
+    for shard, first in zip(index.shards, index.starts.tolist(), strict=False):
+        placed = (shard.flags & HAS_BOXES) != 0
+        for at in range(0, len(shard), _AT_ONCE):  # the tokens of millions of samples are mapped, not read at once
+            here = slice(at, min(at + _AT_ONCE, len(shard)))
+            if placed[here].any():
+                tokens = shard.tokens[int(shard.token_starts[here.start]) : int(shard.token_starts[here.stop])]
+                spare = spare_tokens(np.asarray(tokens) & ~LEARNT, shard.n_tokens[here], digits)
+                room[first + here.start : first + here.stop] = spare * placed[here]
+    return room
+
+
+def fit(index: Index, limits: Limits, room: Ints | None = None) -> Fitted:
     """Final size of every picture and length of every sample, and what does not fit.
 
+    Args:
+        room: (N,) tokens to count in addition, from `room_to_move`.
     Raises:
         DataError: `on_too_long` is "error" and a sample is too long; it is named.
     """
     high_N = _max_pixels(index, limits)
     high_I = np.repeat(high_N, index.n_images)
     height_I, width_I = smart_resize_batch(index.height, index.width, limits.factor, limits.min_pixels, high_I)
-    text_N = index.n_tokens.astype(np.int64) - index.n_images
+    text_N = index.n_tokens.astype(np.int64) - index.n_images + (0 if room is None else room)
     length_N = text_N + _image_tokens(index, height_I, width_I, limits.factor)
     long_ids = np.flatnonzero(length_N > limits.max_seq_length)
     usable_N = np.ones(len(index), np.bool_)
@@ -234,22 +260,26 @@ class Sample:
     """(I) pixels"""
     grid_thw: Ints
     """(I, 3) patches"""
-    photometric_only: bool
     identity: int
     """64 bits: (data set, row)"""
+    moved: Moved
+    """How its pictures move; the coordinates in `input_ids` and `labels` are those after it."""
 
 
-def build_sample(index: Index, fitted: Fitted, chat: Chat, i: int) -> Sample:
+def build_sample(index: Index, fitted: Fitted, chat: Chat, i: int, mover: Mover | None = None) -> Sample:
     """The arrays of sample `i`; no picture is decoded.
 
+    Args:
+        mover: where its pictures may move.
     Raises:
         RecordError: the record no longer reads as it did when it was indexed.
     """
     limits = fitted.limits
     stored, final = index.sizes(i), fitted.sizes(index, i)
-    if index.flags[i] & BOXED:
-        both = [PictureSize(*old, *new) for old, new in zip(stored, final, strict=True)]
-        encoded = chat.encode(index.parsed(i), both)
+    both = [PictureSize(*old, *new) for old, new in zip(stored, final, strict=True)]
+    moved = _move(index, fitted, chat, i, both, mover) if mover is not None and final else Moved(None)
+    if moved.encoded is not None or index.flags[i] & BOXED:
+        encoded = moved.encoded or chat.encode(index.parsed(i), both)
         ids, learnt = encoded.input_ids, encoded.supervised
     else:
         ids, learnt = index.tokens(i)
@@ -273,6 +303,15 @@ def build_sample(index: Index, fitted: Fitted, chat: Chat, i: int) -> Sample:
         stored_wh=stored,
         final_wh=final,
         grid_thw=grid,
-        photometric_only=bool(index.flags[i] & HAS_BOXES),
         identity=int(index.identity[i]),
+        moved=moved,
     )
+
+
+def _move(index: Index, fitted: Fitted, chat: Chat, i: int, sizes: Sequence[PictureSize], mover: Mover) -> Moved:
+    return move(
+        index.parsed(i), mover, chat, sizes, identity=int(index.identity[i]),
+        bare_boxes=index.specs[int(index.dataset[i])].box_format == "model",
+        most_tokens=int(fitted.length[i]) - sum((w // fitted.limits.factor) * (h // fitted.limits.factor) - 1
+                                                for w, h in fitted.sizes(index, i)),
+    )  # fmt: skip

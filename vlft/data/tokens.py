@@ -41,6 +41,11 @@ class PictureSize:
     final_width: int = 0
     final_height: int = 0
 
+    @property
+    def final(self) -> tuple[int, int]:
+        """(width, height) as the model sees it."""
+        return self.final_width, self.final_height
+
 
 @dataclass(frozen=True)
 class Encoded:
@@ -108,6 +113,11 @@ class Chat:
     @cached_property
     def image_token_id(self) -> int:
         return int(self.tokenizer.convert_tokens_to_ids(self.family.image_token))
+
+    def token_id(self, token: str) -> int:
+        """Id of a token; of the unknown one where it is none."""
+        found = self.tokenizer.convert_tokens_to_ids(token)
+        return int(found if found is not None else self.pad_token_id)
 
     @cached_property
     def pad_token_id(self) -> int:
@@ -314,6 +324,8 @@ class _Writer:
         return self._layout(part, self._convert(part))
 
     def _layout(self, box: BoxPart, numbers: Sequence[str]) -> str:
+        if box.layout:
+            return box.layout.format(*numbers)
         if box.style == "json":
             return "[" + ", ".join(numbers) + "]"
         if box.style == "family" and len(numbers) == 4:

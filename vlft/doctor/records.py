@@ -19,9 +19,9 @@ import xxhash
 from vlft.data.index import Index, Shard, open_index
 from vlft.data.ledger import LedgerEntry, check_bad_fraction
 from vlft.data.mixing import mix64
-from vlft.data.prepare import DataOptions, check_specs, limits_of, nothing_left
+from vlft.data.prepare import DataOptions, check_specs, fitted_of, nothing_left
 from vlft.data.registry import read_registry
-from vlft.data.sample import Fitted, fit, split
+from vlft.data.sample import Fitted, split
 from vlft.data.tokens import Chat
 from vlft.doctor.findings import Finding, Grade
 from vlft.errors import ConfigError, DataError
@@ -132,7 +132,7 @@ def read(options: DataOptions, chat: Chat) -> tuple[Records | None, list[Finding
     index = Index(shards, o.cache_dir, o.allow_remote_images)
     found += check_ledger(index.ledger, index.total, o.max_bad_fraction)
     try:
-        fitted = fit(index, limits_of(o))
+        fitted = fitted_of(o, index, chat)
     except DataError as error:
         return None, [*found, find("error", "too_long", str(error))]
     found += check_too_long(fitted.ledger)

@@ -26,6 +26,11 @@ def base_model(model: nn.Module) -> nn.Module:
     return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
 
 
+def to_device(x: Tensor, device: torch.device) -> Tensor:
+    """From page-locked memory: CUDA copies anything else only once all work before it is done, and the host waits."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
+
+
 def _vision_extras(tower: nn.Module, grid_thw: Tensor, device: torch.device) -> dict[str, Any]:
     """What the tower would compute from the grid with host syncs, computed on the CPU and moved once."""
     from transformers import vision_utils as vu
@@ -41,7 +46,7 @@ def _vision_extras(tower: nn.Module, grid_thw: Tensor, device: torch.device) -> 
         )
         extras |= {"window_index": index, "cu_window_seqlens": cu_window}
         extras["max_window_seqlen"] = int((cu_window[1:] - cu_window[:-1]).max())
-    return {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in extras.items()}
+    return {k: to_device(v, device) if isinstance(v, Tensor) else v for k, v in extras.items()}
 
 
 class PackedVLM(nn.Module):

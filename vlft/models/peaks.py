@@ -17,7 +17,7 @@ from __future__ import annotations
 import re
 
 _TERA = 1e12
-# By what is left of the device's name after `_plain`. TFLOP/s.
+# By what is left of the device's name after `plain_name`. TFLOP/s.
 _BOTH: dict[str, float] = {
     "gb200": 2500,
     "b200": 2250,
@@ -54,7 +54,7 @@ _BOTH: dict[str, float] = {
 _FP16_ONLY: dict[str, float] = {"v100": 125, "v100 pcie": 112, "v100s pcie": 130, "t4": 65}
 
 
-def _plain(device_name: str) -> str:
+def plain_name(device_name: str) -> str:
     """`NVIDIA H100 80GB HBM3` -> `h100`, `Tesla V100-PCIE-16GB` -> `v100 pcie`. What matters stays: PCIe, NVL, MIG."""
     dropped = r"nvidia|tesla|geforce|graphics|sxm\d*|\d+gb?|hbm2|hbm3e?"
     words = re.split(r"[\s-]+", device_name.lower())
@@ -72,5 +72,10 @@ def peak_flops(device_name: str, dtype: str) -> float | None:
     if kind is None:
         return None
     known = _BOTH if kind == "bf16" else _BOTH | _FP16_ONLY
-    found = known.get(_plain(device_name))
+    found = known.get(plain_name(device_name))
     return None if found is None else found * _TERA
+
+
+def known_gpus() -> list[str]:
+    """By `plain_name`."""
+    return [*_BOTH, *_FP16_ONLY]

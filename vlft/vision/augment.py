@@ -1,97 +1,95 @@
-"""Pictures are augmented on the device with Kornia, one at a time, seeded by (seed, epoch, sample): not by rank or row.
+"""Pictures are augmented on the device, one at a time, by values drawn from the sample's seed: not from rank or row.
 
-`photometric` changes values only: colour, blur, noise, JPEG-like artefacts. `geometric` adds horizontal flips and
-crops. A sample whose conversation holds boxes or points gets only photometric changes, because its coordinates would
-no longer be true. The picture keeps its size: its patch grid and token count were planned before.
+How a picture moves was decided in the worker that tokenised its text (vlft.data.moved); here the same matrix warps it
+with Kornia. The picture keeps its size, and so its patch grid and its tokens. Values (light, colour, blur, noise) are
+changed by Kornia's ops afterwards, each picture of a sample by draws of its own.
 
-The generator of Kornia is torch's global one; it is forked, seeded and restored around every picture, so that neither
-dropout nor the next picture depends on how many values an augmentation drew.
+Kornia draws from torch's global generators. They are forked around a row and seeded anew for every picture, so that
+neither dropout nor the next picture depends on how many values an augmentation drew.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
-from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-Policy = Literal["photometric", "geometric"]
+from vlft.augmentation.ops import Op, module
 
-
-@lru_cache(maxsize=4)
-def _photometric() -> nn.Module:
-    import kornia.augmentation as ka
-
-    ops: list[Any] = [
-        ka.ColorJitter(brightness=0.2, contrast=0.2, saturation=0.2, hue=0.02, p=0.8),
-        ka.RandomGaussianBlur((3, 3), (0.1, 1.5), p=0.2),
-        ka.RandomGaussianNoise(mean=0.0, std=0.02, p=0.3),
-        ka.RandomJPEG(jpeg_quality=(40.0, 95.0), p=0.3),
-    ]
-    made: nn.Module = ka.AugmentationSequential(*ops, data_keys=["input"])
-    return made
-
-
-@lru_cache(maxsize=64)
-def _geometric(height: int, width: int) -> nn.Module:
-    import kornia.augmentation as ka
-
-    # Crops keep most of the picture: an answer must stay visible.
-    crop = ka.RandomResizedCrop((height, width), scale=(0.8, 1.0), ratio=(0.9, 1.1), resample="bicubic", p=0.5)
-    made: nn.Module = ka.AugmentationSequential(ka.RandomHorizontalFlip(p=0.5), crop, data_keys=["input"])
-    return made
+_GOLDEN = 0x9E3779B9
 
 
 def _fork_devices(device: torch.device) -> list[int]:
     return [device.index or 0] if device.type == "cuda" else []
 
 
-@torch.no_grad()
-def augment(picture: Tensor, seed: int, policy: Policy, *, values_only: bool) -> Tensor:
-    """One augmented picture.
+def warp(x: Tensor, move: Tensor) -> Tensor:
+    """Move a picture by a matrix; outside of it, its border is repeated.
+
+    The matrix is inverted here on the CPU: Kornia's warp would do so on the device, and wait for it.
 
     Args:
-        picture: uint8 (3, H, W).
-        seed: 63-bit; equal seeds and pictures give equal results on one device.
-        values_only: the sample has boxes or points, so nothing may move.
-    Returns:
-        uint8 (3, H, W) on the same device.
+        x: (1, 3, H, W) float.
+        move: (3, 3) float64 on the CPU, on fractions of the picture, from where things were to where they are.
     """
-    _, height, width = picture.shape
-    with torch.random.fork_rng(devices=_fork_devices(picture.device)):
-        torch.manual_seed(seed)
-        x = (picture.unsqueeze(0).float() / 255.0).contiguous()
-        if policy == "geometric" and not values_only:
-            x = _geometric(height, width)(x).clamp(0.0, 1.0)
-        x = _photometric()(x)
-    out: Tensor = (x[0].clamp(0.0, 1.0) * 255.0).round().to(torch.uint8)
+    from kornia.geometry.transform import homography_warp
+
+    height, width = x.shape[-2:]
+    # Fractions of the picture -> positions of pixel centres from -1 to 1, the first centre at -1, as the grid counts.
+    scale_x, scale_y = 2 * width / (width - 1), 2 * height / (height - 1)
+    to_grid = torch.tensor(
+        [[scale_x, 0, -scale_x / 2], [0, scale_y, -scale_y / 2], [0, 0, 1.0]], dtype=torch.float64
+    )  # fmt: skip
+    back = to_grid @ torch.linalg.inv(move) @ torch.linalg.inv(to_grid)
+    out: Tensor = homography_warp(
+        x, back.float()[None].to(x.device, non_blocking=True), (height, width), padding_mode="border",
+        align_corners=True, normalized_coordinates=True, normalized_homography=True,
+    )  # fmt: skip
     return out
 
 
+def change(x: Tensor, ops: Sequence[Op], seed: int) -> Tensor:
+    """Change the values of a picture, (1, 3, H, W) from 0 to 1. Seeds torch's generators: fork them before."""
+    torch.manual_seed(seed % 2**63)
+    for op in ops:
+        x = module(op, x.shape[-2], x.shape[-1])(x).clamp(0.0, 1.0)
+    return x
+
+
+@torch.no_grad()
 def augment_row(
     pictures: Sequence[Tensor],
-    policy: Policy | None,
+    photometric: Sequence[Op],
     image_sample: Sequence[int],
     sample_seeds: Sequence[int],
-    photometric_only: Sequence[bool],
+    moves: Tensor,
 ) -> list[Tensor]:
     """Augment the pictures of a row; the k-th picture of a sample draws from the sample's seed plus k.
 
     Args:
         pictures: uint8 (3, H, W) each.
-        policy: None returns the pictures as they are.
+        photometric: ops that change values; none changes none.
         image_sample: for each picture, the index of its sample in the row.
         sample_seeds: for each sample, the mix of (seed, epoch, sample).
-        photometric_only: for each sample, whether it has boxes or points.
+        moves: (B, 3, 3) float64 on the CPU, for each sample; identity: its pictures stay.
+    Returns:
+        uint8 (3, H, W) each on the same device. A picture that nothing changes is the one that was given.
     """
-    if policy is None:
+    still = torch.eye(3, dtype=moves.dtype)
+    moving = [not torch.equal(move, still) for move in moves]
+    if not photometric and not any(moving):
         return list(pictures)
     seen: dict[int, int] = {}
     out = []
-    for picture, sample in zip(pictures, image_sample, strict=True):
-        k = seen[sample] = seen.get(sample, -1) + 1
-        seed = (int(sample_seeds[sample]) + k * 0x9E3779B9) % 2**63
-        out.append(augment(picture, seed, policy, values_only=bool(photometric_only[sample])))
+    with torch.random.fork_rng(devices=_fork_devices(pictures[0].device)):
+        for picture, sample in zip(pictures, image_sample, strict=True):
+            k = seen[sample] = seen.get(sample, -1) + 1
+            if not photometric and not moving[sample]:
+                out.append(picture)
+                continue
+            x = picture.unsqueeze(0).float() / 255.0
+            x = warp(x, moves[sample]) if moving[sample] else x
+            x = change(x, photometric, int(sample_seeds[sample]) + k * _GOLDEN) if photometric else x
+            out.append((x[0].clamp(0.0, 1.0) * 255.0).round().to(torch.uint8))
     return out

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -18,55 +19,127 @@ from vlft.models.kernels.install import Installed
 
 MARGIN = 0.06
 """Of the memory, for what the allocator cannot use because it lies in pieces, and for libraries' workspaces."""
+LOGITS = 14
+"""Bytes of a logit: in the compute dtype and in fp32, the log of its softmax, and the gradients of these."""
 
 
 @dataclass(frozen=True)
-class Drop:
-    """One way to save memory in every layer of a tower."""
+class Cost:
+    """A layer of one tower for one row: bytes, and FLOPs."""
 
-    tower: int
-    keep: Keep
-    """What the layers keep then."""
-    bytes_each: int
-    """Saved by one layer."""
-    work_each: float
-    """FLOPs that the same layer does again."""
+    input: int
+    """kept whatever else is"""
+    attention: int
+    """from the queries to the sum behind the attention"""
+    inner: int
+    """before the MLP's activation"""
+    again_attention: float
+    """FLOPs that `attention` costs when it is computed again"""
+    again_inner: float
+
+    @property
+    def passing(self) -> int:
+        """While the layer's backward runs: its inner values, their activation, and the gradients of both."""
+        return 3 * self.inner
+
+    @classmethod
+    def of(cls, shape: Sizes, n: int, longest: int, kind: int) -> Cost:
+        """
+        Args:
+            n: tokens or patches; longest: of a segment that attends to itself.
+            kind: bytes of a number in the compute dtype, which the residual stream has too.
+        """
+        again = 2.0 * n * (shape.qkv + shape.heads_width) * shape.width
+        # Half of the pairs where it is causal; attention runs at about half a product's speed.
+        again += 4.0 * n * longest * shape.heads_width * (1 if shape.causal else 2)
+        numbers = shape.qkv * (2 if shape.head_norms else 1) + shape.heads_width + shape.width
+        return cls(
+            input=n * shape.width * kind,
+            attention=n * (numbers * kind + 4 * shape.heads),
+            inner=n * shape.inner * kind,
+            again_attention=again,
+            again_inner=2.0 * n * shape.inner * shape.width,
+        )
 
 
-def kept_bytes(block: Block, tokens: int, kind: torch.dtype, stream: torch.dtype) -> tuple[int, int, int]:
-    """Bytes of a layer's (input, attention and the sum behind it, MLP's inner values) for so many tokens."""
-    width = block.qkv.each[0].columns
-    qkv = sum(p.rows for p in block.qkv.each) * (1 if block.q_norm is None else 2)
-    attended = block.heads * block.size
-    inner = sum(p.rows for p in block.inner.each)
-    attention = (qkv + attended) * kind.itemsize + block.heads * 4 + width * stream.itemsize
-    return tokens * width * stream.itemsize, tokens * attention, tokens * inner * kind.itemsize
+@dataclass(frozen=True)
+class Sizes:
+    """What `Cost` needs to know of a tower's layers, which are alike."""
+
+    width: int
+    qkv: int
+    heads: int
+    heads_width: int
+    inner: int
+    """columns before the activation, gates included"""
+    head_norms: bool
+    causal: bool
+
+    @classmethod
+    def of(cls, block: Block) -> Sizes:
+        return cls(
+            width=block.qkv.each[0].columns, qkv=sum(p.rows for p in block.qkv.each), heads=block.heads,
+            heads_width=block.heads * block.size, inner=sum(p.rows for p in block.inner.each),
+            head_norms=block.q_norm is not None, causal=block.causal,
+        )  # fmt: skip
 
 
-def drops_of(block: Block, tower: int, tokens: int, longest: int, kind: torch.dtype, stream: torch.dtype) -> list[Drop]:
-    """For the layers of one tower, which are alike: first the one, then the other."""
-    _, attention, inner = kept_bytes(block, tokens, kind, stream)
-    products = 2.0 * tokens * sum(p.rows * p.columns for group in (block.qkv, block.out) for p in group.each)
-    # Half of it where it is causal; attention runs at about half a product's speed.
-    products += 4.0 * tokens * longest * block.heads * block.size * (1 if block.causal else 2)
-    again = 2.0 * tokens * sum(p.rows * p.columns for p in block.inner.each)
-    return [Drop(tower, "attention", inner, again), Drop(tower, "input", attention, products)]
+@dataclass(frozen=True)
+class Tower:
+    """The layers of one tower that learn."""
+
+    layers: int
+    cost: Cost
+    gradients: int
+    """Bytes of one layer's gradients that come up in its backward; 0 where they are there already."""
 
 
-def choose(layers: Sequence[int], drops: Sequence[Sequence[Drop]], kept: float, room: float) -> list[list[Keep]]:
-    """What each layer keeps, so that `kept` bytes with everything kept shrink to `room`, or as far as they can.
+def peak(towers: Sequence[Tower], keeps: Sequence[Sequence[Keep]], head: float) -> float:
+    """Bytes above what is there before a row, at the worst moment of its backward pass.
+
+    What layers keep goes as their gradients come, from the last layer to the first.
 
     Args:
-        layers: of each tower.
-        drops: of each tower, in the order in which they are possible.
+        towers: in the order of the forward.
+        head: bytes of the logits and all that comes of them.
     """
-    chosen: list[list[Keep]] = [["all"] * n for n in layers]
-    steps = [[(drop, i) for drop in some for i in range(n)] for n, some in zip(layers, drops, strict=True)]
-    while kept > room and any(steps):
-        drop, i = min((some[0] for some in steps if some), key=lambda step: step[0].work_each / step[0].bytes_each)
-        steps[drop.tower].pop(0)
-        chosen[drop.tower][i] = drop.keep
-        kept -= drop.bytes_each
+    kept: list[float] = []
+    passing: list[float] = []
+    gradients: list[float] = []
+    for tower, each in zip(towers, keeps, strict=True):
+        cost = tower.cost
+        by = {
+            "all": cost.input + cost.attention + cost.inner,
+            "attention": cost.input + cost.attention,
+            "input": cost.input,
+        }
+        again = {"all": 0, "attention": cost.inner, "input": cost.inner + cost.attention}
+        kept += [by[keep] for keep in each]
+        passing += [cost.passing + again[keep] for keep in each]
+        gradients += [tower.gradients] * len(each)
+    if not kept:
+        return head
+    held = np.cumsum(kept)
+    come = np.cumsum(gradients[::-1])[::-1]  # of the layer itself and all behind it
+    return float(max(held[-1] + head, (held + come + passing).max()))
+
+
+def choose(towers: Sequence[Tower], head: float, room: float) -> list[list[Keep]]:
+    """What each layer keeps so that `peak` is within `room`, or as small as it can be.
+
+    The next to go is what costs the least arithmetic for a byte: the vision tower's inner values, as it is narrower.
+    """
+    chosen: list[list[Keep]] = [["all"] * tower.layers for tower in towers]
+    steps: list[list[tuple[float, int, Keep]]] = []
+    for tower in towers:
+        c = tower.cost
+        ratios: list[tuple[float, Keep]] = [(c.again_inner / max(c.inner, 1), "attention")]
+        ratios.append((c.again_attention / max(c.attention, 1), "input"))
+        steps.append([(ratio, i, keep) for ratio, keep in ratios for i in range(tower.layers)])
+    while peak(towers, chosen, head) > room and any(steps):
+        t = min((t for t, some in enumerate(steps) if some), key=lambda t: steps[t][0][0])
+        _, i, keep = steps[t].pop(0)
+        chosen[t][i] = keep
     return chosen
 
 
@@ -80,13 +153,16 @@ class Memory:
         *,
         fixed: Sequence[Sequence[Keep]] | None = None,
         room: Callable[[], float] | None = None,
+        gradients_stay: bool = True,
     ) -> None:
         """
         Args:
             towers: those layers of the vision tower that learn, and those of the language model.
             fixed: what each keeps, whatever the row.
-            room: bytes that are free for a row now. Without it and `fixed` everything is kept.
+            room: bytes that are free for a row now, with all gradients there. Without it and `fixed` all is kept.
+            gradients_stay: on the parameters, from their backward to the step; no engine takes them away.
         """
+        self.gradients_stay = gradients_stay
         self.towers = [list(layers) for layers in towers]
         self.vocabulary = vocabulary
         self.room = None if fixed is not None else room
@@ -102,20 +178,16 @@ class Memory:
         """
         if self.room is None:
             return
-        drops: list[list[Drop]] = []
-        kept, passing = 0.0, 0.0
-        for tower, (layers, n, longest) in enumerate(
-            zip(self.towers, (patches, tokens), (picture, sample), strict=True)
-        ):
-            block: Any = layers[0].vlft_block if layers else None
-            drops.append(drops_of(block, tower, n, longest, kind, kind) if layers else [])
+        towers, coming = [], 0
+        for layers, n, longest in zip(self.towers, (patches, tokens), (picture, sample), strict=True):
             if layers:
-                kept += len(layers) * sum(kept_bytes(block, n, kind, kind))
-                # The inner values, their activation and the gradients of both, while a layer's backward runs.
-                passing = max(passing, 3.0 * kept_bytes(block, n, kind, kind)[2])
-        # Logits in the compute dtype and in fp32, the log of their softmax, and gradients of these.
-        passing = max(passing, 14.0 * supervised * self.vocabulary)
-        self.now = choose([len(layers) for layers in self.towers], drops, kept, self.room() - passing)
+                cost = Cost.of(Sizes.of(layers[0].vlft_block), n, longest, kind.itemsize)  # type: ignore[arg-type]
+                each = _missing_gradients(layers[-1]) if self.gradients_stay else 0
+                coming += len(layers) * each
+                towers.append(Tower(len(layers), cost, each))
+            else:
+                towers.append(Tower(0, Cost(0, 0, 0, 0.0, 0.0), 0))
+        self.now = choose(towers, float(LOGITS * supervised * self.vocabulary), self.room() + coming)
         self._tell()
 
     def _tell(self) -> None:
@@ -137,7 +209,7 @@ def room_on_gpu(device: torch.device, pending: Callable[[], int]) -> Callable[[]
     """Bytes that are free for a row, now.
 
     Args:
-        pending: bytes of gradients and optimizer states that are not there yet and will be.
+        pending: bytes that will be taken whatever a row keeps.
     """
     free, total = torch.cuda.mem_get_info(device)
     ours = free + torch.cuda.memory_reserved(device) - MARGIN * total
@@ -149,11 +221,13 @@ def memory_for(
     vocabulary: int,
     plan: str | Mapping[Any, Mapping[Any, int]],
     room: Callable[[], float] | None,
+    *,
+    gradients_stay: bool = True,
 ) -> Memory:
     """By `plan`: "all", "low" (inputs alone), "auto" (by `room`), or how many layers of a tower keep which."""
     towers = installed.learning()
     if plan == "auto":
-        return Memory(towers, vocabulary, room=room)
+        return Memory(towers, vocabulary, room=room, gradients_stay=gradients_stay)
     fixed: list[list[Keep]] = []
     for name, layers in zip(("vision", "language"), towers, strict=True):
         if isinstance(plan, str):
@@ -164,3 +238,7 @@ def memory_for(
             keeps += ["attention"] * numbers.get("attention", 0)
             fixed.append((keeps + ["all"] * len(layers))[: len(layers)])
     return Memory(towers, vocabulary, fixed=fixed)
+
+
+def _missing_gradients(layer: nn.Module) -> int:
+    return sum(p.numel() * p.element_size() for p in layer.parameters() if p.requires_grad and p.grad is None)

@@ -1,0 +1,285 @@
+"""`vlft plan`: what it counts against what is, and its advice."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from runs import write_data
+
+from vlft.commands import COMMANDS, parse_command, read_plan
+from vlft.errors import ConfigError
+from vlft.models.flops import Shape
+from vlft.models.forward import PackedVLM
+from vlft.models.kernels.memory import Cost, Sizes
+from vlft.models.load import open_checkpoint, source_of
+from vlft.planning import advice, gpus
+from vlft.planning.estimate import Estimate, estimate
+from vlft.planning.gpus import GIB
+from vlft.planning.load import histogram
+from vlft.planning.memory import NF4, static_of, towers_of
+from vlft.planning.skeleton import SkeletonSource, prepared
+
+STRATEGIES = ("full", "partial_llm_full_vit", "vit_only", "lora", "lora_llm_full_vit", "qlora")
+BIG = {
+    "text_config": {
+        "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28,
+        "num_key_value_heads": 4, "vocab_size": 152064, "layer_types": ["full_attention"] * 28,
+    },
+    "vision_config": {
+        "hidden_size": 1280, "intermediate_size": 3420, "depth": 32, "num_heads": 16, "out_hidden_size": 3584,
+        "window_size": 112, "fullatt_block_indexes": [7, 15, 23, 31],
+    },
+}  # fmt: skip
+"""Qwen2.5-VL-7B."""
+
+
+@pytest.fixture(scope="module")
+def seven(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of the size of 7B without weights, and a registry beside it."""
+    from vlft.testing import make_checkpoint
+
+    root = tmp_path_factory.mktemp("seven")
+    folder = make_checkpoint("qwen2_5_vl", root / "model")
+    config = json.loads((folder / "config.json").read_text())
+    for part, sizes in BIG.items():
+        config[part] |= sizes
+    config["text_config"]["rope_parameters"]["mrope_section"] = [16, 24, 24]
+    config["tie_word_embeddings"] = config["text_config"]["tie_word_embeddings"] = False
+    (folder / "config.json").write_text(json.dumps(config))
+    for weights in folder.glob("*.safetensors"):
+        weights.unlink()
+    write_data(root, 24)
+    return root
+
+
+def words(root: Path, strategy: str, *more: str) -> list[str]:
+    return [
+        "--model_name_or_path", str(root / "model"), "--tuning_strategy", strategy, "--dataset_config_path",
+        str(root / "registry.json"), "--cache_dir", str(root / "cache"), *more,
+    ]  # fmt: skip
+
+
+def plan(root: Path, strategy: str, *more: str, gpu: str = "H100") -> Estimate:
+    return estimate(read_plan(words(root, strategy, *more)).run, gpus.by_name(gpu))
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_model_without_weights_has_the_parameters_of_a_real_one(
+    tiny: Callable[..., Path], tmp_path: Path, strategy: str
+) -> None:
+    registry = write_data(tmp_path, 8)
+    line = ["--model_name_or_path", str(tiny()), "--tuning_strategy", strategy, "--dataset_config_path", str(registry)]
+    run = read_plan(line).run
+    source = source_of(open_checkpoint(str(tiny())), "bf16", torch.device("cpu"))
+    real = run.strategy(run.options).prepare_model(source)  # type: ignore[call-arg]
+    bare, _ = prepared(
+        run.strategy(run.options),  # type: ignore[call-arg]
+        SkeletonSource(source.checkpoint, source.config, source.compute_dtype, torch.device("meta")),
+    )
+    assert all(p.is_meta for p in bare.parameters())
+    trains = {n: (tuple(p.shape), p.requires_grad) for n, p in real.named_parameters() if p.requires_grad}
+    assert {n: (tuple(p.shape), p.requires_grad) for n, p in bare.named_parameters() if p.requires_grad} == trains
+    shape = Shape.of(source.config)
+    found = static_of(bare, source.parts, source.tied_head, "adamw", 2, shape)
+    trained = sum(p.numel() for p in real.parameters() if p.requires_grad)
+    assert sum(part.trainable for part in found.parts) == trained
+    assert found.gradients == 4 * trained
+    assert found.states == 8 * trained
+
+
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
+def test_layers_are_those_that_run(tiny: Callable[..., Path], family: str) -> None:
+    """The sizes that the plan reads from a config, against the layers of the model."""
+    source = source_of(open_checkpoint(str(tiny(family))), "no", torch.device("cpu"))
+    packed = PackedVLM(source.load(), source.parts, source.config.image_token_id)
+    shape = Shape.of(source.config)
+    static = static_of(packed.model, source.parts, source.tied_head, "adamw", 4, shape)
+    from vlft.models.flops import Work
+    from vlft.planning.load import Row
+
+    row = Row(tokens=100, patches=64, sample=50, picture=64, supervised=10, work=Work(merged=16))
+    towers = towers_of(static, shape, row, 4, gradients=True)
+    for tower, layers, n, longest in zip(towers, packed.installed.learning(), (64, 100), (64, 50), strict=True):
+        layer: Any = layers[0]
+        expected = Cost.of(Sizes.of(layer.vlft_block), n, longest, 4)
+        assert (tower.layers, tower.cost.inner, tower.cost.again_inner) == (
+            len(layers), expected.inner, expected.again_inner,
+        )  # fmt: skip
+        assert tower.cost.attention == pytest.approx(expected.attention, rel=0.1)  # heads of the ViT: log-sum-exp
+        assert tower.gradients == 4 * max(sum(p.numel() for p in one.parameters()) for one in layers)
+
+
+def test_sums_of_a_seven_billion(seven: Path) -> None:
+    """Against the published count: 8.29 billion parameters."""
+    found = plan(seven, "full")
+    numbers = sum(part.parameters for part in found.static.parts)
+    assert numbers == 8_292_166_656
+    assert found.memory.weights == found.memory.gradients == 4 * numbers
+    assert found.memory.states == 8 * numbers
+    assert not found.fits
+    eight = plan(seven, "full", "--optim", "adamw_8bit")
+    assert eight.fits
+    assert eight.memory.peak < 60 * GIB
+
+
+def test_four_bits(seven: Path) -> None:
+    found = plan(seven, "qlora", gpu="RTX 4090")
+    llm = next(part for part in found.static.parts if part.part == "llm")
+    layers = 28 * (3584 * (3584 * 2 + 512 * 2) + 3 * 3584 * 18944)
+    assert llm.bytes == pytest.approx(
+        layers * NF4 + 2 * (llm.parameters - llm.trainable - layers) + 4 * llm.trainable, rel=1e-3
+    )
+    assert found.fits
+    assert found.memory.peak < 11 * GIB
+
+
+def test_a_longer_row_takes_more_and_what_is_computed_again_takes_less(seven: Path) -> None:
+    one = plan(seven, "lora_llm_full_vit", "--per_device_train_batch_size", "1")
+    eight = plan(seven, "lora_llm_full_vit", "--per_device_train_batch_size", "8")
+    low = plan(seven, "lora_llm_full_vit", "--per_device_train_batch_size", "8", "--memory", "low")
+    assert one.memory.peak < eight.memory.peak
+    assert low.memory.peak <= eight.memory.peak  # the step itself may be the worst moment
+    assert low.memory.kept < eight.memory.kept / 4
+    assert low.time.again > eight.time.again == 0
+    assert low.time.step > eight.time.step
+    assert eight.time.step < 8 * one.time.step
+
+
+def test_several_gpus_share_what_zero_cuts_up(seven: Path) -> None:
+    run = read_plan(words(seven, "full", "--deepspeed", "zero3")).run
+    one, four = (estimate(run, gpus.by_name("H100"), world_size=n) for n in (1, 4))
+    assert four.memory.states == one.memory.states / 4
+    assert four.memory.weights == pytest.approx(one.memory.weights / 4)
+
+
+@pytest.mark.parametrize(
+    ("text", "memory"), [("RTX 4090 24GB", 24), ("A100 40GB", 40), ("h100", 80), ("NVIDIA H100 80GB HBM3", 80)]
+)
+def test_a_gpu_by_name(text: str, memory: float) -> None:
+    found = gpus.by_name(text)
+    assert found.memory == pytest.approx(memory * GIB, rel=0.03)
+    assert found.bandwidth > 5e11
+    assert found.peak > 1e14
+
+
+def test_an_unknown_gpu_is_named_with_those_that_are_known() -> None:
+    with pytest.raises(ConfigError, match=r"--gpu RTX 4091: .*the nearest is .rtx 4090."):
+        gpus.by_name("RTX 4091")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Advice
+
+
+def flags_of(root: Path, strategy: str, *more: str) -> list[set[str]]:
+    run = read_plan(words(root, strategy, *more)).run
+    return [set(change.flags) for change in advice.changes(run)]
+
+
+def test_each_rule_of_advice(seven: Path) -> None:
+    assert {"memory"} in flags_of(seven, "full")
+    assert {"memory"} not in flags_of(seven, "full", "--memory", "low")
+    assert {"memory"} not in flags_of(seven, "full", "--gradient_checkpointing")
+    cut = {"per_device_train_batch_size", "gradient_accumulation_steps"}
+    assert cut not in flags_of(seven, "full")
+    assert cut in flags_of(seven, "full", "--per_device_train_batch_size", "4")
+    assert {"optim"} in flags_of(seven, "full")
+    assert {"optim"} not in flags_of(seven, "full", "--deepspeed", "zero3")
+    assert {"lora_rank"} in flags_of(seven, "lora")
+    assert {"lora_rank"} not in flags_of(seven, "lora", "--lora_rank", "8")
+    assert {"lora_rank"} not in flags_of(seven, "full")
+    assert {"max_pixels"} in flags_of(seven, "full")
+    assert {"max_seq_length"} in flags_of(seven, "full")
+    assert {"max_seq_length"} not in flags_of(seven, "full", "--max_seq_length", "1024")
+    lighter = {
+        strategy: next(
+            (c.flags["tuning_strategy"] for c in advice.changes(read_plan(words(seven, strategy)).run)
+             if "tuning_strategy" in c.flags), None,
+        )
+        for strategy in STRATEGIES
+    }  # fmt: skip
+    assert lighter == {
+        "full": "lora_llm_full_vit", "partial_llm_full_vit": "lora_llm_full_vit", "vit_only": None, "lora": "qlora",
+        "lora_llm_full_vit": "qlora", "qlora": None,
+    }  # fmt: skip
+
+
+def test_a_cut_keeps_the_samples_of_a_step(seven: Path) -> None:
+    line = words(seven, "full", "--per_device_train_batch_size", "4", "--gradient_accumulation_steps", "2")
+    (change,) = [c for c in advice.changes(read_plan(line).run) if "gradient_accumulation_steps" in c.flags]
+    config = read_plan(advice.with_flags(line, change.flags)).run.config
+    assert (config.per_device_train_batch_size, config.gradient_accumulation_steps) == (1, 8)
+
+
+def test_flags_take_the_place_of_those_of_their_name() -> None:
+    line = ["--a", "1", "--b=2", "--no-c", "--d", "x", "y"]
+    assert advice.with_flags(line, {"a": "3", "b": "4"}) == ["--no-c", "--d", "x", "y", "--a", "3", "--b", "4"]
+    assert advice.with_flags(line, {"c": None, "d": None}) == ["--a", "1", "--b=2"]
+
+
+def run_plan(root: Path, strategy: str, *more: str) -> None:
+    command = COMMANDS["plan"]
+    command.run(parse_command(command, words(root, strategy, *more)))
+
+
+def test_the_ladder_is_commands_to_paste(seven: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run_plan(seven, "full", "--gpu", "H100", "--per_device_train_batch_size", "2")
+    said = capsys.readouterr().out
+    assert "It does not fit into H100." in said
+    commands = [line.strip() for line in said.splitlines() if line.startswith("  accelerate launch")]
+    assert len(commands) >= 2
+    for one in commands:
+        head, rest = shlex.split(one)[:4], shlex.split(one)[4:]
+        assert head == ["accelerate", "launch", "-m", "vlft"]
+        assert read_plan(rest).run.config.model_name_or_path == str(seven / "model")
+    assert any("--optim adamw_8bit" in one for one in commands)
+    assert any("--tuning_strategy lora_llm_full_vit" in one for one in commands)
+
+
+def test_a_goal_is_reached_with_few_changes(seven: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run_plan(seven, "lora_llm_full_vit", "--goal", "fit 24GB")
+    said = capsys.readouterr().out
+    assert "It fits" in said or "This does" in said
+    run_plan(seven, "full", "--goal", "fit 24GB")
+    said = capsys.readouterr().out
+    assert "This does" in said
+    (command,) = [line.strip() for line in said.splitlines() if line.startswith("  accelerate launch")]
+    assert estimate(read_plan(shlex.split(command)[4:]).run, gpus.by_name("RTX 4090")).fits
+    run_plan(seven, "full", "--goal", "fit 2GB")
+    assert "Nothing that vlft can change makes it fit 2GB" in capsys.readouterr().out
+
+
+def test_a_goal_that_is_no_goal(seven: Path) -> None:
+    with pytest.raises(ConfigError, match="--goal 'fit 24GB'"):
+        run_plan(seven, "full", "--goal", "be fast")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is one")
+def test_without_a_gpu_one_must_be_named(seven: Path) -> None:
+    with pytest.raises(ConfigError, match=r"name one, e\.g\. --gpu 'RTX 4090 24GB'"):
+        run_plan(seven, "full")
+
+
+def test_histograms_count_everything_in_round_bars() -> None:
+    bars = histogram([0, 5, 17, 1000, 999, 250])
+    assert sum(n for _, _, n in bars) == 6
+    assert bars[0][0] == 0
+    assert bars[-1][1] > 1000
+    assert all(a % 10 == 0 for a, _, _ in bars)
+    assert histogram([]) == []
+
+
+def test_it_needs_no_weights_and_says_what_a_run_would_hold(seven: Path) -> None:
+    line = [sys.executable, "-m", "vlft", "plan", *words(seven, "qlora", "--gpu", "RTX 4090 24GB")]
+    done = subprocess.run(line, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "It fits into RTX 4090 24GB." in done.stdout
+    assert "161,480,704" in done.stdout  # published: rank 64 on all seven products of 28 layers

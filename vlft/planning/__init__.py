@@ -1,0 +1,8 @@
+"""`vlft plan`: memory and time of a training before it runs, from the options, the config and the data alone.
+
+* `skeleton.py`: the model that a strategy would train, without its weights.
+* `load.py`: what steps and rows of this data hold.
+* `memory.py`, `time.py`: the two estimates; `gpus.py`: what a GPU has.
+* `advice.py`: what to change when it does not fit, and the search for a goal.
+* `show.py`: the table; `command.py`: all of it in order.
+"""

@@ -1,0 +1,103 @@
+"""What the steps of this data hold, as training would cut them: looked at, not decoded."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from vlft.data.plan import place
+from vlft.data.prepare import Data
+from vlft.models.flops import Shape, Work
+
+STEPS = 200
+"""Steps of the first epoch that are looked at."""
+_LEARNT = 500
+"""Samples whose learnt tokens are counted; the others have the same share."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One forward."""
+
+    tokens: int
+    patches: int
+    sample: int
+    """tokens of the longest"""
+    picture: int
+    """patches of the largest"""
+    supervised: int
+    work: Work
+
+
+@dataclass(frozen=True)
+class Steps:
+    """Rows of one rank, step by step."""
+
+    rows: list[list[Row]]
+    steps_per_epoch: int
+    samples_per_epoch: int
+
+    @property
+    def largest(self) -> Row:
+        """The row that takes the most memory, near enough."""
+        return max((row for rows in self.rows for row in rows), key=lambda row: 2 * row.tokens + row.patches)
+
+    def work(self) -> Work:
+        """Of a mean step, in sums over rows."""
+        total = sum((row.work for rows in self.rows for row in rows), Work())
+        return Work(*(round(value / len(self.rows)) for value in vars(total).values()))
+
+
+def look(
+    data: Data, shape: Shape, *, ranks: int, rows_per_rank: int, costs: tuple[float, float], steps: int = STEPS
+) -> Steps:
+    """The first steps of the first epoch; rank 0's rows."""
+    fitted, plan = data.fitted, data.plan
+    learnt = _learnt_share(data)
+    found = []
+    for k in range(min(steps, plan.steps_per_epoch)):
+        ids = plan.members(0, k)
+        rows = place(
+            fitted.length[ids], fitted.patches[ids], ranks=ranks, rows_per_rank=rows_per_rank, token_cost=costs[0],
+            patch_cost=costs[1],
+        )[0]  # fmt: skip
+        found.append([_row(data, shape, ids[members], learnt) for members in rows if members])
+    return Steps(found, plan.steps_per_epoch, plan.samples_per_epoch)
+
+
+def _learnt_share(data: Data) -> float:
+    ids = data.plan.ids[:: max(1, len(data.plan.ids) // _LEARNT)]
+    counts = [data.index.tokens(int(i)) for i in ids]
+    text = sum(len(tokens) for tokens, _ in counts)
+    return sum(int(learnt.sum()) for _, learnt in counts) / max(text, 1)
+
+
+def _row(data: Data, shape: Shape, ids: npt.NDArray[np.int64], learnt: float) -> Row:
+    fitted, index = data.fitted, data.index
+    lengths = fitted.length[ids]
+    unit = data.options.patch_size
+    grids = [(1, h // unit, w // unit) for i in ids.tolist() for w, h in fitted.sizes(index, i)]
+    text = int(index.n_tokens[ids].sum())
+    supervised = max(1, round(learnt * text))
+    work = Work.of(shape, lengths, np.array(grids, np.int64).reshape(-1, 3), supervised)
+    return Row(
+        tokens=int(lengths.sum()), patches=work.patches, sample=int(lengths.max()),
+        picture=max((h * w for _, h, w in grids), default=4), supervised=supervised, work=work,
+    )  # fmt: skip
+
+
+def histogram(values: npt.ArrayLike, bars: int = 8) -> Sequence[tuple[int, int, int]]:
+    """(from, to, how many) of each bar, in round numbers."""
+    found = np.asarray(values)
+    if not len(found):
+        return []
+    top = int(found.max()) + 1
+    width = max(1, -(-top // bars))
+    size = 10 ** max(0, len(str(width)) - 2)
+    width = -(-width // size) * size
+    edges = np.arange(0, top + width, width)
+    counts, _ = np.histogram(found, edges)
+    return [(int(a), int(b), int(n)) for a, b, n in zip(edges[:-1], edges[1:], counts, strict=True)]

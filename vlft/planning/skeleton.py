@@ -1,0 +1,40 @@
+"""The model that a strategy would train, on PyTorch's meta device: shapes, dtypes and what trains, but no numbers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from vlft.models.load import Source, quieten
+from vlft.strategy import ParamGroup, Strategy
+
+
+@dataclass(frozen=True)
+class SkeletonSource(Source):
+    """The `ModelSource` that gives a model without weights, from the config alone."""
+
+    def load(self, **overrides: Any) -> nn.Module:
+        quieten()
+        from transformers import AutoModelForImageTextToText
+
+        with torch.device("meta"):
+            model: Any = AutoModelForImageTextToText.from_config(self.config, dtype=self.compute_dtype)
+        quantisation = overrides.get("quantization_config")
+        if quantisation is not None:
+            from transformers.integrations import replace_with_bnb_linear
+
+            kept = quantisation.llm_int8_skip_modules or []
+            with torch.device("meta"):
+                model = replace_with_bnb_linear(model, modules_to_not_convert=kept, quantization_config=quantisation)
+        assert isinstance(model, nn.Module)
+        return model
+
+
+def prepared(strategy: Strategy, source: SkeletonSource) -> tuple[nn.Module, list[ParamGroup]]:
+    """What the strategy makes of it. Adapters that it adds have no numbers either."""
+    with torch.device("meta"):
+        model = strategy.prepare_model(source)
+    return model, list(strategy.param_groups(model))

@@ -1,0 +1,85 @@
+"""Seconds of a step on one GPU: products, attention, what only moves memory, the optimizer, and the host's launches."""
+
+from __future__ import annotations
+
+from dataclasses import astuple, dataclass, fields
+
+from vlft.models.flops import Shape, Training, Work, unit_flops
+from vlft.planning.gpus import Gpu
+from vlft.planning.memory import NF4, Memory, Static
+
+PRODUCTS, ATTENTION, BANDWIDTH = 0.72, 0.35, 0.8
+"""Shares of the peaks that are reached. Assumed from vlft/models/peaks.py's H100; measured ones: docs/planning.md."""
+LAUNCH = 8e-6
+"""Seconds of the host for one kernel."""
+KERNELS = 45
+"""Of one layer, forward and backward."""
+
+
+@dataclass(frozen=True)
+class Time:
+    """Seconds of a mean step of one rank."""
+
+    products: float
+    attention: float
+    again: float
+    moving: float
+    optimizer: float
+    launches: float
+    """of the host, beside all the others"""
+
+    @property
+    def step(self) -> float:
+        device = self.products + self.attention + self.again + self.moving + self.optimizer
+        return max(device, self.launches)
+
+
+_PAIRS = ("causal_pairs", "frame_pairs", "window_pairs")
+
+
+def time_of(
+    shape: Shape,
+    training: Training,
+    work: Work,
+    static: Static,
+    memory: Memory,
+    gpu: Gpu,
+    *,
+    rows: float,
+    row_share: float,
+) -> Time:
+    """
+    Args:
+        work: of a mean step.
+        rows: of a mean step.
+        row_share: the mean row's tokens over the largest row's, for which `memory` was worked out.
+    """
+    costs = dict(zip((f.name for f in fields(Work)), unit_flops(shape, training), strict=True))
+    amounts = dict(zip((f.name for f in fields(Work)), astuple(work), strict=True))
+    flops = {name: costs[name] * amounts[name] for name in costs}
+    attention = sum(flops[name] for name in _PAIRS)
+    products = sum(flops.values()) - attention
+    heads = (shape.heads + 2 * shape.kv_heads) * shape.head_dim
+    # Numbers read and written by the kernels between the products, forward and backward, of one layer and token.
+    llm = 24 * shape.width + 4 * heads + 11 * shape.inner
+    gated = len(shape.names.up)
+    vit = 24 * shape.vit_width + 12 * shape.vit_width + (11 if gated == 2 else 6) * shape.vit_inner
+    learns = static.learning[0] / max(shape.vit_depth, 1)
+    moved = 2.0 * (
+        amounts["tokens"] * shape.layers * llm + amounts["patches"] * shape.vit_depth * vit * (0.4 + 0.6 * learns)
+    )
+    moved += 20.0 * amounts["supervised"] * shape.vocabulary
+    trained = sum(part.trainable for part in static.parts)
+    if static.gradients == 4.0 * trained:
+        moved += rows * 2 * 6.0 * trained  # fp32 weights are cast for the forward and for the backward
+    packed = sum(part.bytes / NF4 for part in static.parts if part.bytes < 0.6 * part.parameters)
+    moved += rows * 2 * packed * (NF4 + 2)
+    states = 2 * static.states + 2 * static.weights * (trained / max(sum(p.parameters for p in static.parts), 1))
+    return Time(
+        products=products / (PRODUCTS * gpu.peak),
+        attention=attention / (ATTENTION * gpu.peak),
+        again=memory.again * row_share * rows / (PRODUCTS * gpu.peak),
+        moving=moved / (BANDWIDTH * gpu.bandwidth),
+        optimizer=(states + 2 * static.gradients) / (BANDWIDTH * gpu.bandwidth),
+        launches=LAUNCH * KERNELS * (shape.layers + shape.vit_depth) * rows,
+    )
