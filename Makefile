@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 STAMP = $(VENV)/.installed
 
-.PHONY: install demo test slow lint types check matrix bench soak fuzz browser base clean
+.PHONY: install demo test slow lint types check matrix bench soak fuzz browser site base clean
 
 install: $(STAMP)  ## the project and all that tests need, into .venv
 
@@ -59,6 +59,10 @@ browser: $(STAMP) build/axe/package/axe.min.js  ## the report in Chromium, with 
 build/axe/package/axe.min.js:
 	mkdir -p build/axe
 	cd build/axe && tar xzf "$$(npm pack --silent axe-core@4.14.1)"
+
+site: $(STAMP)  ## docs/ as a site, into build/site; a broken link fails
+	$(BIN)/pip install -q -c constraints.txt -e '.[docs]'
+	$(BIN)/mkdocs build
 
 clean:
 	rm -rf $(VENV) runs build dist

@@ -321,6 +321,22 @@ def test_a_plugin_that_cannot_say_its_rates(work: Path, monkeypatch: pytest.Monk
         parse(words("--must 1", "mine"))
 
 
+@pytest.mark.parametrize("ranges", ["1/0", "{'nose': (1e-5, 1e-4)}", "{'llm': (1e-4, 1e-5)}", "{'llm': 1e-4}", "7"])
+def test_a_plugin_whose_ranges_are_none(work: Path, monkeypatch: pytest.MonkeyPatch, ranges: str) -> None:
+    more = f"        return {{'llm': 1e-5}}\n    def recommended(self):\n        return {ranges}"
+    plug(work, monkeypatch, PLUGIN.replace("        return {RATES}", more))
+    with pytest.raises(StrategyError, match=r"'mine' of dist-x 3\.1"):
+        parse(words("--must 1", "mine"))
+
+
+def test_a_plugin_s_ranges(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    more = "        return {'llm': 1e-5}\n    def recommended(self):\n        return {'llm': (1e-6, 2e-5)}"
+    plug(work, monkeypatch, PLUGIN.replace("        return {RATES}", more))
+    assert parse(words("--must 1 --learning_rate_llm 2e-5", "mine")).notes == ()
+    (note,) = parse(words("--must 1 --learning_rate_llm 3e-5", "mine")).notes
+    assert note.startswith("--learning_rate_llm is 3e-5, above the 1e-6 to 2e-5 that mine recommends")
+
+
 def test_a_broken_plugin(work: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     plug(work, monkeypatch, "import no_such_library_x")
     assert main(words("--epocs 1", "full")) == 2

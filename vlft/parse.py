@@ -210,19 +210,54 @@ def _unknown(given: Mapping[str, Given], known: Mapping[str, Option], strategy: 
     return problems
 
 
-def _default_rates(options: StrategyConfig, found: discovery.Found) -> dict[Part, float]:
+Ranges = Mapping[Part, tuple[float, float]]
+
+
+def _rates_of(options: StrategyConfig, found: discovery.Found) -> tuple[dict[Part, float], Ranges]:
     """What the plugin answers, checked: a wrong rate would surface hours later, as a loss that does not fall."""
     try:
-        rates = options.rates()
+        rates, recommended = options.rates(), options.recommended()
         for part, rate in rates.items():
             if part not in PARTS or not 0 < rate < math.inf:
                 raise ValueError(f"{part!r}: {rate!r} is no part with a rate above 0")
+        for part, (low, high) in recommended.items():
+            if part not in PARTS or not 0 < low <= high:
+                raise ValueError(f"{part!r}: {(low, high)!r} is no part with a range of rates")
     except Exception as error:
         raise StrategyError(
             f"Strategy '{found.name}' of {found.source} cannot say its rates: {type(error).__name__}: {error}; "
             "ask its author for a fix."
         ) from error
-    return rates
+    return rates, recommended
+
+
+def short_rate(rate: float) -> str:
+    """0.00015 -> 1.5e-4, as rates are written."""
+    digits, _, power = f"{rate:e}".partition("e")
+    return f"{float(digits):g}e{int(power)}"
+
+
+LOWEST_RATE = 1e-7
+"""Below it a training changes nothing that anyone would see: a slip of the exponent."""
+
+
+def rate_notes(rates: Mapping[Part, float], recommended: Ranges, strategy: str) -> list[str]:
+    """Remarks on rates that are above what the strategy recommends, or far below any use; one sentence each."""
+    notes = []
+    for part, rate in rates.items():
+        low, high = recommended.get(part, (LOWEST_RATE, math.inf))
+        if rate > high:
+            notes.append(
+                f"--learning_rate_{part} is {short_rate(rate)}, above the {short_rate(low)} to {short_rate(high)} that "
+                f"{strategy} recommends: the model may forget what it could, or the loss may jump; watch the held-out "
+                "loss, or give less."
+            )
+        elif rate < LOWEST_RATE:
+            notes.append(
+                f"--learning_rate_{part} is {short_rate(rate)}, below {short_rate(LOWEST_RATE)}: the {part} will "
+                "hardly change; look at the exponent."
+            )
+    return notes
 
 
 def _check_rates(
@@ -234,7 +269,7 @@ def _check_rates(
     notes: list[str],
 ) -> ConfigT:
     """A rate for a part that stays frozen is refused; one that a run.yaml holds gives way to flags that freeze it."""
-    rates = _default_rates(options, found)
+    rates, recommended = _rates_of(options, found)
     if not rates:
         problems.append(f"--tuning_strategy {found.name} with these options trains no part; switch one on.")
     own = type(options).model_fields
@@ -252,6 +287,8 @@ def _check_rates(
             f"{given[name].place} is given, but {found.name} with these options keeps the {part} frozen; "
             f"leave it out{switch}."
         )
+    used = {part: getattr(config, f"learning_rate_{part}") or rates[part] for part in RATE_PARTS if part in rates}
+    notes += rate_notes(used, recommended, found.name)
     return config
 
 

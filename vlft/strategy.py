@@ -5,6 +5,7 @@ docs/strategy-contract.md says the same in words; a test compares the two.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
@@ -33,6 +34,13 @@ class StrategyConfig(BaseModel):
         that is absent here, before any model is loaded.
         """
         raise NotImplementedError(f"{type(self).__name__} must say which parts it trains: override rates().")
+
+    def recommended(self) -> Mapping[Part, tuple[float, float]]:
+        """Lowest and highest rate that the strategy's author recommends, for parts of which there is something to say.
+
+        A rate above the highest one is remarked on when a run starts. The default rate need not lie inside.
+        """
+        return {}
 
 
 @dataclass(frozen=True)

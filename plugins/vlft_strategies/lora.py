@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from pydantic import Field, model_validator
 
 from vlft import ModelSource, ParamGroup, VlftError
-from vlft_strategies.parts import ADAPTER_RATE, PartsConfig, groups, unfreeze
+from vlft_strategies.parts import ADAPTER_RANGE, ADAPTER_RATE, PartsConfig, Range, groups, unfreeze
 
 if TYPE_CHECKING:
     from torch import nn
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 class LoraConfig(PartsConfig):
     lighter: ClassVar[str | None] = "qlora"
     llm_rate: ClassVar[float] = ADAPTER_RATE
+    llm_range: ClassVar[Range] = ADAPTER_RANGE
 
     lora_rank: int = Field(64, ge=1, description="Rank of the adapters; usual: 32, 64, 128.")
     lora_alpha: float = Field(16, gt=0, description="Scaling of the adapters; the tuning guide: rank/4 to rank/2.")

@@ -5,7 +5,7 @@ No torch at import time: `vlft --help` reads the options.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field, model_validator
@@ -21,12 +21,18 @@ WEIGHTS_RATE = 2e-5
 """Default rate of the LLM's own weights."""
 ADAPTER_RATE = 1e-4
 """Default rate of adapters in the LLM."""
+Range = tuple[float, float]
+VISION_RANGE: Range = (1e-4, 2e-4)
+"""What the tuning guide recommends for the weights of ViT and projector; docs/tuning-guide.md has others' beside it."""
+WEIGHTS_RANGE: Range = (1e-5, 5e-5)
+ADAPTER_RANGE: Range = (1e-4, 2e-4)
 
 
 class PartsConfig(StrategyConfig):
-    """Which parts train. Subclasses set the defaults of `train_*` and the LLM's rate."""
+    """Which parts train. Subclasses set the defaults of `train_*` and the LLM's rates."""
 
     llm_rate: ClassVar[float] = WEIGHTS_RATE
+    llm_range: ClassVar[Range] = WEIGHTS_RANGE
 
     train_vit: bool = Field(True, description="Train the vision tower's weights.")
     # Not "as train_vit" here: the recipe of the Qwen authors freezes the vision tower and trains the projector.
@@ -52,6 +58,10 @@ class PartsConfig(StrategyConfig):
         if self.trains_projector:
             chosen["projector"] = PROJECTOR_RATE
         return chosen
+
+    def recommended(self) -> Mapping[Part, Range]:
+        ranges: dict[Part, Range] = {"llm": self.llm_range, "vit": VISION_RANGE, "projector": VISION_RANGE}
+        return {part: ranges[part] for part in self.rates()}
 
 
 def unfreeze(model: nn.Module, parts: Parts, config: PartsConfig, llm: Callable[[str], bool], tied_head: bool) -> None:
