@@ -111,6 +111,15 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+def load_yaml(path: Path) -> Any:
+    """What a YAML file of somebody's holds, plain values only.
+
+    Raises:
+        OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError: it cannot be read, is none, or is too deep.
+    """
+    return yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
     """The options of a configuration file.
 
@@ -118,7 +127,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         ConfigError: missing (with the nearest name), unreadable, not a flat mapping, or of another schema.
     """
     try:
-        data = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+        data = load_yaml(path)
     except FileNotFoundError:
         raise ConfigError(f"--config {path}: there is no such file{sibling(path)}; check the path.") from None
     except (OSError, UnicodeDecodeError) as error:

@@ -22,6 +22,7 @@ import yaml
 from vlft.augmentation.rules import Rule, default_rules, read_rules
 from vlft.errors import ConfigError
 from vlft.rivals import nearest
+from vlft.words import load_yaml
 
 if TYPE_CHECKING:
     from vlft.augmentation.ops import Op
@@ -101,19 +102,9 @@ def read_policy(value: str) -> Policy:
     return Policy(path.stem, tuple(found["geometric"]), tuple(found["photometric"]), tuple(rules.values()), fit)
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML that refuses a key written twice: the standard one keeps the last in silence."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [key.value for key, _ in node.value]
-        if twice := sorted({str(key) for key in keys if keys.count(key) > 1}):
-            raise yaml.constructor.ConstructorError(None, None, f"{', '.join(twice)} is written twice", node.start_mark)
-        return super().construct_mapping(node, deep)
-
-
 def _load(path: Path) -> dict[Any, Any]:
     try:
-        raw = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+        raw = load_yaml(path)
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"--augmentation {path} cannot be read: {error}; give a YAML file.") from error
     except (yaml.YAMLError, RecursionError) as error:
