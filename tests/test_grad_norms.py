@@ -49,6 +49,8 @@ LAYOUTS: dict[str, dict[str, Any]] = {
             marks=[pytest.mark.slow, pytest.mark.skipif(not COMPILED, reason="DeepSpeed's CPU Adam is not compiled")],
         )
         if layout == "ZeRO-3 offload"
+        else pytest.param(layout, marks=pytest.mark.slow)
+        if layout.startswith("ZeRO-2")
         else layout
         for layout in LAYOUTS
     ],

@@ -71,7 +71,7 @@ def test_a_resume_counts_on(tiny: Callable[..., Path], tmp_path: Path, fault: An
 
 
 @pytest.mark.parametrize("layout", [None, "zero2", "zero3"])
-@pytest.mark.parametrize("precision", ["no", "bf16"])
+@pytest.mark.parametrize("precision", ["no", pytest.param("bf16", marks=pytest.mark.slow)])
 def test_all_ranks_skip_it(tiny: Callable[..., Path], tmp_path: Path, layout: str | None, precision: str) -> None:
     """One rank's loss is infinite; under every engine the step is skipped everywhere and the run goes on."""
     out = tmp_path / "out"
