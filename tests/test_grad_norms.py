@@ -12,6 +12,7 @@ import torch
 from runs import command, metrics, start, train, write_data
 
 from vlft.engine import Engine
+from vlft.engine.base import norms_of
 
 FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 PARTS = {"vit", "projector", "llm", "head"}
@@ -102,3 +103,8 @@ def test_a_part_whose_gradient_is_not_finite_has_none(tiny: Callable[..., Path],
     assert all(n > 0 for n in first["grad_norms"].values())
     assert second["grad_norm"] is None
     assert None in second["grad_norms"].values()
+
+
+def test_norms_of_bf16_gradients_have_fp32s_digits() -> None:
+    gradient = torch.full((1000,), 1.0, dtype=torch.bfloat16)
+    assert float(norms_of([gradient])[0]) == pytest.approx(1000**0.5, rel=1e-6)

@@ -165,7 +165,7 @@ for states in ("bf16", "8bit"):
                 rounded.update(w.data, gradient, state, group, seed=step)
             else:
                 import math
-                facts = {"lr": group["lr"] / (1 - 0.9**step), "decay": 1 - 1e-3, "one": 0.9, "two": 0.999,
+                facts = {"lr": group["lr"] / (1 - 0.9**step), "decay": 1e-3, "one": 0.9, "two": 0.999,
                          "correction": 1 / math.sqrt(1 - 0.999**step), "eps": 1e-8}
                 fast.update(w.data, gradient, state, facts, step)
         if states == "8bit":
@@ -220,3 +220,12 @@ def test_masters_are_kept_where_bf16_is_not_what_runs(tiny: Callable[..., Path],
     registry = write_data(tmp_path, 4)
     with pytest.raises(ConfigError, match="give --mixed_precision bf16, or use adamw"):
         train(command(tiny(), registry, tmp_path / "out", "full", optim="adamw_8bit", mixed_precision="no"))
+
+
+def test_weights_decay_by_less_than_a_digit() -> None:
+    w = nn.Parameter(torch.ones(BLOCK * 40, dtype=torch.bfloat16))
+    optimizer = RoundedAdamW([w], "bf16", lr=2e-5, weight_decay=0.01)
+    for _ in range(200):
+        w.grad = torch.zeros_like(w)
+        optimizer.step()
+    assert float(1 - w.detach().double().mean()) == pytest.approx(200 * 2e-7, rel=0.5)

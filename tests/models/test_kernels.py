@@ -377,7 +377,7 @@ def test_a_row_chooses_by_the_room_there_is(tiny: Callable[..., Path]) -> None:
     packed.memory = Memory(packed.installed.learning(), 512, room=lambda: next(rooms))
     packed(**row)
     assert packed.memory.now == [["all"] * 3, ["all"] * 3]
-    assert str(packed.memory) == "no layer computes anything again in the backward pass"
+    assert str(packed.memory) == "what layers compute again in the backward pass is chosen for each row"
     packed(**row)
     assert packed.memory.now == [["input"] * 3, ["input"] * 3]
     assert "3 of 3 vision layers compute all but their input again" in str(packed.memory)

@@ -347,8 +347,10 @@ def norms_of(gradients: Sequence[Tensor]) -> list[Tensor]:
     for i, gradient in enumerate(gradients):
         kinds.setdefault((gradient.device, gradient.dtype), []).append(i)
     found: dict[int, Tensor] = {}
-    for places in kinds.values():
-        found |= zip(places, torch._foreach_norm([gradients[i] for i in places]), strict=True)
+    for (_, kind), places in kinds.items():
+        # In bf16 a norm would have three digits, and the clipping by it too.
+        wide = torch.promote_types(kind, torch.float32)
+        found |= zip(places, torch._foreach_norm([gradients[i] for i in places], dtype=wide), strict=True)
     return [found[i].to(gradients[0].device) for i in range(len(gradients))]
 
 

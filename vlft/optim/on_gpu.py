@@ -33,7 +33,7 @@ def _code(share, random, largest):
     return tl.minimum(above + tl.where(random > keeps, 1.0, 0.0), largest)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["seed"])
 def _update_kernel(
     p_ptr, g_ptr, m_ptr, v_ptr, m_scale_ptr, v_scale_ptr, size, lr, decay, one, two, correction, eps, seed,
     EIGHT: tl.constexpr, ROUNDS: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
@@ -60,7 +60,7 @@ def _update_kernel(
         v = tl.load(v_ptr + place, mask=inside, other=0.0).to(tl.float32)
     m = one * m + (1.0 - one) * g
     v = two * v + (1.0 - two) * g * g
-    w = w * decay - lr * m / (tl.sqrt(v) * correction + eps)
+    w = w - (lr * m / (tl.sqrt(v) * correction + eps) + decay * w)
     if ROUNDS:
         w = _bits_rounded(w, digits_w)
     tl.store(p_ptr + place, w.to(p_ptr.dtype.element_ty), mask=inside)

@@ -82,7 +82,7 @@ def update(p: Tensor, gradient: Tensor, state: dict[str, Tensor], group: dict[st
     step = float(state["step"])
     one, two = group["betas"]
     facts = {
-        "lr": group["lr"] / (1 - one**step), "decay": 1 - group["lr"] * group["weight_decay"], "one": one, "two": two,
+        "lr": group["lr"] / (1 - one**step), "decay": group["lr"] * group["weight_decay"], "one": one, "two": two,
         "correction": 1 / math.sqrt(1 - two**step), "eps": group["eps"],
     }  # fmt: skip
     if p.is_cuda and (fast := _on_gpu()) is not None:
@@ -100,7 +100,8 @@ def update(p: Tensor, gradient: Tensor, state: dict[str, Tensor], group: dict[st
     v = decode_v(state["exp_avg_sq"], state["exp_avg_sq_scale"]) if eight else state["exp_avg_sq"].float()
     m = one * m + (1 - one) * g
     v = two * v + (1 - two) * g.square()
-    w = w * facts["decay"] - facts["lr"] * m / (v.sqrt() * facts["correction"] + facts["eps"])
+    # One difference: 1 - rate * decay, rounded by itself in fp32, is a tenth off at a rate of 2e-5.
+    w = w - (facts["lr"] * m / (v.sqrt() * facts["correction"] + facts["eps"]) + facts["decay"] * w)
     if eight:
         for moment, encode, new in (("exp_avg", encode_m, m), ("exp_avg_sq", encode_v, v)):
             codes, scale = encode(new, draw(new))

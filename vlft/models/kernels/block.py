@@ -72,6 +72,8 @@ class Call:
     keep: Keep
     seeds: tuple[int, int, int, int] | tuple[None, None, None, None]
     """of the dropout before the adapters of (queries keys values, output, inner, down)"""
+    learns: bool = True
+    """A backward pass may follow; otherwise nothing is kept for one."""
     rows_S: Tensor | None = None
     """int64 places, each once: only these go on after the attention, as behind the last layer nothing else is read"""
 
@@ -231,7 +233,7 @@ class _Layer(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, block: Block, call: Call, x_ND: Tensor, *trained: nn.Parameter) -> Tensor:
         kept = Kept()
-        learns = any(ctx.needs_input_grad)
+        learns = call.learns and any(ctx.needs_input_grad)  # the latter is true of weights under no_grad too
         with no_autocast(x_ND.device):
             out = block.forward(x_ND, call, kept, learns=learns)
         if learns:

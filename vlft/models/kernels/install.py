@@ -156,6 +156,7 @@ def _call(
     return Call(
         cos_Nd=cos, sin_Nd=sin, borders=borders, longest=longest, kind=compute_dtype(x), keep=layer.keep,
         seeds=layer.vlft_block.seeds(training=layer.training), rows_S=rows_S,
+        learns=torch.is_grad_enabled(),
     )  # fmt: skip
 
 

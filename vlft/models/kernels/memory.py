@@ -202,6 +202,8 @@ class Memory:
             for keep, what in again.items():
                 if n := keeps.count(keep):  # type: ignore[arg-type]
                     said.append(f"{n} of {len(keeps)} {name} layers compute {what} again")
+        if not said and self.room is not None:
+            return "what layers compute again in the backward pass is chosen for each row"
         return "; ".join(said) or "no layer computes anything again in the backward pass"
 
 
