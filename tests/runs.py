@@ -15,6 +15,9 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+CPU_ADAM = bool(list(Path("~/.cache/torch_extensions").expanduser().glob("*/cpu_adam/cpu_adam.so")))
+"""DeepSpeed compiles its CPU Adam at first use, for minutes: offload is tested where it did."""
+
 COLOURS = {"red": (220, 40, 40), "green": (40, 200, 60), "blue": (50, 70, 220), "grey": (128, 128, 128)}
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import matrix
 import pytest
 from matrix import Case
-from runs import distance, final_weights, metrics, start, train, write_data
+from runs import CPU_ADAM, distance, final_weights, metrics, start, train, write_data
 
 
 def words(model: Path, registry: Path, out: Path, strategy: str, **more: Any) -> list[str]:
@@ -71,7 +71,7 @@ def test_a_run_goes_on_under_another_layout(tiny: Callable[..., Path], tmp_path:
 
 @pytest.mark.slow
 @pytest.mark.skipif(
-    not list(Path("~/.cache/torch_extensions").expanduser().glob("*/cpu_adam/cpu_adam.so")),
+    not CPU_ADAM,
     reason="DeepSpeed compiles its CPU Adam at first use, for minutes",
 )
 def test_a_resume_with_offload_has_adams_states(tiny: Callable[..., Path], tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from runs import command, metrics, start, train, write_data
+from runs import CPU_ADAM, command, metrics, start, train, write_data
 
 from vlft.engine import Engine
 from vlft.engine.base import norms_of
@@ -30,8 +30,6 @@ def squares_sum_up(lines: list[dict[str, Any]]) -> bool:
     )
 
 
-COMPILED = list(Path("~/.cache/torch_extensions").expanduser().glob("*/cpu_adam/cpu_adam.so"))
-"""DeepSpeed compiles its CPU Adam at first use, for minutes: offload is tested where it did."""
 LAYOUTS: dict[str, dict[str, Any]] = {
     "copies": {"processes": 2},
     "ZeRO-2": {"processes": 2, "deepspeed": "zero2"},
@@ -47,7 +45,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     [
         pytest.param(
             layout,
-            marks=[pytest.mark.slow, pytest.mark.skipif(not COMPILED, reason="DeepSpeed's CPU Adam is not compiled")],
+            marks=[pytest.mark.slow, pytest.mark.skipif(not CPU_ADAM, reason="DeepSpeed's CPU Adam is not compiled")],
         )
         if layout == "ZeRO-3 offload"
         else pytest.param(layout, marks=pytest.mark.slow)

@@ -48,6 +48,11 @@ def places(text: str) -> list[tuple[float, ...]]:
     return [numbers for _, numbers in sorted(found)]
 
 
+def ends(convention: str, size: tuple[int, int]) -> tuple[int, int]:
+    """The largest x and y on a picture of this (width, height), by `Family.box_convention`."""
+    return (1000, 1000) if convention == "relative1000" else size
+
+
 def _label(text: str, start: int, end: int) -> str:
     """`label` of the JSON object around text[start:end]; empty where there is none."""
     opening, closing = text.rfind("{", 0, start), text.find("}", end)

@@ -412,6 +412,13 @@ class RunConfig(SharedOptions):
         found: tuple[TrackerName, ...] = (*(self.report_to or ()), *(("wandb",) if self.use_wandb else ()))
         return tuple(dict.fromkeys(found))
 
+    @property
+    def kept(self) -> str | MemoryPlan:
+        """What layers keep for the backward pass: "all", "low" (inputs alone), "auto", or the numbers of a file."""
+        if self.gradient_checkpointing is not None:
+            return "low" if self.gradient_checkpointing else "all"
+        return memory_plan(self.memory)
+
     def _contradictions(self) -> list[tuple[tuple[str, ...], bool, str]]:
         low, high = self.min_pixels, self.max_pixels
         return [

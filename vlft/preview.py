@@ -133,10 +133,10 @@ def places_of(data: Data, sample: Sample) -> list[tuple[int, tuple[float, ...]]]
     parts = with_places(record, data.index.specs[sample.dataset].box_format == "model") or record
     owners = [part.image or 0 for turn in parts.turns for part in turn.parts if isinstance(part, BoxPart)]
     owners = owners if len(owners) == len(found) else [0] * len(found)
-    relative = data.chat.family.box_convention == "relative1000"
+    convention = data.chat.family.box_convention
     out = []
     for owner, numbers in zip(owners, found, strict=True):
-        ends = (1000, 1000) if relative else sample.final_wh[owner]
+        ends = boxes.ends(convention, sample.final_wh[owner])
         out.append((owner, tuple(n / ends[k % 2] for k, n in enumerate(numbers))))
     return out
 

@@ -25,7 +25,6 @@ from vlft.config import (
     check_output_dir,
     check_resume,
     global_batch,
-    memory_plan,
     resolved,
     resolved_yaml,
 )
@@ -43,7 +42,7 @@ from vlft.models.forward import PackedVLM
 from vlft.models.kernels import memory_for, room_on_gpu
 from vlft.models.load import Checkpoint, PictureFacts, Source, cast, open_checkpoint, read_json, source_of
 from vlft.optim import Multiplier, build_optimizer, schedule
-from vlft.proof import PartRow, Proof, check_groups, part_table, render
+from vlft.proof import Proof, check_groups, part_table, render
 from vlft.rivals import nearest
 from vlft.strategy import ParamGroup, Strategy
 from vlft.terminal import dataset_table
@@ -317,9 +316,7 @@ def check_optimizer(config: RunConfig, engine: Engine) -> None:
 def remember(packed: PackedVLM, config: RunConfig, engine: Engine) -> None:
     """What layers keep for their backward pass. Those that keep transformers' forward keep all or their input."""
     on_gpu = engine.device.type == "cuda"
-    plan = memory_plan(config.memory)
-    if config.gradient_checkpointing is not None:
-        plan = "low" if config.gradient_checkpointing else "all"
+    plan = config.kept
     room = room_on_gpu(engine.device, engine.pending_bytes) if on_gpu and plan == "auto" else None
     vocabulary = int(packed.hf.config.get_text_config().vocab_size)
     packed.memory = memory_for(
@@ -345,7 +342,14 @@ def told_since_save(engine: Engine, folder: RunFolder, step: int) -> list[dict[s
     return [line for line in lines if line["step"] == step and line["reason"] != "not_finite"]
 
 
-def part_costs(rows: list[PartRow]) -> tuple[float, float]:
+class _Sized(Protocol):
+    @property
+    def part(self) -> str: ...
+    @property
+    def parameters(self) -> int: ...
+
+
+def part_costs(rows: Sequence[_Sized]) -> tuple[float, float]:
     sizes = {row.part: float(row.parameters) for row in rows}
     return sizes.get("llm", 1.0), sizes.get("vit", 0.0)
 
@@ -374,7 +378,7 @@ def base_checkpoint(run: Run, engine: Engine, folder: RunFolder) -> Checkpoint:
 
 
 def data_options(
-    run: Run, engine: Engine, checkpoint: Checkpoint, batch: int, policy: Policy | None = None
+    run: Run, engine: Place, checkpoint: Checkpoint, batch: int, policy: Policy | None = None
 ) -> DataOptions:
     c, pictures = run.config, checkpoint.pictures
     check_pixels(c, pictures)
@@ -401,6 +405,16 @@ class Place(Protocol):
     world_size: int
     device: torch.device
     is_main: bool
+
+
+@dataclass
+class Alone:
+    """A place without an engine, on the CPU: for commands that look at data and train nothing."""
+
+    rank: int = 0
+    world_size: int = 1
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    is_main: bool = True
 
 
 def shared_data_options(

@@ -153,6 +153,13 @@ def test_a_longer_row_takes_more_and_what_is_computed_again_takes_less(seven: Pa
     assert eight.time.step < 8 * one.time.step
 
 
+def test_numbers_of_a_file_are_what_is_planned(seven: Path, tmp_path: Path) -> None:
+    path = tmp_path / "memory.yaml"
+    path.write_text("vision: {attention: 2, input: 1}\nlanguage: {input: 28}\n")
+    found = plan(seven, "lora_llm_full_vit", "--memory", str(path)).memory.keeps
+    assert found == (["input", "attention", "attention"] + ["all"] * 29, ["input"] * 28)
+
+
 def test_several_gpus_share_what_zero_cuts_up(seven: Path) -> None:
     run = read_plan(words(seven, "full", "--deepspeed", "zero3")).run
     one, four = (estimate(run, gpus.by_name("H100"), world_size=n) for n in (1, 4))

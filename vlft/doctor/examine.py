@@ -3,33 +3,20 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
-
-import torch
 
 from vlft.config import DoctorOptions, deepspeed_path
 from vlft.data.prepare import DataOptions
 from vlft.doctor import looked, machine, model, records, sampled
 from vlft.doctor.findings import Finding, ordered, verdict
 from vlft.doctor.looked import Sampled
+from vlft.doctor.machine import GIB
 from vlft.doctor.page import Checkup, grades, render
 from vlft.errors import ConfigError
 from vlft.models.load import picture_facts, quieten
 from vlft.report import write_page
-from vlft.setup import check_pixels, check_scored, shared_data_options
-
-_GIB = 2**30
-
-
-@dataclass
-class _Alone:
-    """One process on the CPU: what the data needs to know of an engine."""
-
-    rank: int = 0
-    world_size: int = 1
-    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    is_main: bool = True
+from vlft.setup import Alone, check_pixels, check_scored, shared_data_options
 
 
 def main(options: DoctorOptions) -> None:
@@ -86,7 +73,7 @@ def examine(options: DoctorOptions) -> Checkup:
 def data_options(options: DoctorOptions, found: model.Examined) -> DataOptions:
     """What training would ask of the data."""
     return shared_data_options(
-        options, _Alone(), found.checkpoint, picture_facts(found.checkpoint), global_batch=1, train_batch_size=1,
+        options, Alone(), found.checkpoint, picture_facts(found.checkpoint), global_batch=1, train_batch_size=1,
         rows_per_rank=1, eval_batch_size=1,
     )  # fmt: skip
 
@@ -140,11 +127,11 @@ def _figures(seen: Sampled) -> list[tuple[str, str, str]]:
 
 def _described(here: machine.Machine) -> list[tuple[str, str]]:
     """Rows of the page about the machine."""
-    gpus = [f"{gpu.name}, {gpu.total / _GIB:.0f} GiB, {gpu.free / _GIB:.0f} free" for gpu in here.gpus]
+    gpus = [f"{gpu.name}, {gpu.total / GIB:.0f} GiB, {gpu.free / GIB:.0f} free" for gpu in here.gpus]
     rows = [(f"GPU {i}", text) for i, text in enumerate(gpus)] or [("GPU", "none")]
     rows += [
         ("torch for", f"CUDA {here.torch_cuda}" if here.torch_cuda else "the CPU"), ("Precision", here.precision),
-        ("Processors", str(here.processors)), ("Free memory", f"{here.memory / _GIB:.1f} GiB"),
-        ("/dev/shm", f"{here.shared_free / _GIB:.1f} of {here.shared / _GIB:.1f} GiB free"),
+        ("Processors", str(here.processors)), ("Free memory", f"{here.memory / GIB:.1f} GiB"),
+        ("/dev/shm", f"{here.shared_free / GIB:.1f} of {here.shared / GIB:.1f} GiB free"),
     ]  # fmt: skip
-    return rows + [(f"Disk of {disk.what}", f"{disk.free / _GIB:.1f} GiB free at {disk.path}") for disk in here.disks]
+    return rows + [(f"Disk of {disk.what}", f"{disk.free / GIB:.1f} GiB free at {disk.path}") for disk in here.disks]

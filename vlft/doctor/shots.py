@@ -43,8 +43,7 @@ def _marks(data: Records, i: int) -> tuple[Mark, ...]:
     """Boxes of a sample's only picture as the model would read them, cut at the picture's border."""
     about = describe(data.index, data.fitted, data.chat, i)
     text = f"{about.question}\n{about.reference}"
-    width, height = about.sizes[0]
-    ends = (1000, 1000) if data.chat.family.box_convention == "relative1000" else (width, height)
+    ends = boxes.ends(data.chat.family.box_convention, about.sizes[0])
     marks = []
     for box in boxes.parse(text):
         x1, x2 = (min(max(100 * x / ends[0], 0.0), 100.0) for x in (box.x1, box.x2))

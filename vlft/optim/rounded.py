@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from functools import lru_cache
 from typing import Any, Literal
 
 import torch
@@ -114,6 +115,7 @@ def update(p: Tensor, gradient: Tensor, state: dict[str, Tensor], group: dict[st
     p.copy_(rounded(w, draw(w)) if p.dtype == torch.bfloat16 else w)
 
 
+@lru_cache(maxsize=1)
 def _on_gpu() -> Any:
     try:
         from vlft.optim import on_gpu

@@ -4,5 +4,5 @@
 * `load.py`: what steps and rows of this data hold.
 * `memory.py`, `time.py`: the two estimates; `gpus.py`: what a GPU has.
 * `advice.py`: what to change when it does not fit, and the search for a goal.
-* `show.py`: the table; `command.py`: all of it in order.
+* `command.py`: all of it in order, and what is printed.
 """

@@ -127,23 +127,20 @@ def _without_needless(
     words: Sequence[str], taken: Sequence[Change], read: Reader, estimator: Estimator
 ) -> Advice | None:
     """Without those changes that it fits without; the dearest are tried to be spared first."""
-    needed = list(taken)
-    best: Advice | None = None
+    needed, best = list(taken), _try(words, _together(taken), read, estimator)
     for change in reversed(taken):
         rest = [one for one in needed if one is not change]
-        flags: dict[str, str | None] = {}
-        for one in rest:
-            flags |= one.flags
-        merged = Change(flags, "; ".join(dict.fromkeys(one.why for one in rest)))
-        found = _try(words, merged, read, estimator)
+        found = _try(words, _together(rest), read, estimator)
         if found and found.found.fits:
             needed, best = rest, found
-    if best is None:
-        flags = {}
-        for one in needed:
-            flags |= one.flags
-        best = _try(words, Change(flags, "; ".join(dict.fromkeys(one.why for one in needed))), read, estimator)
     return best
+
+
+def _together(some: Sequence[Change]) -> Change:
+    flags: dict[str, str | None] = {}
+    for one in some:
+        flags |= one.flags
+    return Change(flags, "; ".join(dict.fromkeys(one.why for one in some)))
 
 
 _GOAL = re.compile(r"fit\s+(\d+(?:\.\d+)?)\s*gi?b", re.IGNORECASE)

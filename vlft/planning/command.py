@@ -7,13 +7,13 @@ from dataclasses import replace
 
 from vlft.config import PlanOptions, Run
 from vlft.errors import ConfigError
+from vlft.models.kernels.memory import said
 from vlft.models.load import quieten
 from vlft.planning import advice, gpus
 from vlft.planning.estimate import Estimate, estimate
 from vlft.planning.gpus import GIB, Gpu
 from vlft.planning.load import histogram
-from vlft.planning.memory import said
-from vlft.terminal import table, thousands
+from vlft.terminal import duration, table, thousands
 
 
 def main(options: PlanOptions, run: Run, words: Sequence[str], read: advice.Reader) -> None:
@@ -87,14 +87,10 @@ def shown(e: Estimate) -> str:
     return "\n".join([
         table(("part", "parameters", "trainable", "weights"), parts),
         table(("memory", "at the worst moment"), [(name, gib(size)) for name, size in memory]),
-        f"{said(m.keeps)}; the largest row has {row.tokens:,} tokens, {row.patches:,} patches.",
+        f"{said(m.keeps) or 'nothing is computed again'}; "
+        f"the largest row has {row.tokens:,} tokens, {row.patches:,} patches.",
         table(("time", "of a mean step"), [(name, f"{1000 * s:,.0f} ms") for name, s in seconds]),
         f"{samples / t.step:.2f} samples/s; an epoch of {thousands(e.steps.samples_per_epoch)} samples, "
         f"{e.steps.steps_per_epoch:,} steps: {duration(epoch)}.",
         table(("a sample's", "from to", "samples"), lengths),
     ])  # fmt: skip
-
-
-def duration(seconds: float) -> str:
-    hours, rest = divmod(round(seconds), 3600)
-    return f"{hours} h {rest // 60} min" if hours else f"{rest // 60} min {rest % 60} s"

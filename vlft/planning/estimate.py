@@ -4,33 +4,22 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
 
-from vlft.config import Run, RunConfig, deepspeed_path, memory_plan
+from vlft.config import Run, RunConfig, deepspeed_path, global_batch
 from vlft.data.prepare import Data, prepare_data
 from vlft.models.flops import Shape, Training, describe
-from vlft.models.kernels.block import Keep
-from vlft.models.load import Checkpoint, compute_dtype, load_config, open_checkpoint, picture_facts
+from vlft.models.load import Checkpoint, compute_dtype, load_config, open_checkpoint
 from vlft.planning.gpus import Gpu
 from vlft.planning.load import Steps, look
 from vlft.planning.memory import Memory, Static, memory_of, static_of
 from vlft.planning.skeleton import SkeletonSource, prepared
 from vlft.planning.time import Time, time_of
-from vlft.setup import check_pixels, shared_data_options
+from vlft.setup import Alone, data_options, part_costs
 from vlft.strategy import Strategy
-
-
-@dataclass
-class Alone:
-    """One process on the CPU: what the data needs to know of an engine."""
-
-    rank: int = 0
-    world_size: int = 1
-    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    is_main: bool = True
 
 
 @dataclass(frozen=True)
@@ -55,21 +44,20 @@ def estimate(run: Run, gpu: Gpu, *, world_size: int = 1) -> Estimate:
     """
     config = run.config
     checkpoint = _checkpoint(config.model_name_or_path, config.trust_remote_code)
-    check_pixels(config, checkpoint.pictures)
-    data = _data(config, checkpoint, world_size)
+    batch = global_batch(config, world_size)
+    data = prepare_data(data_options(run, Alone(world_size=world_size), checkpoint, batch))
     # Of a GPU that computes in it, as nearly all do; what is here may be a laptop.
     compute = compute_dtype(config.mixed_precision or "bf16", load_config(checkpoint))
     shape, training, static = _model(run, checkpoint, compute)
-    numbers = {part.part: float(part.parameters) for part in static.parts}
     steps = look(
         data, shape, ranks=world_size, rows_per_rank=config.gradient_accumulation_steps,
-        costs=(numbers.get("llm", 1.0), numbers.get("vit", 0.0)),
+        costs=part_costs(static.parts),
     )  # fmt: skip
     static = shared_out(static, config, world_size)
     rows = sum(map(len, steps.rows)) / len(steps.rows)
     memory = memory_of(
         static, shape, steps.largest, rows=config.gradient_accumulation_steps, compute=compute.itemsize,
-        room=gpu.memory, keep=_keep(config),
+        room=gpu.memory, plan=config.kept,
     )  # fmt: skip
     work = steps.work()
     share = work.tokens / rows / max(steps.largest.tokens, 1)
@@ -88,26 +76,9 @@ def shared_out(static: Static, config: RunConfig, world_size: int) -> Static:
     return replace(static, parts=parts, states=states, gradients=gradients)
 
 
-def _keep(config: RunConfig) -> Keep | None:
-    if config.gradient_checkpointing is not None:
-        return "input" if config.gradient_checkpointing else "all"
-    return "input" if memory_plan(config.memory) == "low" else None
-
-
 @lru_cache(maxsize=2)
 def _checkpoint(name: str, trust: bool) -> Checkpoint:
     return open_checkpoint(name, trust_remote_code=trust, weights=False)
-
-
-def _data(config: RunConfig, checkpoint: Checkpoint, world_size: int) -> Data:
-    batch = config.per_device_train_batch_size * config.gradient_accumulation_steps * world_size
-    return prepare_data(
-        shared_data_options(
-            config, Alone(world_size=world_size), checkpoint, picture_facts(checkpoint), global_batch=batch,
-            train_batch_size=config.per_device_train_batch_size, rows_per_rank=config.gradient_accumulation_steps,
-            eval_batch_size=1,
-        )
-    )  # fmt: skip
 
 
 def _model(run: Run, checkpoint: Checkpoint, compute: torch.dtype) -> tuple[Shape, Training, Static]:

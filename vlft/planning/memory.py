@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import nn
 
+from vlft.config import MemoryPlan
 from vlft.family import PARTS, Part, Parts
 from vlft.models.flops import Shape
 from vlft.models.kernels.block import Keep
-from vlft.models.kernels.memory import LOGITS, Cost, Sizes, Tower, choose, peak
+from vlft.models.kernels.memory import LOGITS, Cost, Sizes, Tower, choose, fixed_by, peak
 from vlft.models.load import is_quantised
 from vlft.planning.load import Row
 
@@ -126,13 +125,13 @@ def towers_of(static: Static, shape: Shape, row: Row, compute: int, *, gradients
 
 
 def memory_of(
-    static: Static, shape: Shape, row: Row, *, rows: int, compute: int, room: float, keep: Keep | None = None
+    static: Static, shape: Shape, row: Row, *, rows: int, compute: int, room: float, plan: str | MemoryPlan = "auto"
 ) -> Memory:
     """
     Args:
         row: the largest.
         rows: of a step: behind the first, gradients are there before the row.
-        room: bytes of the GPU; layers keep what fits, unless `keep` says what all of them keep.
+        room: bytes of the GPU; layers keep what fits, unless `plan` says what they keep.
     """
     towers = towers_of(static, shape, row, compute, gradients=rows == 1)
     coming = sum(tower.layers * tower.gradients for tower in towers)
@@ -143,30 +142,10 @@ def memory_of(
     logits = float(LOGITS * row.supervised * shape.vocabulary)
     before = static.weights + static.states + (static.gradients - coming) + static.largest + buffers
     free = room / PIECES - before
-    keeps = [[keep] * t.layers for t in towers] if keep else choose(towers, logits, free)
-    again = sum(
-        (t.cost.again_inner if k != "all" else 0.0) + (t.cost.again_attention if k == "input" else 0.0)
-        for t, each in zip(towers, keeps, strict=True)
-        for k in each
-    )
+    keeps = choose(towers, logits, free) if plan == "auto" else fixed_by(plan, [t.layers for t in towers])
+    again = sum(t.cost.again(keep) for t, each in zip(towers, keeps, strict=True) for keep in each)
     step = static.weights + static.states + static.gradients + CONTEXT
     whole = max(before + peak(towers, keeps, logits), step) * PIECES
-    kept = sum(_kept(t.cost, k) for t, each in zip(towers, keeps, strict=True) for k in each)
+    kept = sum(t.cost.kept(keep) for t, each in zip(towers, keeps, strict=True) for keep in each)
     return Memory(static.weights, static.gradients, static.states, kept, logits, buffers, whole,
                   (keeps[0], keeps[1]), again)  # fmt: skip
-
-
-def _kept(cost: Cost, keep: Keep) -> float:
-    return cost.input + (cost.attention if keep != "input" else 0) + (cost.inner if keep == "all" else 0)
-
-
-def said(keeps: Sequence[Sequence[Keep]]) -> str:
-    """What layers compute again, in words."""
-    words: dict[Keep, str] = {"attention": "the MLP's inner values", "input": "all but their input"}
-    found = []
-    for name, each in zip(("vision", "language"), keeps, strict=True):
-        counts = Counter(each)
-        for keep, text in words.items():
-            if counts[keep]:
-                found.append(f"{counts[keep]} of {len(each)} {name} layers compute {text} again")
-    return "; ".join(found) or "nothing is computed again"

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from vlft.models.attention import packed_attention
 from vlft.models.kernels import pointwise
 from vlft.models.kernels.pointwise import Activation
-from vlft.models.kernels.product import Gradients, Products, aligned
+from vlft.models.kernels.product import Gradients, Products, aligned, note
 
 Keep = Literal["all", "attention", "input"]
 """What a layer keeps for its backward pass: all that is dear, all but the MLP's inner values, or its input alone."""
@@ -52,9 +52,8 @@ class Norm:
         d_x, d_weight, d_bias = pointwise.norm_backward(
             d_out_ND, x_ND, self.weight, self.bias, self.eps, d_more_ND, trains=bool(trained)
         )
-        for p, gradient in ((self.weight, d_weight), (self.bias, d_bias)):
-            if p is not None and p.requires_grad and gradient is not None:
-                gradients[p] = gradient
+        note(gradients, self.weight, lambda: d_weight)
+        note(gradients, self.bias, lambda: d_bias)
         return d_x
 
 
@@ -209,9 +208,8 @@ class Block:
         d_before, d_q_weight, d_k_weight = pointwise.rotate_backward(
             d_q, d_k, d_v, call.cos_Nd, call.sin_Nd, kept.before, q_weight, k_weight, eps
         )
-        for p, gradient in ((q_weight, d_q_weight), (k_weight, d_k_weight)):
-            if p is not None and p.requires_grad and gradient is not None:
-                gradients[p] = gradient
+        note(gradients, q_weight, lambda: d_q_weight)
+        note(gradients, k_weight, lambda: d_k_weight)
         kept.before = kept.qkv = kept.attended = None
         _, n_ND = self.norm_1.forward(x_ND, None, kind)
         wants_n = wants_input or any(True for _ in self.norm_1.trained())

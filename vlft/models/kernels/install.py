@@ -1,8 +1,9 @@
 """Find the layers of both towers and put the faster forward over their own.
 
 `install` looks at what a module holds, not at whose class it is, so that one set of rules serves Qwen2-VL, Qwen2.5-VL
-and Qwen3-VL. Modules keep their parameters, names and hooks. A layer that holds something unknown keeps its own
-forward, and the summary at the start of a run says which and why. Generation goes through caches and masks: so does it.
+and Qwen3-VL. Modules keep their parameters and names; hooks of a layer run, those of modules inside it do not. A layer
+that holds something unknown keeps its own forward, and the summary at the start of a run says how many and why.
+Generation goes through caches and masks: it keeps it too.
 """
 
 from __future__ import annotations
@@ -30,9 +31,8 @@ class Installed:
 
     vision: list[nn.Module] = field(default_factory=list)
     language: list[nn.Module] = field(default_factory=list)
-    left: list[nn.Module] = field(default_factory=list)
-    """Layers that keep their own forward."""
-    reasons: Counter[str] = field(default_factory=Counter)
+    left: Counter[str] = field(default_factory=Counter)
+    """reason -> layers that keep their own forward"""
 
     @property
     def layers(self) -> list[nn.Module]:
@@ -52,7 +52,7 @@ class Installed:
 
     def __str__(self) -> str:
         said = f"{len(self.layers)} layers as one operation each"
-        kept = "; ".join(f"{n} keep transformers' forward: {reason}" for reason, n in self.reasons.items())
+        kept = "; ".join(f"{n} keep transformers' forward: {reason}" for reason, n in self.left.items())
         return f"{said}; {kept}" if kept else said
 
 
@@ -78,8 +78,7 @@ def _install(layer: Any, pieces: Callable[[Any], Block], forward: Callable[..., 
         # Not as an attribute of the module: it holds modules, which would be registered twice.
         layer.__dict__["vlft_block"] = pieces(layer)
     except (UnsupportedError, AttributeError) as reason:
-        found.left.append(layer)
-        found.reasons[str(reason)] += 1
+        found.left[str(reason)] += 1
         return False
     layer.keep = "all"
     _over(layer, forward)

@@ -19,6 +19,7 @@ from vlft.models.kernels.install import Installed
 
 MARGIN = 0.06
 """Of the memory, for what the allocator cannot use because it lies in pieces, and for libraries' workspaces."""
+TOWERS = ("vision", "language")
 LOGITS = 14
 """Bytes of a logit: in the compute dtype and in fp32, the log of its softmax, and the gradients of these."""
 
@@ -36,6 +37,14 @@ class Cost:
     again_attention: float
     """FLOPs that `attention` costs when it is computed again"""
     again_inner: float
+
+    def kept(self, keep: Keep) -> int:
+        """Bytes until the layer's backward."""
+        return self.input + (self.attention if keep != "input" else 0) + (self.inner if keep == "all" else 0)
+
+    def again(self, keep: Keep) -> float:
+        """FLOPs that the layer's backward does a second time."""
+        return (self.again_inner if keep != "all" else 0.0) + (self.again_attention if keep == "input" else 0.0)
 
     @property
     def passing(self) -> int:
@@ -108,14 +117,9 @@ def peak(towers: Sequence[Tower], keeps: Sequence[Sequence[Keep]], head: float) 
     gradients: list[float] = []
     for tower, each in zip(towers, keeps, strict=True):
         cost = tower.cost
-        by = {
-            "all": cost.input + cost.attention + cost.inner,
-            "attention": cost.input + cost.attention,
-            "input": cost.input,
-        }
-        again = {"all": 0, "attention": cost.inner, "input": cost.inner + cost.attention}
-        kept += [by[keep] for keep in each]
-        passing += [cost.passing + again[keep] for keep in each]
+        kept += [cost.kept(keep) for keep in each]
+        # What was dropped is there again while the layer's backward runs.
+        passing += [cost.passing + cost.kept("all") - cost.kept(keep) for keep in each]
         gradients += [tower.gradients] * len(each)
     if not kept:
         return head
@@ -196,15 +200,11 @@ class Memory:
                 layer.keep = keep  # type: ignore[assignment]
 
     def __str__(self) -> str:
-        said = []
-        for name, keeps in zip(("vision", "language"), self.now, strict=True):
-            again = {"attention": "the MLP's inner values", "input": "all but their input"}
-            for keep, what in again.items():
-                if n := keeps.count(keep):  # type: ignore[arg-type]
-                    said.append(f"{n} of {len(keeps)} {name} layers compute {what} again")
-        if not said and self.room is not None:
+        if again := said(self.now):
+            return again
+        if self.room is not None:
             return "what layers compute again in the backward pass is chosen for each row"
-        return "; ".join(said) or "no layer computes anything again in the backward pass"
+        return "no layer computes anything again in the backward pass"
 
 
 def room_on_gpu(device: torch.device, pending: Callable[[], int]) -> Callable[[], float]:
@@ -230,16 +230,31 @@ def memory_for(
     towers = installed.learning()
     if plan == "auto":
         return Memory(towers, vocabulary, room=room, gradients_stay=gradients_stay)
+    return Memory(towers, vocabulary, fixed=fixed_by(plan, [len(layers) for layers in towers]))
+
+
+def fixed_by(plan: str | Mapping[Any, Mapping[Any, int]], layers: Sequence[int]) -> list[list[Keep]]:
+    """What each layer keeps under a plan that asks for no row; `layers`: those that learn, of either tower."""
+    if isinstance(plan, str):
+        return [["input" if plan == "low" else "all"] * n for n in layers]
     fixed: list[list[Keep]] = []
-    for name, layers in zip(("vision", "language"), towers, strict=True):
-        if isinstance(plan, str):
-            fixed.append(["input" if plan == "low" else "all"] * len(layers))
-        else:
-            numbers = plan.get(name, {})
-            keeps: list[Keep] = ["input"] * numbers.get("input", 0)
-            keeps += ["attention"] * numbers.get("attention", 0)
-            fixed.append((keeps + ["all"] * len(layers))[: len(layers)])
-    return Memory(towers, vocabulary, fixed=fixed)
+    for name, n in zip(TOWERS, layers, strict=True):
+        numbers = plan.get(name, {})
+        keeps: list[Keep] = ["input"] * numbers.get("input", 0)
+        keeps += ["attention"] * numbers.get("attention", 0)
+        fixed.append((keeps + ["all"] * n)[:n])
+    return fixed
+
+
+def said(keeps: Sequence[Sequence[Keep]]) -> str:
+    """What layers compute again, in words; empty where none does."""
+    words: dict[Keep, str] = {"attention": "the MLP's inner values", "input": "all but their input"}
+    return "; ".join(
+        f"{n} of {len(each)} {name} layers compute {what} again"
+        for name, each in zip(TOWERS, keeps, strict=True)
+        for keep, what in words.items()
+        if (n := sum(one == keep for one in each))
+    )
 
 
 def _missing_gradients(layer: nn.Module) -> int:

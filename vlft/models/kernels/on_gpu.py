@@ -132,6 +132,14 @@ def norm_backward(
 
 
 @triton.jit
+def _halves(ptr, place, half, inside):
+    """The lower and the upper half of a head at `place`, in fp32."""
+    low = tl.load(ptr + place, mask=inside, other=0.0).to(tl.float32)
+    high = tl.load(ptr + place + half, mask=inside, other=0.0).to(tl.float32)
+    return low, high
+
+
+@triton.jit
 def _rotate_kernel(
     x_ptr, q_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, q_weight_ptr, k_weight_ptr, eps, heads, kv_heads, size,
     NORMS: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr,
@@ -145,22 +153,17 @@ def _rotate_kernel(
     is_q = inside & (head < heads)
     is_k = inside & (head >= heads) & (head < keys)
     is_v = inside & (head >= keys) & (head < keys + kv_heads)
-    cos_low = tl.load(cos_ptr + token * size + column, mask=inside, other=0.0).to(tl.float32)
-    sin_low = tl.load(sin_ptr + token * size + column, mask=inside, other=0.0).to(tl.float32)
-    cos_high = tl.load(cos_ptr + token * size + half + column, mask=inside, other=0.0).to(tl.float32)
-    sin_high = tl.load(sin_ptr + token * size + half + column, mask=inside, other=0.0).to(tl.float32)
+    cos_low, cos_high = _halves(cos_ptr, token * size + column, half, inside)
+    sin_low, sin_high = _halves(sin_ptr, token * size + column, half, inside)
     place = (token * (keys + kv_heads) + head) * size + column
-    low = tl.load(x_ptr + place, mask=is_q | is_k | is_v, other=0.0).to(tl.float32)
-    high = tl.load(x_ptr + place + half, mask=is_q | is_k | is_v, other=0.0).to(tl.float32)
+    low, high = _halves(x_ptr, place, half, is_q | is_k | is_v)
     v_place = (token * kv_heads + head - keys) * size + column
     tl.store(v_ptr + v_place, low.to(v_ptr.dtype.element_ty), mask=is_v)
     tl.store(v_ptr + v_place + half, high.to(v_ptr.dtype.element_ty), mask=is_v)
     if NORMS:
         scale = tl.rsqrt((tl.sum(low * low, 1) + tl.sum(high * high, 1)) / size + eps)[:, None]
-        q_low = tl.load(q_weight_ptr + column, mask=inside, other=0.0).to(tl.float32)
-        q_high = tl.load(q_weight_ptr + half + column, mask=inside, other=0.0).to(tl.float32)
-        k_low = tl.load(k_weight_ptr + column, mask=inside, other=0.0).to(tl.float32)
-        k_high = tl.load(k_weight_ptr + half + column, mask=inside, other=0.0).to(tl.float32)
+        q_low, q_high = _halves(q_weight_ptr, column, half, inside)
+        k_low, k_high = _halves(k_weight_ptr, column, half, inside)
         low *= scale * tl.where(is_q, q_low, k_low)
         high *= scale * tl.where(is_q, q_high, k_high)
     new_low = low * cos_low - high * sin_low
@@ -214,29 +217,22 @@ def _rotate_backward_kernel(
     d_k_low = tl.zeros((HALF,), tl.float32)
     d_k_high = tl.zeros((HALF,), tl.float32)
     for token in range(program, tokens, tl.num_programs(0)):
-        cos_low = tl.load(cos_ptr + token * size + column, mask=inside, other=0.0).to(tl.float32)
-        sin_low = tl.load(sin_ptr + token * size + column, mask=inside, other=0.0).to(tl.float32)
-        cos_high = tl.load(cos_ptr + token * size + half + column, mask=inside, other=0.0).to(tl.float32)
-        sin_high = tl.load(sin_ptr + token * size + half + column, mask=inside, other=0.0).to(tl.float32)
+        cos_low, cos_high = _halves(cos_ptr, token * size + column, half, inside)
+        sin_low, sin_high = _halves(sin_ptr, token * size + column, half, inside)
         q_place = (token * heads + head) * size + column
         k_place = (token * kv_heads + head - heads) * size + column
         v_place = (token * kv_heads + head - keys) * size + column
-        d_low = (
-            tl.load(d_q_ptr + q_place, mask=is_q, other=0.0).to(tl.float32)
-            + tl.load(d_k_ptr + k_place, mask=is_k, other=0.0).to(tl.float32)
-            + tl.load(d_v_ptr + v_place, mask=is_v, other=0.0).to(tl.float32)
-        )
-        d_high = (
-            tl.load(d_q_ptr + q_place + half, mask=is_q, other=0.0).to(tl.float32)
-            + tl.load(d_k_ptr + k_place + half, mask=is_k, other=0.0).to(tl.float32)
-            + tl.load(d_v_ptr + v_place + half, mask=is_v, other=0.0).to(tl.float32)
-        )
+        # Each head is one of the three, and zero in the others.
+        q_low_d, q_high_d = _halves(d_q_ptr, q_place, half, is_q)
+        k_low_d, k_high_d = _halves(d_k_ptr, k_place, half, is_k)
+        v_low_d, v_high_d = _halves(d_v_ptr, v_place, half, is_v)
+        d_low = q_low_d + k_low_d + v_low_d
+        d_high = q_high_d + k_high_d + v_high_d
         new_low = d_low * cos_low + d_high * sin_high
         new_high = d_high * cos_high - d_low * sin_low
         place = (token * (keys + kv_heads) + head) * size + column
         if NORMS:
-            low = tl.load(x_ptr + place, mask=is_q | is_k, other=0.0).to(tl.float32)
-            high = tl.load(x_ptr + place + half, mask=is_q | is_k, other=0.0).to(tl.float32)
+            low, high = _halves(x_ptr, place, half, is_q | is_k)
             scale = tl.rsqrt((tl.sum(low * low, 1) + tl.sum(high * high, 1)) / size + eps)[:, None]
             low *= scale
             high *= scale
@@ -244,10 +240,8 @@ def _rotate_backward_kernel(
             d_q_high += tl.sum(tl.where(is_q, new_high * high, 0.0), 0)
             d_k_low += tl.sum(tl.where(is_k, new_low * low, 0.0), 0)
             d_k_high += tl.sum(tl.where(is_k, new_high * high, 0.0), 0)
-            q_low = tl.load(q_weight_ptr + column, mask=inside, other=0.0).to(tl.float32)
-            q_high = tl.load(q_weight_ptr + half + column, mask=inside, other=0.0).to(tl.float32)
-            k_low = tl.load(k_weight_ptr + column, mask=inside, other=0.0).to(tl.float32)
-            k_high = tl.load(k_weight_ptr + half + column, mask=inside, other=0.0).to(tl.float32)
+            q_low, q_high = _halves(q_weight_ptr, column, half, inside)
+            k_low, k_high = _halves(k_weight_ptr, column, half, inside)
             new_low *= tl.where(is_q, q_low, k_low)
             new_high *= tl.where(is_q, q_high, k_high)
             mean = ((tl.sum(new_low * low, 1) + tl.sum(new_high * high, 1)) / size)[:, None]

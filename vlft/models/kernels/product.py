@@ -8,7 +8,7 @@ N tokens or patches, D columns of the input, O columns of the outputs end to end
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -23,8 +23,8 @@ ALIGNED = 64
 """Columns that a width is filled up to on a GPU, in passing.
 
 Rows of bf16 must be aligned to 16 bytes: at 3420, the inner width of Qwen2.5-VL's vision MLP, cuBLAS falls back to
-kernels of Ampere's time. Exact, as the activation of zeros is zero and so is their gradient; weights, optimizers and
-checkpoints keep their shape.
+kernels of Ampere's time. Exact: the activation writes zeros behind the width, which meet columns of zeros in the next
+product; weights, optimizers and checkpoints keep their shape.
 """
 
 
@@ -177,16 +177,14 @@ class Products:
             if wants_input:
                 weight = product.weight(kind, x_ND.shape[1])
                 d_x = d_part @ weight if d_x is None else d_x.addmm_(d_part, weight)
-            _note(gradients, product.base.weight, lambda d=d_part, p=product: _of_weight(d, x_ND)[:, : p.columns])
-            _note(gradients, product.base.bias, lambda d=d_part: d.sum(0))
+            note(gradients, product.base.weight, lambda d=d_part, p=product: _of_weight(d, x_ND)[:, : p.columns])
+            note(gradients, product.base.bias, lambda d=d_part: d.sum(0))
             for adapter in product.adapters():
                 dropped = self._dropped(x_ND, seed) if dropped is None else dropped
                 a, b = adapter.a_rD.to(kind), adapter.b_Or.to(kind)
                 d_low = (d_part @ b).mul_(adapter.scale)
-                _note(
-                    gradients, adapter.b_Or, lambda d=d_part, x=dropped, a=a, s=adapter.scale: d.t() @ (x @ a.t()) * s
-                )
-                _note(gradients, adapter.a_rD, lambda d=d_low, x=dropped: d.t() @ x)
+                note(gradients, adapter.b_Or, lambda d=d_part, x=dropped, a=a, s=adapter.scale: d.t() @ (x @ a.t()) * s)
+                note(gradients, adapter.a_rD, lambda d=d_low, x=dropped: d.t() @ x)
                 if wants_input:
                     d_dropped = d_low @ a if d_dropped is None else d_dropped.addmm_(d_low, a)
             start += width or product.rows
@@ -209,7 +207,8 @@ class Products:
         return torch.empty_like(like).bernoulli_(keep, generator=generator).div_(keep)
 
 
-def _note(gradients: Gradients, p: nn.Parameter | None, gradient: Any) -> None:
+def note(gradients: Gradients, p: nn.Parameter | None, gradient: Callable[..., Any]) -> None:
+    """Work out a gradient and add it to what is there, if the parameter trains."""
     if p is None or not p.requires_grad:
         return
     found = gradient()
