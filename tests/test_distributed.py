@@ -16,7 +16,9 @@ def words(model: Path, registry: Path, out: Path, strategy: str, **more: Any) ->
     return matrix.words(model, registry, out, strategy, **({"save_steps": 3} | more))
 
 
-@pytest.mark.parametrize("strategy", ["full", "lora_llm_full_vit", "partial_llm_full_vit", "qlora"])
+@pytest.mark.parametrize(
+    "strategy", ["full", "lora_llm_full_vit", pytest.param("partial_llm_full_vit", marks=pytest.mark.slow), "qlora"]
+)
 @pytest.mark.parametrize("layout", ["ZeRO-2", "ZeRO-3"])
 def test_two_processes_end_with_the_weights_of_one(
     tiny: Callable[..., Path], tmp_path: Path, strategy: str, layout: str

@@ -52,6 +52,7 @@ def test_what_the_site_is_built_with_is_pinned() -> None:
         assert re.search(rf"^{name}==", pins, flags=re.MULTILINE), f"constraints.txt does not pin {name}"
 
 
+@pytest.mark.slow
 def test_the_site_builds(tmp_path: Path) -> None:
     pytest.importorskip("material", reason="the site's packages are the extra `docs`")
     words = [sys.executable, "-m", "mkdocs", "build", "--site-dir", str(tmp_path / "site")]

@@ -134,6 +134,7 @@ def test_wandb_gets_every_series_and_the_options(tiny: Callable[..., Path], offl
     assert options["lr_scheduler_type"] == "constant"
 
 
+@pytest.mark.slow
 def test_a_resume_goes_on_with_the_run_at_wandb(tiny: Callable[..., Path], offline: Path) -> None:
     for more in ({"max_steps": 2}, {"resume_from_checkpoint": "latest"}):
         start(words(tiny(), offline, report_to="wandb", **more))

@@ -98,6 +98,7 @@ def test_a_second_signal_ends_at_once(tiny: Callable[..., Path], tmp_path: Path)
     assert child.returncode == 128 + signal.SIGINT
 
 
+@pytest.mark.slow
 def test_a_signal_to_the_launcher_reaches_every_rank(tiny: Callable[..., Path], tmp_path: Path) -> None:
     out = tmp_path / "out"
     line = words(tiny(), write_data(tmp_path), out, per_device_train_batch_size=2)
