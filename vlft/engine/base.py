@@ -27,6 +27,7 @@ from torch.optim import Optimizer
 
 from vlft.errors import ConfigError, VlftError
 from vlft.family import Part
+from vlft.optim import scales_gradients
 
 T = TypeVar("T")
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")
@@ -236,12 +237,21 @@ class Engine:
         if not norms:
             return 0.0, dict.fromkeys(names, 0.0)
         whole = torch.linalg.vector_norm(torch.stack(norms))
-        clip_grads_with_norm_([p for _, p in having], self.max_grad_norm or float("inf"), whole)
+        self._scale(whole, [p for _, p in having])
         zero = torch.zeros_like(whole)
         members = [[n for (of, _), n in zip(having, norms, strict=True) if of == part] for part in names]
         found = [torch.linalg.vector_norm(torch.stack(some)) if some else zero for some in members]
         total, *each = torch.stack([whole, *found]).tolist()  # one wait for the device
         return total, dict(zip(names, each, strict=True))
+
+    def _scale(self, norm: Tensor, having: Sequence[nn.Parameter]) -> None:
+        """Clip the gradients to `--max_grad_norm`, on their way through the optimizer where that can do it."""
+        limit = self.max_grad_norm or float("inf")
+        inner = getattr(self.optimizer, "optimizer", self.optimizer)
+        if self.accelerator.scaler is None and scales_gradients(inner):
+            inner.grad_scale = ((norm + 1e-6) / limit).clamp(min=1.0).float()
+        else:
+            clip_grads_with_norm_(having, limit, norm)
 
     # -- whole tensors, wherever their shards lie: collective, so call on all ranks -----------------------------------
 

@@ -63,6 +63,12 @@ def build_optimizer(
     return AdamW(torch_groups, fused=fused)
 
 
+def scales_gradients(optimizer: Optimizer) -> bool:
+    """Whether its step divides gradients by its attribute `grad_scale`, so that they need no pass of their own."""
+    fused = all(group.get("fused") for group in optimizer.param_groups)
+    return isinstance(optimizer, RoundedAdamW) or (isinstance(optimizer, AdamW) and fused)
+
+
 def schedule(name: str, warmup_steps: int, total_steps: int) -> Multiplier:
     """step (0-based) -> factor of the peak rate, in the shape of transformers' scheduler of that name.
 

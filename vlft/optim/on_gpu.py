@@ -1,15 +1,24 @@
-"""`rounded.update` as one Triton kernel a parameter: each value is read once and written once."""
+"""`rounded.update` of all parameters in one Triton kernel: each value is read once and written once.
+
+A table of addresses says where each parameter's values lie, as in PyTorch's multi-tensor kernels.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import lru_cache
+
+import numpy as np
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from vlft.optim.rounded import BLOCK
+from vlft.optim.rounded import BLOCK, Job
 
-_BLOCKS = 4
-"""Of one program."""
+_ROWS, _TURNS = 4, 4
+"""Blocks that a program works on at once, and how often it does."""
+_FACTS = ("lr", "decay", "one", "two", "correction", "eps")
 
 
 @triton.jit
@@ -33,16 +42,56 @@ def _code(share, random, largest):
     return tl.minimum(above + tl.where(random > keeps, 1.0, 0.0), largest)
 
 
-@triton.jit(do_not_specialize=["seed"])
+@triton.jit
+def _values(table_ptr, column: tl.constexpr, kind: tl.constexpr):
+    """The pointer in the table. Its values are aligned, which the compiler cannot see."""
+    return tl.multiple_of(tl.load(table_ptr + column).to(tl.pointer_type(kind)), 16)
+
+
+@triton.jit
 def _update_kernel(
-    p_ptr, g_ptr, m_ptr, v_ptr, m_scale_ptr, v_scale_ptr, size, lr, decay, one, two, correction, eps, seed,
-    EIGHT: tl.constexpr, ROUNDS: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
+    table_ptr, facts_ptr, tensor_ptr, first_ptr, divisor_ptr,
+    EIGHT: tl.constexpr, WEIGHT: tl.constexpr, GRADIENT: tl.constexpr, MOMENT: tl.constexpr, ROUNDS: tl.constexpr,
+    SCALES: tl.constexpr, ROWS: tl.constexpr, TURNS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    tensor = tl.load(tensor_ptr + tl.program_id(0))
+    table_ptr += tensor * 8
+    facts_ptr += tensor * 6
+    p_ptr = _values(table_ptr, 0, WEIGHT)
+    g_ptr = _values(table_ptr, 1, GRADIENT)
+    m_ptr = _values(table_ptr, 2, MOMENT)
+    v_ptr = _values(table_ptr, 3, MOMENT)
+    m_scale_ptr = _values(table_ptr, 4, tl.float32)
+    v_scale_ptr = _values(table_ptr, 5, tl.float32)
+    size = tl.load(table_ptr + 6)
+    seed = tl.load(table_ptr + 7).to(tl.int32)
+    lr = tl.load(facts_ptr)
+    decay = tl.load(facts_ptr + 1)
+    one = tl.load(facts_ptr + 2)
+    two = tl.load(facts_ptr + 3)
+    correction = tl.load(facts_ptr + 4)
+    eps = tl.load(facts_ptr + 5)
+    factor = 1.0
+    if SCALES:
+        factor = 1.0 / tl.load(divisor_ptr)
+    start = tl.load(first_ptr + tl.program_id(0))
+    for turn in range(TURNS):
+        _update_rows(
+            p_ptr, g_ptr, m_ptr, v_ptr, m_scale_ptr, v_scale_ptr, start + turn * ROWS, size, lr, decay, one, two,
+            correction, eps, factor, seed, EIGHT, ROUNDS, ROWS, WIDTH,
+        )  # fmt: skip
+
+
+@triton.jit
+def _update_rows(
+    p_ptr, g_ptr, m_ptr, v_ptr, m_scale_ptr, v_scale_ptr, start, size, lr, decay, one, two, correction, eps, factor,
+    seed, EIGHT: tl.constexpr, ROUNDS: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    row = start + tl.arange(0, ROWS)
     place = row.to(tl.int64)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
     inside = place < size
-    first = row * WIDTH < size
-    g = tl.load(g_ptr + place, mask=inside, other=0.0).to(tl.float32)
+    first = row.to(tl.int64) * WIDTH < size
+    g = tl.load(g_ptr + place, mask=inside, other=0.0).to(tl.float32) * factor
     w = tl.load(p_ptr + place, mask=inside, other=0.0).to(tl.float32)
     digits_m, digits_v, digits_w, _ = tl.randint4x(seed, place.to(tl.int32))
     if EIGHT:
@@ -83,14 +132,55 @@ def _update_kernel(
         tl.store(v_ptr + place, _bits_rounded(v, digits_v).to(v_ptr.dtype.element_ty), mask=inside)
 
 
-def update(p: Tensor, gradient: Tensor, state: dict[str, Tensor], facts: dict[str, float], seed: int) -> None:
-    eight = "exp_avg_scale" in state
-    m, v = state["exp_avg"], state["exp_avg_sq"]
-    scales = (state["exp_avg_scale"], state["exp_avg_sq_scale"]) if eight else (m, v)
-    assert p.is_contiguous()
-    programs = triton.cdiv(p.numel(), BLOCK * _BLOCKS)
-    _update_kernel[(programs,)](
-        p, gradient.contiguous(), m, v, *scales, p.numel(), facts["lr"], facts["decay"], facts["one"], facts["two"],
-        facts["correction"], facts["eps"], seed % 2**31, EIGHT=eight, ROUNDS=p.dtype.itemsize == 2, ROWS=_BLOCKS,
-        WIDTH=BLOCK, num_warps=4,
+@lru_cache(maxsize=8)
+def _map(sizes: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Of each program: which tensor, and the first of its blocks."""
+    step = _ROWS * _TURNS
+    programs = [triton.cdiv(triton.cdiv(size, BLOCK), step) for size in sizes]
+    tensor = np.repeat(np.arange(len(sizes), dtype=np.int32), programs)
+    first = np.concatenate([np.arange(n, dtype=np.int32) * step for n in programs])
+    return torch.from_numpy(tensor).to(device), torch.from_numpy(first).to(device)
+
+
+_KINDS = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32, torch.uint8: tl.uint8}
+
+
+def update(jobs: Sequence[Job], grad_scale: Tensor | None) -> None:
+    """Of parameters of one device, and of one kind of states."""
+    by_kind: dict[tuple[torch.dtype, torch.dtype], list[Job]] = {}
+    for job in jobs:
+        by_kind.setdefault((job.p.dtype, job.gradient.dtype), []).append(job)
+    for (weight, gradient), some in by_kind.items():
+        _update(some, weight, gradient, grad_scale)
+
+
+def _update(jobs: Sequence[Job], weight: torch.dtype, gradient: torch.dtype, grad_scale: Tensor | None) -> None:
+    device = jobs[0].p.device
+    eight = "exp_avg_scale" in jobs[0].state
+    kept = [_aligned(job.gradient) for job in jobs]  # copies must outlive the launch
+    rows = []
+    for job, g in zip(jobs, kept, strict=True):
+        assert job.p.is_contiguous()
+        m, v = job.state["exp_avg"], job.state["exp_avg_sq"]
+        scales = (job.state["exp_avg_scale"], job.state["exp_avg_sq_scale"]) if eight else (m, v)
+        addresses = [t.data_ptr() for t in (job.p, g, m, v, *scales)]
+        assert not any(address % 16 for address in addresses[:4])
+        rows.append([*addresses, job.p.numel(), job.seed % 2**31])
+    table = torch.tensor(rows, dtype=torch.int64)
+    numbers = torch.tensor([[job.facts[name] for name in _FACTS] for job in jobs], dtype=torch.float32)
+    if device.type == "cuda":
+        table, numbers = (
+            table.pin_memory().to(device, non_blocking=True),
+            numbers.pin_memory().to(device, non_blocking=True),
+        )
+    tensor, first = _map(tuple(job.p.numel() for job in jobs), device)
+    _update_kernel[(len(tensor),)](
+        table, numbers, tensor, first, numbers if grad_scale is None else grad_scale, EIGHT=eight,
+        WEIGHT=_KINDS[weight], GRADIENT=_KINDS[gradient], MOMENT=_KINDS[jobs[0].state["exp_avg"].dtype],
+        ROUNDS=weight.itemsize == 2, SCALES=grad_scale is not None, ROWS=_ROWS, TURNS=_TURNS, WIDTH=BLOCK, num_warps=4,
     )  # fmt: skip
+
+
+def _aligned(x: Tensor) -> Tensor:
+    x = x.contiguous()
+    return x if x.data_ptr() % 16 == 0 else x.clone()

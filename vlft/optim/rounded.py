@@ -12,7 +12,8 @@ there, and Adam divides one moment by the other.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Literal
 
@@ -46,6 +47,8 @@ class RoundedAdamW(Optimizer):
     ) -> None:
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
         self.states = states
+        self.grad_scale: Tensor | None = None
+        """One number, as torch's fused AdamW has it: to clip here saves a pass over all gradients."""
 
     def state_bytes(self, p: Tensor) -> int:
         """Of one parameter's moments."""
@@ -53,8 +56,9 @@ class RoundedAdamW(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        """Of all parameters that have a gradient, which is divided by `grad_scale` on its way where that is set."""
         assert closure is None
-        place = 0
+        jobs, place = [], 0
         for group in self.param_groups:
             for p in group["params"]:
                 place += 1
@@ -64,7 +68,15 @@ class RoundedAdamW(Optimizer):
                 if not state:
                     state |= self._fresh(p)
                 state["step"] += 1
-                update(p, p.grad, state, group, seed=place * 0x9E3779B1 + int(state["step"]))
+                seed = place * 0x9E3779B1 + int(state["step"])
+                jobs.append(Job(p, p.grad, state, facts(group, float(state["step"])), seed))
+        if not jobs:
+            return
+        if all(job.p.is_cuda for job in jobs) and (fast := _on_gpu()) is not None:
+            fast.update(jobs, self.grad_scale)
+            return
+        for job in jobs:
+            update(job, self.grad_scale)
 
     def _fresh(self, p: Tensor) -> dict[str, Tensor]:
         step = torch.tensor(0.0)
@@ -78,31 +90,45 @@ class RoundedAdamW(Optimizer):
         return {"step": step, **dict(zip(names, (*codes, *scales), strict=True))}
 
 
-def update(p: Tensor, gradient: Tensor, state: dict[str, Tensor], group: dict[str, Any], *, seed: int) -> None:
-    """One parameter's step, in place: weight and moments."""
-    step = float(state["step"])
+@dataclass(frozen=True)
+class Job:
+    """One parameter's step."""
+
+    p: Tensor
+    gradient: Tensor
+    state: dict[str, Tensor]
+    facts: dict[str, float]
+    seed: int
+
+
+def facts(group: Mapping[str, Any], step: float) -> dict[str, float]:
+    """The numbers of one step, by a group's options."""
     one, two = group["betas"]
-    facts = {
+    return {
         "lr": group["lr"] / (1 - one**step), "decay": group["lr"] * group["weight_decay"], "one": one, "two": two,
         "correction": 1 / math.sqrt(1 - two**step), "eps": group["eps"],
     }  # fmt: skip
-    if p.is_cuda and (fast := _on_gpu()) is not None:
-        fast.update(p, gradient, state, facts, seed)
-        return
-    generator = torch.Generator(p.device).manual_seed(seed)
+
+
+def update(job: Job, grad_scale: Tensor | None = None) -> None:
+    """One parameter's step, in place: weight and moments."""
+    p, state, number = job.p, job.state, job.facts
+    generator = torch.Generator(p.device).manual_seed(job.seed)
 
     def draw(like: Tensor) -> Tensor:
         return torch.rand(like.shape, generator=generator, device=like.device)
 
     eight = "exp_avg_scale" in state
-    g = _blocks(gradient) if eight else gradient.float()
+    g = _blocks(job.gradient) if eight else job.gradient.float()
+    if grad_scale is not None:
+        g = g / grad_scale.to(g.device)
     w = _blocks(p) if eight else p.float()
     m = decode_m(state["exp_avg"], state["exp_avg_scale"]) if eight else state["exp_avg"].float()
     v = decode_v(state["exp_avg_sq"], state["exp_avg_sq_scale"]) if eight else state["exp_avg_sq"].float()
-    m = one * m + (1 - one) * g
-    v = two * v + (1 - two) * g.square()
+    m = number["one"] * m + (1 - number["one"]) * g
+    v = number["two"] * v + (1 - number["two"]) * g.square()
     # One difference: 1 - rate * decay, rounded by itself in fp32, is a tenth off at a rate of 2e-5.
-    w = w - (facts["lr"] * m / (v.sqrt() * facts["correction"] + facts["eps"]) + facts["decay"] * w)
+    w = w - (number["lr"] * m / (v.sqrt() * number["correction"] + number["eps"]) + number["decay"] * w)
     if eight:
         for moment, encode, new in (("exp_avg", encode_m, m), ("exp_avg_sq", encode_v, v)):
             codes, scale = encode(new, draw(new))
