@@ -20,6 +20,8 @@ from vlft.models.kernels.install import Installed
 MARGIN = 0.06
 """Of the memory, for what the allocator cannot use because it lies in pieces, and for libraries' workspaces."""
 TOWERS = ("vision", "language")
+SHARE = 8
+"""A row that did not fit is to keep less by at least one part in so many of what could be spared."""
 LOGITS = 14
 """Bytes of a logit: in the compute dtype and in fp32, the log of its softmax, and the gradients of these."""
 
@@ -170,6 +172,10 @@ class Memory:
         self.towers = [list(layers) for layers in towers]
         self.vocabulary = vocabulary
         self.room = None if fixed is not None else room
+        self.short = 0
+        """Bytes of the room that are not really there, as rows that did not fit have taught."""
+        self._row: tuple[float, float, float] = (0.0, 0.0, 0.0)
+        """Of the last row, in bytes: its peak as it was reckoned, the least that it could be, the room for it."""
         self.now: list[list[Keep]] = [list(row) for row in fixed or [["all"] * len(layers) for layers in towers]]
         self._tell()
 
@@ -191,8 +197,26 @@ class Memory:
                 towers.append(Tower(len(layers), cost, each))
             else:
                 towers.append(Tower(0, Cost(0, 0, 0, 0.0, 0.0), 0))
-        self.now = choose(towers, float(LOGITS * supervised * self.vocabulary), self.room() + coming)
+        head, room = float(LOGITS * supervised * self.vocabulary), self.room() + coming - self.short
+        self.now = choose(towers, head, room)
+        least: list[list[Keep]] = [["input"] * tower.layers for tower in towers]
+        self._row = peak(towers, self.now, head), peak(towers, least, head), room
         self._tell()
+
+    def spare(self, asked: int) -> int | None:
+        """Bytes that the room must shrink by after a row that did not fit, so that layers keep less of it.
+
+        By all that was thought to be free beside the row, what the allocator was `asked` for last, and a margin. The
+        next try does less each time, so that the tries end; but no more is given up than was short, since what is
+        learnt here slows every row that follows.
+
+        Returns:
+            None: layers keep nothing but their input, or what a fixed plan says; the row must be smaller.
+        """
+        if self.room is None or all(keep == "input" for tower in self.now for keep in tower):
+            return None
+        used, least, room = self._row
+        return int(max(room - used, 0.0) + max(asked + MARGIN * used, (used - least) / SHARE)) + 1
 
     def _tell(self) -> None:
         for layers, keeps in zip(self.towers, self.now, strict=True):
