@@ -6,13 +6,15 @@ python -m pytest tests/gpu -n 8
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from runs import CPU_ADAM, command, final_weights, ledger, metrics, start, write_data
+from runs import CPU_ADAM, command, environment, final_weights, ledger, metrics, start, write_data
 from safetensors.torch import load_file
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -108,6 +110,18 @@ def test_fsdp2_trains_saves_resumes_and_exports_in_bf16(
     a, b = (load_file(next((tmp_path / run / "model").glob("*model.safetensors"))) for run in ("plain", "whole"))
     assert a.keys() == b.keys()
     assert all(torch.allclose(a[n].float(), b[n].float(), atol=0.02) for n in a)
+
+
+def test_segments_expand_although_torch_was_there_first() -> None:
+    """A program that imports torch itself and calls `vlft.train.main`: CUDA starts after the engine does."""
+    code = (
+        "import torch; from vlft.engine import start_engine; start_engine('bf16'); x = torch.ones(9 << 20).cuda(); "
+        "print([one['is_expandable'] for one in torch.cuda.memory_snapshot()])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment(), check=True)
+    found = done.stdout.splitlines()[-1]
+    assert "True" in found
+    assert "False" not in found
 
 
 @pytest.mark.parametrize("plan", ["all", "auto"])
