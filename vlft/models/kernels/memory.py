@@ -203,6 +203,13 @@ class Memory:
         self._row = peak(towers, self.now, head), peak(towers, least, head), room
         self._tell()
 
+    def leave(self, layers: Sequence[nn.Module]) -> None:
+        """These run their own forward from now on; it asks for no plan."""
+        gone = {id(layer) for layer in layers}
+        for t, (tower, keeps) in enumerate(zip(self.towers, self.now, strict=True)):
+            stay = [(layer, keep) for layer, keep in zip(tower, keeps, strict=True) if id(layer) not in gone]
+            self.towers[t], self.now[t] = [layer for layer, _ in stay], [keep for _, keep in stay]
+
     def spare(self, asked: int) -> int | None:
         """Bytes that the room must shrink by after a row that did not fit, so that layers keep less of it.
 
