@@ -131,6 +131,7 @@ class Job:
 
 def setup(run: Run, engine: Engine) -> Job:
     config, folder = run.config, RunFolder(run.config.output_dir)
+    check_memory(config, engine.device)
     engine.on_main(lambda: check_output_dir(config))
     resume = engine.on_main(lambda: checkpoints.find(config.resume_from_checkpoint, folder.checkpoints))
     # Once, not on every rank: the checksums of a large model's states take a while.
@@ -316,16 +317,30 @@ def check_optimizer(config: RunConfig, engine: Engine) -> None:
         )
 
 
+def check_memory(config: RunConfig, device: torch.device) -> None:
+    """
+    Raises:
+        ConfigError: the size of a GPU is given where there is none.
+    """
+    if isinstance(config.kept, int) and device.type != "cuda":
+        raise ConfigError(
+            f"--memory {config.memory} is the size of a GPU, but this run is on the {device.type}; give all, low or "
+            "the path of a YAML file, or leave it out."
+        )
+
+
 def remember(packed: PackedVLM, config: RunConfig, engine: Engine) -> Memory:
     """What layers keep for their backward pass. Those that keep transformers' forward keep all or their input."""
     on_gpu = engine.device.type == "cuda"
     plan = config.kept
-    room = room_on_gpu(engine.device, engine.pending_bytes) if on_gpu and plan == "auto" else None
+    size = plan if isinstance(plan, int) else None
+    chooses = on_gpu and (plan == "auto" or size is not None)
+    room = room_on_gpu(engine.device, engine.pending_bytes, size) if chooses else None
     vocabulary = int(packed.hf.config.get_text_config().vocab_size)
     packed.memory = memory_for(
         packed.installed, vocabulary, plan, room, gradients_stay=not engine.shards_states
     )  # fmt: skip
-    if plan == "low" or (plan == "auto" and on_gpu):
+    if plan == "low" or chooses:
         # Non-reentrant: frozen embeddings give inputs without a gradient, which the reentrant kind would cut off.
         packed.hf.gradient_checkpointing_enable({"use_reentrant": False})
         for layer in packed.installed.layers:

@@ -11,8 +11,9 @@ import pytest
 import torch
 from runs import command, distance, final_weights, ledger, metrics, start, train, write_data
 
-from vlft.errors import DataError, DeviceMemoryError
+from vlft.errors import ConfigError, DataError, DeviceMemoryError
 from vlft.models.forward import PackedVLM
+from vlft.models.kernels import room_on_gpu
 
 FITS_ALONE = 110
 """Tokens that every sample of the toy set stays below, and rows of four do not."""
@@ -197,6 +198,29 @@ def test_layers_of_sharded_ranks_keep_less_after_a_resume(tiny: Callable[..., Pa
             break
     assert done.returncode == 0, done.stderr[-3000:]
     same_run(tmp_path / "whole", tmp_path / "two")
+
+
+def test_the_size_of_a_gpu_means_nothing_without_one(tiny: Callable[..., Path], tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="--memory 40GiB is the size of a GPU, but this run is on the cpu; give all"):
+        train(words(tiny(), write_data(tmp_path), tmp_path / "out", memory="40GiB"))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("size", [None, 12 * 10**9, 200 * 10**9])
+def test_the_room_of_a_size(size: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU of that size, whose allocator gives no more; of 80 GB, 20 are others'."""
+    limits: list[float] = []
+    facts = {"mem_get_info": (5e10, 8e10), "memory_reserved": 1e10, "memory_allocated": 4e9}
+    for name, value in facts.items():
+        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda share, _: limits.append(share))
+    room = room_on_gpu(torch.device("cuda", 0), lambda: 10**9, size)()
+    if size == 12 * 10**9:
+        assert room == pytest.approx(12e9 - 0.6e9 - 0.06 * 12e9 - 5e9)
+        assert limits == [pytest.approx(11.4 / 80)]
+    else:
+        assert room == pytest.approx(6e10 - 0.06 * 8e10 - 5e9)
+        assert limits == []
 
 
 def test_a_model_that_does_not_fit_at_all(tiny: Callable[..., Path], tmp_path: Path, monkeypatch: Any) -> None:

@@ -149,6 +149,24 @@ def test_a_real_out_of_memory_is_recovered(tiny: Callable[..., Path], tmp_path: 
     assert sum(line["samples"] for line in metrics(tmp_path / "out")) == 2 * 40
 
 
+def test_a_run_stays_within_the_size_that_it_is_given(tiny: Callable[..., Path], tmp_path: Path) -> None:
+    """`all` needs more than that; the context, which is not counted, less than what is set aside for it."""
+    registry = write_data(tmp_path, 40)
+    options = {"per_device_train_batch_size": 40, "mixed_precision": "bf16", "max_steps": 2} | RATES
+
+    def peak(memory: str) -> float:
+        out = tmp_path / memory
+        start(command(tiny(), registry, out, "full", memory=memory, **options))
+        lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+        return float(max(line["perf"]["peak_memory_gib"] for line in lines))
+
+    everything, least = peak("all"), peak("low")
+    middle = (everything + least) / 2
+    found = peak(f"{middle + 0.6e9 / 2**30:.4f}GiB")
+    print(everything, least, middle, found)
+    assert found <= middle < everything
+
+
 @pytest.mark.parametrize("kind", ["photometric", "geometric"])
 def test_augmentation_on_the_device_is_seeded(tiny: Callable[..., Path], tmp_path: Path, kind: str) -> None:
     registry = write_data(tmp_path)

@@ -17,6 +17,8 @@ from torch import nn
 from vlft.models.kernels.block import Block, Keep
 from vlft.models.kernels.install import Installed
 
+CONTEXT = int(0.6e9)
+"""Bytes of a process on a GPU outside PyTorch's allocator: the driver's context, libraries' workspaces, kernels."""
 MARGIN = 0.06
 """Of the memory, for what the allocator cannot use because it lies in pieces, and for libraries' workspaces."""
 TOWERS = ("vision", "language")
@@ -238,28 +240,33 @@ class Memory:
         return "no layer computes anything again in the backward pass"
 
 
-def room_on_gpu(device: torch.device, pending: Callable[[], int]) -> Callable[[], float]:
+def room_on_gpu(device: torch.device, pending: Callable[[], int], size: int | None = None) -> Callable[[], float]:
     """Bytes that are free for a row, now.
 
     Args:
         pending: bytes that will be taken whatever a row keeps.
+        size: of the GPU, as far as this process may use it; the allocator gives no more.
     """
     free, total = torch.cuda.mem_get_info(device)
     ours = free + torch.cuda.memory_reserved(device) - MARGIN * total
+    if size is not None and size < total:
+        ours = min(ours, size - CONTEXT - MARGIN * size)
+        # Otherwise a row that takes more than was reckoned would take it from those who share the GPU.
+        torch.cuda.set_per_process_memory_fraction(max(size - CONTEXT, 0) / total, device)
     return lambda: ours - torch.cuda.memory_allocated(device) - pending()
 
 
 def memory_for(
     installed: Installed,
     vocabulary: int,
-    plan: str | Mapping[Any, Mapping[Any, int]],
+    plan: str | int | Mapping[Any, Mapping[Any, int]],
     room: Callable[[], float] | None,
     *,
     gradients_stay: bool = True,
 ) -> Memory:
-    """By `plan`: "all", "low" (inputs alone), "auto" (by `room`), or how many layers of a tower keep which."""
+    """By `plan`: "all", "low" (inputs alone), "auto" or bytes (by `room`), or how many layers of a tower keep which."""
     towers = installed.learning()
-    if plan == "auto":
+    if plan == "auto" or isinstance(plan, int):
         return Memory(towers, vocabulary, room=room, gradients_stay=gradients_stay)
     return Memory(towers, vocabulary, fixed=fixed_by(plan, [len(layers) for layers in towers]))
 
