@@ -340,9 +340,11 @@ def remember(packed: PackedVLM, config: RunConfig, engine: Engine) -> Memory:
     packed.memory = memory_for(
         packed.installed, vocabulary, plan, room, gradients_stay=not engine.shards_states
     )  # fmt: skip
+    packed.installed.holds = plan != "low" and not engine.shards_states
     if plan == "low" or chooses:
         # Non-reentrant: frozen embeddings give inputs without a gradient, which the reentrant kind would cut off.
         packed.hf.gradient_checkpointing_enable({"use_reentrant": False})
+        packed.hf.disable_input_require_grads()  # which the line before asks for, for the reentrant kind's sake
         for layer in packed.installed.layers:
             layer.gradient_checkpointing = False  # type: ignore[assignment]
     return packed.memory

@@ -13,6 +13,7 @@ import pytest
 import torch
 from accelerate.hooks import CpuOffload, ModelHook, add_hook_to_module, attach_execution_device_hook
 from packed_rows import Example, packed_row
+from runs import command, start, write_data
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
 
@@ -206,6 +207,22 @@ def test_a_model_may_be_wrapped_twice(tiny: Callable[..., Path]) -> None:
     assert len(again.installed.layers) == 6
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["zero3", "fsdp"])
+def test_hooks_of_sharding_engines_are_no_reason(tiny: Callable[..., Path], tmp_path: Path, layout: str) -> None:
+    """They come between installing and the first forward; FSDP2 changes the layers' classes, too."""
+    more: dict[str, Any] = {"max_steps": 1, "per_device_train_batch_size": 2}
+    how: dict[str, Any] = {}
+    if layout == "zero3":
+        more["deepspeed"] = "zero3"
+    else:
+        how = {"fault": {"kind": "fsdp_on_cpu"}, "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+    words = command(tiny(), write_data(tmp_path, 8), tmp_path / "out", "lora_llm_full_vit", **more)
+    done = start(words, processes=2, **how)
+    assert "6 layers as one operation each; " in done.stdout
+    assert "after all" not in done.stderr
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Classes
 
@@ -272,7 +289,7 @@ def test_a_layer_that_lacks_something_says_what(tiny: Callable[..., Path]) -> No
 
 def test_a_mistake_of_ours_is_no_reason(tiny: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
     # By its place: the package has a function of that name.
-    monkeypatch.setattr(sys.modules["vlft.models.kernels.install"], "Products", lambda modules: modules.absent)
+    monkeypatch.setattr(sys.modules["vlft.models.kernels.install"], "Products", lambda modules, **_: modules.absent)
     source, model, _ = loaded(tiny())
     with pytest.raises(AttributeError, match="absent"):
         packed_of(model, source)

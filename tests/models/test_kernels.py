@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from vlft.models.forward import PackedVLM
 from vlft.models.kernels import block as blocks
-from vlft.models.kernels import pointwise
+from vlft.models.kernels import pointwise, product
 from vlft.models.kernels.memory import Cost, Memory, Sizes, Tower, choose, memory_for, peak
 from vlft.models.load import open_checkpoint, source_of
 from vlft.testing.tiny import FAMILIES
@@ -126,23 +126,49 @@ PLAIN: dict[str, Callable[[Tensor], Tensor]] = {
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("activation", PLAIN)
-@pytest.mark.parametrize(("width", "columns"), [(20, 20), (3420, 3456)])
-def test_activations(device: str, kind: torch.dtype, activation: Any, width: int, columns: int) -> None:
-    """Columns behind the width, which hold what the memory held, neither come out nor change."""
-    halves = 2 if activation == "silu_gated" else 1
-    inner = torch.randn(5, halves, columns, device=device).to(kind)
-    inner[:, :, width:] = torch.nan
-    x = inner[:, :, :width].flatten(1).float().requires_grad_()
+@pytest.mark.parametrize("width", [20, 3456])
+def test_activations(device: str, kind: torch.dtype, activation: Any, width: int) -> None:
+    """The backward pass gives the activation once more, and columns of zeros stay zero."""
+    inner = torch.randn(5, width * (2 if activation == "silu_gated" else 1), device=device).to(kind)
+    inner[:, width - 3 : width] = 0
+    inner[:, 2 * width - 3 :] = 0
+    x = inner.float().requires_grad_()
     expected = PLAIN[activation](x)
-    out = pointwise.activate(inner.flatten(1), activation, width)
+    out = pointwise.activate(inner, activation)
     limit = 1e-5 if kind == torch.float32 else 1e-2
-    assert out.shape == (5, columns)
-    assert near(out[:, :width], expected, limit)
-    assert not out[:, width:].any()
+    assert near(out, expected, limit)
+    assert not out[:, width - 3 :].any()
     d_out = torch.randn_like(out)
-    expected.backward(d_out[:, :width].float())
-    d_inner = pointwise.activate_backward(inner.flatten(1), d_out, activation, width)
-    assert near(d_inner.view(5, halves, columns)[:, :, :width].flatten(1), x.grad, limit)
+    d_out[:, width - 3 :] = 0
+    expected.backward(d_out.float())
+    d_inner, again = pointwise.activate_backward(inner.clone(), d_out, activation)
+    assert near(d_inner, x.grad, limit)
+    assert near(again, expected, limit)
+    assert not d_inner[:, width - 3 : width].any()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("probability", [0.05, 0.3])
+def test_dropout(device: str, probability: float) -> None:
+    """A function of the seed; its rate, its mean and its independence of the place."""
+    x = torch.ones(411, 512, device=device)
+    seed = 3 * 2**60 + 12345
+    out = pointwise.dropout(x, probability, seed)
+    assert torch.equal(out, pointwise.dropout(x, probability, seed))
+    assert torch.equal(x, torch.ones_like(x))
+    again = x.clone()
+    assert pointwise.dropout(again, probability, seed, in_place=True) is again
+    assert torch.equal(again, out)
+    for other in (seed + 1, seed + 2**20):
+        assert not torch.equal(out, pointwise.dropout(x, probability, other))
+    dropped = (out == 0).double()
+    assert float(dropped.mean()) == pytest.approx(probability, abs=0.005)
+    assert float(out.mean()) == pytest.approx(1.0, abs=0.01)
+    assert dropped.mean(0).max() < probability + 0.15
+    assert dropped.mean(1).max() < probability + 0.15
+    for shift in (1, 8, 1024, 4096):
+        both = float((dropped.flatten()[shift:] * dropped.flatten()[:-shift]).mean())
+        assert both == pytest.approx(probability**2, abs=0.01)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels themselves run above")
@@ -152,11 +178,11 @@ def test_the_kernels_of_a_gpu_in_tritons_interpreter() -> None:
     script = (
         "import sys, pytest\n"
         "from vlft.models.kernels import on_gpu, pointwise\n"
-        "for name in ('norm', 'norm_backward', 'rotate', 'rotate_backward', 'activate', 'activate_backward'):\n"
+        "for name in 'norm norm_backward rotate rotate_backward activate activate_backward dropout'.split():\n"
         "    assert hasattr(pointwise, name)\n"
         "    setattr(pointwise, name, getattr(on_gpu, name))\n"
         f"sys.exit(pytest.main(['-p', 'no:cacheprovider', '-p', 'no:xdist', {__file__!r},"
-        " '-k', 'norms or rotation or activations']))\n"
+        " '-k', 'norms or rotation or activations or test_dropout']))\n"
     )
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False)
@@ -254,10 +280,51 @@ def test_what_is_kept_changes_nothing(tiny: Callable[..., Path], family: str, wh
 def test_widths_are_filled_up_unseen(tiny: Callable[..., Path], what: str, monkeypatch: pytest.MonkeyPatch) -> None:
     packed, row = prepared(tiny(), what)
     expected = run(packed, row)
-    monkeypatch.setattr(blocks, "aligned", lambda width, device: width + 12)
-    found = run(packed, row)
-    assert near(found[0], expected[0])
-    assert near(found[1], expected[1])
+    monkeypatch.setattr(product, "aligned", lambda width, device: width + 12)
+    for packed.installed.holds in (False, True):
+        found = run(packed, row)
+        assert near(found[0], expected[0])
+        assert near(found[1], expected[1])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("what", PREPARED)
+def test_what_is_held_changes_nothing(tiny: Callable[..., Path], family: str, what: str) -> None:
+    """Joined copies of weights follow those that train; adapters may be switched off and on."""
+    packed, row = prepared(tiny(family), what, **({"lora_dropout": 0.3} if what != "full" else {}))
+    once = []
+    for packed.installed.holds in (False, True, False, True):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            once.append(run(packed, row))
+        if len(once) == 2:
+            assert packed.installed.held is not None
+            assert packed.installed.held.trained
+            with torch.no_grad():
+                for p in packed.parameters():
+                    if p.requires_grad:
+                        p += 0.1 * p.mean()
+    for found, expected in zip(once[1::2], once[::2], strict=True):
+        assert torch.equal(found[0], expected[0])
+        assert torch.equal(found[1], expected[1])
+    assert not torch.equal(once[0][0], once[2][0])
+    if what == "lora":
+        with torch.no_grad(), packed.eval().model.disable_adapter():
+            plain = packed(**row)
+            packed.installed.holds = False
+            assert near(plain, packed(**row))
+        packed.installed.holds = True
+        assert not near(packed(**row), plain, 1e-3)
+
+
+def test_a_frozen_tower_keeps_nothing_though_its_input_has_a_gradient(tiny: Callable[..., Path]) -> None:
+    """transformers' checkpointing asks for one, and a QLoRA on the GPU ran the tower's backward for nothing."""
+    packed, row = prepared(tiny(), "lora")
+    packed.hf.enable_input_require_grads()
+    tower = packed.hf.model.visual
+    seen: list[bool] = []
+    tower.blocks[1].register_forward_hook(lambda _, __, out: seen.append(out.requires_grad))
+    packed(**row).sum().backward()
+    assert seen == [False]
 
 
 def test_dropout_has_a_true_gradient_and_its_rate(tiny: Callable[..., Path]) -> None:
@@ -283,11 +350,6 @@ def test_dropout_has_a_true_gradient_and_its_rate(tiny: Callable[..., Path]) -> 
     one = packed(**text)
     torch.manual_seed(2)
     assert not torch.equal(one, packed(**text))
-    products = packed.installed.language[1].vlft_block.down
-    mask = products._mask(torch.empty(400, 500), 7)
-    assert float((mask == 0).double().mean()) == pytest.approx(0.3, abs=0.01)
-    assert float(mask.mean()) == pytest.approx(1.0, abs=0.01)
-    assert torch.equal(mask, products._mask(torch.empty(400, 500), 7))
 
 
 def test_adapters_that_are_switched_off_do_nothing(tiny: Callable[..., Path]) -> None:
@@ -415,6 +477,6 @@ def test_the_bytes_that_a_layer_keeps_are_counted(tiny: Callable[..., Path], fam
             continue
         cost = Cost.of(Sizes.of(block), n, n, 4)
         assert cost.inner == kept.inner.numel() * 4
-        own = [kept.attended, kept.middle, *kept.qkv, *([] if kept.before is None else [kept.before])]
+        own = [kept.attended.out, kept.middle, *kept.attended.qkv, *([] if kept.before is None else [kept.before])]
         # The log-sum-exp of the attention is counted for the GPU's kernel; this one keeps more.
         assert cost.attention == sum(t.numel() * 4 for t in own) + n * block.heads * 4

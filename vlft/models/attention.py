@@ -14,6 +14,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
 from typing import Any
@@ -103,6 +104,62 @@ def packed_attention(
         cu = borders.to(q.device, non_blocking=True)
         return _flash(q.contiguous(), k.contiguous(), v_TKD.contiguous(), cu, longest, scale, causal)
     return _segments(q, k, v_TKD, borders.tolist(), scale, causal)
+
+
+@dataclass
+class Attended:
+    """(T, H, D), and what its backward needs."""
+
+    out: Tensor
+    qkv: tuple[Tensor, Tensor, Tensor] | None
+    flash: tuple[Any, ...] | None = None
+    """(log-sum-exp, generator's state, unused, borders, longest, scale, causal) of the flash kernel"""
+    graph: Tensor | None = None
+    """Elsewhere: the output with a graph of the attention alone"""
+
+
+def attend(
+    q_THD: Tensor,
+    k_TKD: Tensor,
+    v_TKD: Tensor,
+    borders: Tensor,
+    longest: int | None,
+    scale: float,
+    *,
+    causal: bool,
+    learns: bool,
+) -> Attended:
+    """`packed_attention` outside of autograd, to be followed by `attend_backward`.
+
+    The flash kernel is called as PyTorch's own varlen_attn calls it, without the graph around it, which costs the host
+    more time than a window of the vision tower costs the GPU.
+    """
+    if varlen_available(q_THD.device, q_THD.dtype):
+        assert longest is not None
+        cu = borders.to(q_THD.device, non_blocking=True)
+        out, lse, state, unused, _ = torch.ops.aten._flash_attention_forward(
+            q_THD, k_TKD, v_TKD, cu, cu, longest, longest, 0.0, causal, False, scale=scale
+        )
+        flash = (lse, state, unused, cu, longest, scale, causal)
+        return Attended(out, (q_THD, k_TKD, v_TKD), flash) if learns else Attended(out, None)
+    with torch.set_grad_enabled(learns):
+        q, k, v = (x.detach().requires_grad_(learns) for x in (q_THD, k_TKD, v_TKD))
+        graph = packed_attention(q, k, v, borders, longest, scale, causal=causal)
+    return Attended(graph.detach(), (q, k, v), graph=graph) if learns else Attended(graph, None)
+
+
+def attend_backward(attended: Attended, d_out_THD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q (T, H, D), k and v (T, K, D)."""
+    assert attended.qkv is not None
+    if attended.graph is not None:
+        d_q, d_k, d_v = torch.autograd.grad(attended.graph, attended.qkv, d_out_THD)
+        return d_q, d_k, d_v
+    assert attended.flash is not None
+    lse, state, unused, cu, longest, scale, causal = attended.flash
+    d_q, d_k, d_v = torch.ops.aten._flash_attention_backward(
+        d_out_THD, *attended.qkv, attended.out, lse, cu, cu, longest, longest, 0.0, causal, state, unused, scale=scale
+    )
+    return d_q, d_k, d_v
 
 
 def attention(

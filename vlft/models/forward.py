@@ -122,7 +122,11 @@ class PackedVLM(nn.Module):
         assert pixel_values is not None
         dtype = like.dtype if like.is_floating_point() else torch.float32
         extras = _vision_extras(tower, grid_thw, like.device)
-        out = tower(pixel_values.to(dtype), grid_thw=grid_thw.to(like.device), return_dict=True, **extras)
+        # A frozen tower keeps nothing for a backward pass, also where something (Hugging Face's checkpointing, PEFT)
+        # has asked that its input have a gradient: that would double its time and take most of a row's memory.
+        learns = torch.is_grad_enabled() and any(p.requires_grad for p in tower.parameters())
+        with torch.set_grad_enabled(learns):
+            out = tower(pixel_values.to(dtype), grid_thw=grid_thw.to(like.device), return_dict=True, **extras)
         levels = list(out.deepstack_features or []) if self.has_deepstack else []
         return out.pooler_output, levels, real
 
@@ -183,8 +187,9 @@ class PackedVLM(nn.Module):
             self.settle()
         if supervised_S is None:
             supervised_S = (labels_T[0] != IGNORE).nonzero()[:, 0]
+        kind = kernels.compute_dtype(self._part(self.parts.embed).weight)
+        self.installed.before_row(kind, input_ids_T.device)
         if self.memory is not None and torch.is_grad_enabled():
-            kind = kernels.compute_dtype(self._part(self.parts.embed).weight)
             longest = int(image_grid_thw[:, 1:].prod(1).max()) if len(image_grid_thw) else 4
             patches = 4 if pixel_values is None else len(pixel_values)
             self.memory.before_row(patches, longest, input_ids_T.shape[1], max_seqlen, len(supervised_S), kind)

@@ -17,10 +17,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from vlft.models.attention import packed_attention
+from vlft.models.attention import Attended, attend, attend_backward
 from vlft.models.kernels import pointwise
 from vlft.models.kernels.pointwise import Activation
-from vlft.models.kernels.product import Gradients, Products, aligned, note
+from vlft.models.kernels.product import Gradients, Products, note
 
 Keep = Literal["all", "attention", "input"]
 """What a layer keeps for its backward pass: all that is dear, all but the MLP's inner values, or its input alone."""
@@ -83,9 +83,8 @@ class Kept:
 
     before: Tensor | None = None
     """(N, C, d) before the norms of queries and keys, where there are some"""
-    qkv: tuple[Tensor, Tensor, Tensor] | None = None
-    attended: Tensor | None = None
-    """(N, H, d), with the graph of the attention alone"""
+    attended: Attended | None = None
+    """(N, H, d), and what its backward needs"""
     middle: Tensor | None = None
     """(N, D) residual stream between attention and MLP"""
     inner: Tensor | None = None
@@ -116,10 +115,12 @@ class Block:
         pieces = (self.norm_1, self.qkv, self.q_norm, self.k_norm, self.out, self.norm_2, self.inner, self.down)
         return [p for piece in pieces if piece is not None for p in piece.trained()]
 
+    def groups(self) -> tuple[Products, Products, Products, Products]:
+        return self.qkv, self.out, self.inner, self.down
+
     def seeds(self, *, training: bool) -> tuple[int, int, int, int] | tuple[None, None, None, None]:
         """From torch's generator on the CPU, which a step seeds; no wait for the device."""
-        groups = (self.qkv, self.out, self.inner, self.down)
-        if not training or not any(group.dropout for group in groups):
+        if not training or not any(group.dropout for group in self.groups()):
             return None, None, None, None
         one, two, three, four = torch.randint(2**62, (4,)).tolist()
         return one, two, three, four
@@ -130,9 +131,6 @@ class Block:
             return None, None, 0.0
         return self.q_norm.weight, self.k_norm.weight, self.q_norm.eps
 
-    def _width(self, device: torch.device) -> int:
-        return aligned(self.inner.each[0].rows, device)
-
     def _attend(self, x_ND: Tensor, call: Call, kept: Kept, *, learns: bool) -> None:
         _, n_ND = self.norm_1.forward(x_ND, None, call.kind)
         before = self.qkv.forward(n_ND, call.kind, call.seeds[0]).view(len(x_ND), -1, self.size)
@@ -141,16 +139,12 @@ class Block:
             before, call.cos_Nd, call.sin_Nd, self.heads, self.kv_heads, q_weight, k_weight, eps
         )  # fmt: skip
         kept.before = before if q_weight is not None else None
-        # A graph of its own, for this one operation, whose backward is the library's.
-        with torch.set_grad_enabled(learns):
-            q, k, v = (part.detach().requires_grad_(learns) for part in rotated)
-            kept.attended = packed_attention(q, k, v, call.borders, call.longest, self.scale, causal=self.causal)
-        kept.qkv = (q, k, v)
+        kept.attended = attend(*rotated, call.borders, call.longest, self.scale, causal=self.causal, learns=learns)
 
     def _meet(self, x_ND: Tensor, call: Call, kept: Kept) -> Tensor:
         """The attention's output into the residual stream; returns the norm of that."""
         assert kept.attended is not None
-        branch = self.out.forward(_rows(kept.attended.detach().flatten(1), call), call.kind, call.seeds[1])
+        branch = self.out.forward(_rows(kept.attended.out.flatten(1), call), call.kind, call.seeds[1])
         kept.middle, m_ND = self.norm_2.forward(_rows(x_ND, call), branch, call.kind)
         return m_ND
 
@@ -158,22 +152,20 @@ class Block:
         self._attend(x_ND, call, kept, learns=learns and call.keep != "input")
         m_ND = self._meet(x_ND, call, kept)
         assert kept.middle is not None
-        width = self._width(x_ND.device)
-        kept.inner = self.inner.forward(m_ND, call.kind, call.seeds[2], width)
-        active = pointwise.activate(kept.inner, self.activation, self.inner.each[0].rows)
+        kept.inner = self.inner.forward(m_ND, call.kind, call.seeds[2])
+        active = pointwise.activate(kept.inner, self.activation)
         out = self.down.forward(active, call.kind, call.seeds[3])
         out = out.add_(kept.middle) if out.dtype == x_ND.dtype else kept.middle + out
         if call.keep != "all":
             kept.inner = None
         if call.keep == "input":
-            kept.before = kept.qkv = kept.attended = kept.middle = None
+            kept.before = kept.attended = kept.middle = None
         return out
 
     def backward(
         self, x_ND: Tensor, d_out_ND: Tensor, call: Call, kept: Kept, gradients: Gradients, *, wants_input: bool
     ) -> Tensor | None:
         kind = call.kind
-        width = self._width(x_ND.device)
         if kept.attended is None:
             self._attend(x_ND, call, kept, learns=True)
             m_ND = self._meet(x_ND, call, kept)
@@ -181,36 +173,32 @@ class Block:
             assert kept.middle is not None
             _, m_ND = self.norm_2.forward(kept.middle, None, kind)
         if kept.inner is None:
-            kept.inner = self.inner.forward(m_ND, kind, call.seeds[2], width)
+            kept.inner = self.inner.forward(m_ND, kind, call.seeds[2])
         assert kept.attended is not None
-        assert kept.qkv is not None
         assert kept.middle is not None
-        own = self.inner.each[0].rows
-        active = pointwise.activate(kept.inner, self.activation, own)
-        d_active = self.down.backward(active, d_out_ND.to(kind), kind, call.seeds[3], gradients)
-        del active
-        assert d_active is not None
-        d_inner = pointwise.activate_backward(kept.inner, d_active, self.activation, own)
-        del d_active
-        d_m = self.inner.backward(m_ND, d_inner, kind, call.seeds[2], gradients, width)
+        d_down = d_out_ND.to(kind)
+        d_active = self.down.backward_input(d_down, kind, call.seeds[3])
+        d_inner, active = pointwise.activate_backward(kept.inner, d_active, self.activation)
+        self.down.backward_weights(active, d_down, kind, call.seeds[3], gradients)
+        del active, d_active, d_down
+        d_m = self.inner.backward(m_ND, d_inner, kind, call.seeds[2], gradients)
         del d_inner, m_ND
         kept.inner = None
         assert d_m is not None
         d_middle = self.norm_2.backward(d_m, kept.middle, d_out_ND, gradients)
         kept.middle = None
-        attended_NHd = kept.attended
-        attended_ND = _rows(attended_NHd.detach().flatten(1), call)
+        attended_ND = _rows(kept.attended.out.flatten(1), call)
         d_attended = self.out.backward(attended_ND, d_middle.to(kind), kind, call.seeds[1], gradients)
         assert d_attended is not None
         d_attended, d_middle = _all_rows(d_attended, call, x_ND), _all_rows(d_middle, call, x_ND)
-        d_q, d_k, d_v = torch.autograd.grad(attended_NHd, kept.qkv, d_attended.view_as(attended_NHd))
+        d_q, d_k, d_v = attend_backward(kept.attended, d_attended.view_as(kept.attended.out))
         q_weight, k_weight, eps = self._head_norms
         d_before, d_q_weight, d_k_weight = pointwise.rotate_backward(
             d_q, d_k, d_v, call.cos_Nd, call.sin_Nd, kept.before, q_weight, k_weight, eps
         )
         note(gradients, q_weight, lambda: d_q_weight)
         note(gradients, k_weight, lambda: d_k_weight)
-        kept.before = kept.qkv = kept.attended = None
+        kept.before = kept.attended = None
         _, n_ND = self.norm_1.forward(x_ND, None, kind)
         wants_n = wants_input or any(True for _ in self.norm_1.trained())
         d_n = self.qkv.backward(n_ND, d_before.flatten(1), kind, call.seeds[0], gradients, wants_input=wants_n)
@@ -235,7 +223,7 @@ class _Layer(torch.autograd.Function):
         with no_autocast(x_ND.device):
             out = block.forward(x_ND, call, kept, learns=learns)
         if learns:
-            # Not by save_for_backward: the attention keeps a graph, and pieces are dropped one by one as they are used.
+            # Not by save_for_backward: pieces are dropped one by one as they are used.
             ctx.block, ctx.call, ctx.x_ND, ctx.kept, ctx.trained = block, call, x_ND, kept, trained
         return out
 

@@ -10,7 +10,7 @@ later than that does not run. Generation goes through caches and masks: it keeps
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from types import MethodType
 from typing import Any, get_args
@@ -24,7 +24,45 @@ from vlft.models.attention import NAME
 from vlft.models.kernels.block import Block, Call, compute_dtype, run
 from vlft.models.kernels.foreign import check_activation, foreign, known, norm, own_forward
 from vlft.models.kernels.pointwise import Activation
-from vlft.models.kernels.product import Products, UnsupportedError
+from vlft.models.kernels.product import Copies, Products, UnsupportedError
+
+
+@dataclass
+class Held:
+    """Copies of parameters, joined and in the compute dtype, that layers use in their place."""
+
+    kind: torch.dtype
+    sources: list[Any]
+    """The parameters and scales at the time, to notice others in their place: adapters come, go and are merged."""
+    trained: Copies
+    """To be made anew for every row: that costs a thousandth of it, and a weight that was changed unseen would be
+    trained against its old value."""
+
+    @classmethod
+    def make(cls, groups: Sequence[Products], kind: torch.dtype, device: torch.device, sources: list[Any]) -> Held:
+        copies = [copy for group in groups for copy in group.hold(kind, device)]
+        cls._copy([copy for copy in copies if not copy[1].requires_grad])
+        return cls(kind, sources, [copy for copy in copies if copy[1].requires_grad])
+
+    def of(self, kind: torch.dtype, sources: list[Any]) -> bool:
+        """Whether they are up to date but for values."""
+        same = kind == self.kind and len(sources) == len(self.sources)
+        return same and all(map(_same, sources, self.sources))
+
+    def refresh(self) -> None:
+        self._copy(self.trained)
+
+    @staticmethod
+    @torch.no_grad()
+    def _copy(copies: Copies) -> None:
+        # One launch for all that lie close; the list's slow way, one each, is taken if a single one does not.
+        for close in (True, False):
+            some = [copy for copy in copies if copy[0].is_contiguous() == close]
+            if some:
+                torch._foreach_copy_([target for target, _, _ in some], [p for _, p, _ in some])
+        for target, _, factor in copies:
+            if factor != 1.0:
+                target.mul_(factor)
 
 
 @dataclass
@@ -35,6 +73,24 @@ class Installed:
     language: list[nn.Module] = field(default_factory=list)
     left: Counter[str] = field(default_factory=Counter)
     """reason -> layers that keep their own forward"""
+    holds: bool = False
+    """Joined weights are kept in the layers. Only where parameters stay whole and at their place (no sharding engine)
+    and there is memory for them."""
+    held: Held | None = None
+
+    def before_row(self, kind: torch.dtype, device: torch.device) -> None:
+        """Bring what layers hold up to date with the parameters; `kind`: compute dtype."""
+        groups = [group for layer in self.layers for group in layer.vlft_block.groups()]  # type: ignore[operator,union-attr]
+        if not self.holds:
+            if self.held is not None:
+                for group in groups:
+                    group.drop()
+                self.held = None
+            return
+        sources = [source for group in groups for source in group.sources()]
+        if self.held is None or not self.held.of(kind, sources):
+            self.held = Held.make(groups, kind, device, sources)
+        self.held.refresh()
 
     @property
     def layers(self) -> list[nn.Module]:
@@ -74,6 +130,10 @@ class Installed:
         said = f"{len(self.layers)} layers as one operation each"
         kept = "; ".join(f"{n} keep transformers' forward: {reason}" for reason, n in self.left.items())
         return f"{said}; {kept}" if kept else said
+
+
+def _same(a: Any, b: Any) -> bool:
+    return a is b or (isinstance(a, (int, float, bool)) and a == b)
 
 
 def install(model: nn.Module, parts: Parts) -> Installed:
@@ -131,11 +191,11 @@ def _mlp(mlp: Any, activation: str) -> tuple[Products, Activation, Products]:
     check_activation(mlp, activation)
     if hasattr(mlp, "gate_proj"):
         known(mlp, "up_proj", "down_proj")
-        inner = Products([mlp.gate_proj, mlp.up_proj])
-        return inner, _activation(activation, gated=True), Products([mlp.down_proj])
+        inner = Products([mlp.gate_proj, mlp.up_proj], fills_up=True)
+        return inner, _activation(activation, gated=True), Products([mlp.down_proj], filled_up=True)
     names = ("fc1", "fc2") if hasattr(mlp, "fc1") else ("linear_fc1", "linear_fc2")
     first, second = (getattr(known(mlp, *names), name) for name in names)
-    return Products([first]), _activation(activation, gated=False), Products([second])
+    return Products([first], fills_up=True), _activation(activation, gated=False), Products([second], filled_up=True)
 
 
 def _vision_pieces(block: Any) -> Block:

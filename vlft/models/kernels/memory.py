@@ -92,7 +92,7 @@ class Sizes:
     def of(cls, block: Block) -> Sizes:
         return cls(
             width=block.qkv.each[0].columns, qkv=sum(p.rows for p in block.qkv.each), heads=block.heads,
-            heads_width=block.heads * block.size, inner=sum(p.rows for p in block.inner.each),
+            heads_width=block.heads * block.size, inner=sum(block.inner.widths(block.norm_1.weight.device)),
             head_norms=block.q_norm is not None, causal=block.causal,
         )  # fmt: skip
 

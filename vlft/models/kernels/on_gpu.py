@@ -303,10 +303,10 @@ def _tanh(x):
 
 
 @triton.jit
-def _activate_kernel(x_ptr, out_ptr, columns, width, KIND: tl.constexpr, BLOCK: tl.constexpr):
+def _activate_kernel(x_ptr, out_ptr, columns, KIND: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = column < width
+    inside = column < columns
     x_row = x_ptr + row * columns * (2 if KIND == 0 else 1)
     x = tl.load(x_row + column, mask=inside, other=0.0).to(tl.float32)
     if KIND == 0:
@@ -317,51 +317,101 @@ def _activate_kernel(x_ptr, out_ptr, columns, width, KIND: tl.constexpr, BLOCK: 
         x = 0.5 * x * (1.0 + _tanh(0.7978845608028654 * (x + 0.044715 * x * x * x)))
     else:
         x = x * tl.sigmoid(1.702 * x)
-    # Columns behind the width hold whatever the memory held; the next product must see zeros there.
-    x = tl.where(inside, x, 0.0)
-    tl.store(out_ptr + row * columns + column, x.to(out_ptr.dtype.element_ty), mask=column < columns)
+    tl.store(out_ptr + row * columns + column, x.to(out_ptr.dtype.element_ty), mask=inside)
 
 
-def activate(inner_NI: Tensor, kind: Activation, width: int) -> Tensor:
+def activate(inner_NI: Tensor, kind: Activation) -> Tensor:
     rows, columns = inner_NI.shape
     if kind == "silu_gated":
         columns //= 2
     out = inner_NI.new_empty(rows, columns)
     block = min(_PIECE, triton.next_power_of_2(columns))
     _activate_kernel[(rows, triton.cdiv(columns, block))](
-        inner_NI, out, columns, width, KIND=_KINDS[kind], BLOCK=block, num_warps=4
+        inner_NI, out, columns, KIND=_KINDS[kind], BLOCK=block, num_warps=4
     )
     return out
 
 
 @triton.jit
-def _activate_backward_kernel(x_ptr, d_ptr, columns, width, KIND: tl.constexpr, BLOCK: tl.constexpr):
+def _activate_backward_kernel(x_ptr, d_ptr, columns, KIND: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = column < width
+    inside = column < columns
     x_row = x_ptr + row * columns * (2 if KIND == 0 else 1)
+    d_place = d_ptr + row * columns + column
     x = tl.load(x_row + column, mask=inside, other=0.0).to(tl.float32)
-    d = tl.load(d_ptr + row * columns + column, mask=inside, other=0.0).to(tl.float32)
+    d = tl.load(d_place, mask=inside, other=0.0).to(tl.float32)
     if KIND == 0:
         up = tl.load(x_row + columns + column, mask=inside, other=0.0).to(tl.float32)
         sigmoid = tl.sigmoid(x)
-        tl.store(x_row + columns + column, (d * x * sigmoid).to(x_ptr.dtype.element_ty), mask=inside)
+        out = x * sigmoid * up
         slope = up * sigmoid * (1.0 + x * (1.0 - sigmoid))
+        tl.store(x_row + columns + column, (d * x * sigmoid).to(x_ptr.dtype.element_ty), mask=inside)
     elif KIND == 1:
-        slope = 0.5 * (1.0 + tl.erf(x * 0.7071067811865476)) + x * tl.exp(-0.5 * x * x) * 0.3989422804014327
+        normal = 0.5 * (1.0 + tl.erf(x * 0.7071067811865476))
+        out = x * normal
+        slope = normal + x * tl.exp(-0.5 * x * x) * 0.3989422804014327
     elif KIND == 2:
         tanh = _tanh(0.7978845608028654 * (x + 0.044715 * x * x * x))
+        out = 0.5 * x * (1.0 + tanh)
         slope = 0.5 * (1.0 + tanh) + 0.5 * x * (1.0 - tanh * tanh) * 0.7978845608028654 * (1.0 + 0.134145 * x * x)
     else:
         sigmoid = tl.sigmoid(1.702 * x)
+        out = x * sigmoid
         slope = sigmoid * (1.0 + 1.702 * x * (1.0 - sigmoid))
     tl.store(x_row + column, (d * slope).to(x_ptr.dtype.element_ty), mask=inside)
+    tl.store(d_place, out.to(d_ptr.dtype.element_ty), mask=inside)
 
 
-def activate_backward(inner_NI: Tensor, d_out_NI: Tensor, kind: Activation, width: int) -> Tensor:
+def activate_backward(inner_NI: Tensor, d_out_NI: Tensor, kind: Activation) -> tuple[Tensor, Tensor]:
     rows, columns = d_out_NI.shape
-    block = min(_PIECE, triton.next_power_of_2(width))
-    _activate_backward_kernel[(rows, triton.cdiv(width, block))](
-        inner_NI, d_out_NI.contiguous(), columns, width, KIND=_KINDS[kind], BLOCK=block, num_warps=4
+    block = min(_PIECE, triton.next_power_of_2(columns))
+    _activate_backward_kernel[(rows, triton.cdiv(columns, block))](
+        inner_NI, d_out_NI, columns, KIND=_KINDS[kind], BLOCK=block, num_warps=4
     )
-    return inner_NI
+    return inner_NI, d_out_NI
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Dropout: one call of the generator for eight values, which lie a stride apart so that each load is of neighbours
+
+_STRIDE = 1024
+
+
+@triton.jit
+def _drop(x_ptr, out_ptr, place, size, digits, least, factor):
+    inside = place < size
+    x = tl.load(x_ptr + place, mask=inside, other=0.0).to(tl.float32)
+    x = tl.where((digits & 0xFFFF).to(tl.int32) >= least, x * factor, 0.0)
+    tl.store(out_ptr + place, x.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["seed_low", "seed_high"])
+def _dropout_kernel(x_ptr, out_ptr, size, least, factor, seed_low, seed_high, STRIDE: tl.constexpr):
+    program = tl.program_id(0)
+    column = tl.arange(0, STRIDE)
+    # Philox of 7 rounds passes BigCrush (Salmon et al. 2011); each of its four words gives two values of 16 bits.
+    counter = program * STRIDE + column
+    zero = counter * 0
+    seed = seed_low.to(tl.uint64) | (seed_high.to(tl.uint64) << 32)
+    one, two, three, four = tl.philox(seed, counter, zero, zero, zero, 7)
+    place = program.to(tl.int64) * (8 * STRIDE) + column
+    _drop(x_ptr, out_ptr, place, size, one, least, factor)
+    _drop(x_ptr, out_ptr, place + STRIDE, size, one >> 16, least, factor)
+    _drop(x_ptr, out_ptr, place + 2 * STRIDE, size, two, least, factor)
+    _drop(x_ptr, out_ptr, place + 3 * STRIDE, size, two >> 16, least, factor)
+    _drop(x_ptr, out_ptr, place + 4 * STRIDE, size, three, least, factor)
+    _drop(x_ptr, out_ptr, place + 5 * STRIDE, size, three >> 16, least, factor)
+    _drop(x_ptr, out_ptr, place + 6 * STRIDE, size, four, least, factor)
+    _drop(x_ptr, out_ptr, place + 7 * STRIDE, size, four >> 16, least, factor)
+
+
+def dropout(x_ND: Tensor, probability: float, seed: int, *, in_place: bool = False) -> Tensor:
+    x_ND = x_ND.contiguous()
+    out = x_ND if in_place else torch.empty_like(x_ND)
+    least = round(probability * 65536)
+    _dropout_kernel[(triton.cdiv(x_ND.numel(), 8 * _STRIDE),)](
+        x_ND, out, x_ND.numel(), least, 65536 / (65536 - least), seed & 0x7FFFFFFF, (seed >> 31) & 0x7FFFFFFF,
+        STRIDE=_STRIDE, num_warps=4,
+    )  # fmt: skip
+    return out

@@ -193,43 +193,34 @@ def _per_head(q_weight_d: Tensor, k_weight_d: Tensor, heads: int, kv_heads: int)
 
 
 @_one_kernel
-def activate(inner_NI: Tensor, kind: Activation, width: int) -> Tensor:
-    """The activation of a token's inner values.
+def activate(inner_NI: Tensor, kind: Activation) -> Tensor:
+    """The activation of a token's inner values: (N, I). Zero where they are zero.
 
     Args:
         inner_NI: (N, 2 * I) gates, then values, for "silu_gated" (SwiGLU, Shazeer 2020); else (N, I).
-        width: columns of each half that hold something; behind them the result is zero.
-    Returns:
-        (N, I).
     """
     if kind == "silu_gated":
         gate, up = wide(inner_NI).chunk(2, dim=-1)
-        out = F.silu(gate[:, :width]) * up[:, :width]
-        columns = inner_NI.shape[1] // 2
-    else:
-        out = _PLAIN[kind](wide(inner_NI[:, :width]))
-        columns = inner_NI.shape[1]
-    return F.pad(out, (0, columns - width)).to(inner_NI.dtype)
+        return (F.silu(gate) * up).to(inner_NI.dtype)
+    return _PLAIN[kind](wide(inner_NI)).to(inner_NI.dtype)
 
 
 @_one_kernel
-def activate_backward(inner_NI: Tensor, d_out_NI: Tensor, kind: Activation, width: int) -> Tensor:
-    """The gradient of `inner`, in the place of `inner`, which nothing needs any more."""
-    x = wide(inner_NI)
-    d = d_out_NI[:, :width].to(x.dtype)
+def activate_backward(inner_NI: Tensor, d_out_NI: Tensor, kind: Activation) -> tuple[Tensor, Tensor]:
+    """(The gradient of `inner`, its activation), in the places of `inner` and `d_out`, which nothing needs any more."""
+    x, d = wide(inner_NI), wide(d_out_NI)
     if kind == "silu_gated":
-        columns = inner_NI.shape[1] // 2
-        gate, up = x[:, :width], x[:, columns : columns + width]
+        gate, up = x.chunk(2, dim=-1)
         sigmoid = torch.sigmoid(gate)
         d_gate, d_up = d * up * sigmoid * (1 + gate * (1 - sigmoid)), d * gate * sigmoid
-        inner_NI[:, :width] = d_gate.to(inner_NI.dtype)
-        inner_NI[:, columns : columns + width] = d_up.to(inner_NI.dtype)
-        return inner_NI
-    with torch.enable_grad():
-        x = x[:, :width].detach().requires_grad_()
-        (slope,) = torch.autograd.grad(_PLAIN[kind](x), x, d)
-    inner_NI[:, :width] = slope.to(inner_NI.dtype)
-    return inner_NI
+        out = gate * sigmoid * up
+        slope = torch.cat((d_gate, d_up), dim=-1)
+    else:
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            out = _PLAIN[kind](x)
+            (slope,) = torch.autograd.grad(out, x, d)
+    return inner_NI.copy_(slope), d_out_NI.copy_(out.detach())
 
 
 _PLAIN: dict[str, Callable[[Tensor], Tensor]] = {
@@ -237,3 +228,24 @@ _PLAIN: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
     "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
 }
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Dropout before adapters
+
+
+@_one_kernel
+def dropout(x_ND: Tensor, probability: float, seed: int, *, in_place: bool = False) -> Tensor:
+    """Inverted dropout (Srivastava et al. 2014) whose mask is a function of the seed and the shape.
+
+    The same seed gives the same mask on the same device, so that a backward pass needs no mask kept.
+    """
+    keep = 1.0 - probability
+    generator = _generator(x_ND.device).manual_seed(seed)
+    mask = torch.empty_like(x_ND).bernoulli_(keep, generator=generator).div_(keep)
+    return x_ND.mul_(mask) if in_place else x_ND * mask
+
+
+@lru_cache(maxsize=8)
+def _generator(device: torch.device) -> torch.Generator:
+    return torch.Generator(device)
