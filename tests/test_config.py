@@ -427,9 +427,31 @@ def test_global_batch() -> None:
 def test_a_plan_of_memory_is_a_word_or_a_file(tmp_path: Path) -> None:
     path = tmp_path / "memory.yaml"
     path.write_text("vision: {attention: 20, input: 12}\n")
-    assert c.memory_plan("auto") == "auto"
+    assert [c.memory_plan(word) for word in ("auto", "all", "low")] == ["auto", "all", "low"]
+    assert make(memory="all").kept == make(gradient_checkpointing=False).kept == "all"
     assert c.memory_plan(str(path)) == {"vision": {"attention": 20, "input": 12}}
     assert make(memory=str(path)).memory == str(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("40GiB", 40 * 2**30), ("24GB", 24 * 10**9), ("24G", 24 * 10**9), ("0.5 gib", 2**29), ("800MiB", 800 * 2**20),
+     ("800m", 8 * 10**8)],
+)  # fmt: skip
+def test_a_plan_of_memory_is_a_size(text: str, size: int) -> None:
+    assert c.memory_plan(text) == size
+    assert make(memory=text).kept == size
+    assert run("--memory", text).config.memory == text
+
+
+@pytest.mark.parametrize("text", ["lo", "everything", "40", "0GiB", "-4GiB", "40Gi", "40 apples", "GiB"])
+def test_a_word_that_is_no_plan_of_memory(text: str) -> None:
+    with pytest.raises(
+        ConfigError,
+        match=rf"--memory {text} is no word of it, no size and no file.*; give auto, all, low, a size such as 40GiB or "
+        "24GB, or the path of a YAML file",
+    ):
+        run("--memory", text)
 
 
 @pytest.mark.parametrize(
@@ -442,9 +464,7 @@ def test_a_plan_of_memory_that_is_none(tmp_path: Path, text: str) -> None:
         ConfigError, match=r"memory\.yaml is no such plan .*write e\.g\. vision: \{attention: 20, input: 12\}"
     ):
         run("--memory", str(path))
-    with pytest.raises(
-        ConfigError, match=r"absent\.yaml: there is no such file; give auto, low or the path of a YAML file"
-    ):
+    with pytest.raises(ConfigError, match=r"absent\.yaml is no word of it, no size and no file; give auto, all, low"):
         run("--memory", str(tmp_path / "absent.yaml"))
 
 

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from datetime import timedelta
 
 from vlft import __version__
+from vlft.allocator import prepare_allocator
 from vlft.commands import COMMANDS, parse_command
 from vlft.errors import ConfigError, VlftError
 from vlft.manual import command_help, help_text
@@ -28,6 +29,7 @@ SILENT_SECONDS = 5.0
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The process: runs a command, prints an error once, returns the exit code (see `vlft.errors`)."""
+    prepare_allocator()  # here, before any command or plugin imports torch
     words = without_local_rank(sys.argv[1:] if argv is None else argv)
     try:
         _dispatch(words)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import types
 import typing
 from collections.abc import Mapping
@@ -350,13 +351,15 @@ class RunConfig(SharedOptions):
     )
     memory: str = _machine(
         "auto",
-        "What layers keep for the backward pass: auto (on a GPU, as much as fits; on a CPU, all), low (their inputs "
-        "alone), or a YAML file with a number of layers for each tower, e.g. vision: {attention: 20, input: 12}: so "
-        "many drop the MLP's inner values, or all but their input.",
+        "What layers keep for the backward pass: auto (on a GPU, as much as fits; on a CPU, all), all, low (their "
+        "inputs alone), a size such as 40GiB or 24GB (auto, on a GPU of which each process has that much), or a YAML "
+        "file with a number of layers for each tower, e.g. vision: {attention: 20, input: 12}: so many drop the MLP's "
+        "inner values, or all but their input.",
     )
     gradient_checkpointing: bool | None = _machine(
         None,
-        "Compute activations again in the backward pass: less memory, more time. On is --memory low, off keeps all.",
+        "Compute activations again in the backward pass: less memory, more time. On is --memory low, off is --memory "
+        "all.",
         shown="by --memory",
     )
 
@@ -413,8 +416,8 @@ class RunConfig(SharedOptions):
         return tuple(dict.fromkeys(found))
 
     @property
-    def kept(self) -> str | MemoryPlan:
-        """What layers keep for the backward pass: "all", "low" (inputs alone), "auto", or the numbers of a file."""
+    def kept(self) -> str | int | MemoryPlan:
+        """What layers keep for the backward pass, see `memory_plan`."""
         if self.gradient_checkpointing is not None:
             return "low" if self.gradient_checkpointing else "all"
         return memory_plan(self.memory)
@@ -830,17 +833,30 @@ def deepspeed_path(value: str) -> Path:
 MemoryPlan = dict[Literal["vision", "language"], dict[Literal["attention", "input"], NonNegativeInt]]
 
 
-def memory_plan(value: str) -> str | MemoryPlan:
-    """What `--memory` means: "auto", "low", or the numbers of layers in a file.
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([MG](?:i?B)?)", re.IGNORECASE)
+_UNITS = {"mib": 2**20, "gib": 2**30, "mb": 10**6, "gb": 10**9, "m": 10**6, "g": 10**9}
+
+
+def memory_plan(value: str) -> str | int | MemoryPlan:
+    """What `--memory` means: "auto", "all", "low" (inputs alone), bytes (as "auto", on a GPU of which a process has so
+    many), or the numbers of layers in a file. GiB and MiB are powers of 2, GB, G, MB and M powers of 10.
 
     Raises:
-        ConfigError: no such file, or it holds something else.
+        ConfigError: none of these, or the file holds something else.
     """
-    if value in ("auto", "low"):
+    if value in ("auto", "all", "low"):
         return value
+    if size := _SIZE.fullmatch(value.strip()):
+        number, unit = size.groups()
+        if found := int(float(number) * _UNITS[unit.lower()]):
+            return found
     path = Path(value).expanduser()
     if not path.is_file():
-        raise ConfigError(f"--memory {value}: there is no such file; give auto, low or the path of a YAML file.")
+        hint = nearest(value, ("auto", "all", "low"))
+        raise ConfigError(
+            f"--memory {value} is no word of it, no size and no file{hint}; give auto, all, low, a size such as 40GiB "
+            "or 24GB, or the path of a YAML file."
+        )
     try:
         return TypeAdapter(MemoryPlan).validate_python(yaml.safe_load(path.read_text()))
     except (ValidationError, yaml.YAMLError, UnicodeDecodeError) as error:

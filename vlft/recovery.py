@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import NoReturn
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from vlft import checkpoint as checkpoints
 from vlft import report
-from vlft.data.budget import Load
+from vlft.data.budget import Budget, Load
 from vlft.data.collate import Row
 from vlft.data.loader import Step
 from vlft.errors import DeviceMemoryError, StoppedError, TrainingError
@@ -27,6 +28,8 @@ LAUNCHER_PATIENCE = 30.0
 """Seconds from SIGTERM to SIGKILL, torchrun's default."""
 SOME = 8
 """Samples that a sentence names."""
+_ASKED = re.compile(r"Tried to allocate (\d+(?:\.\d+)?) (bytes|KiB|MiB|GiB)")
+_UNITS = {"bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 
 
 def end_of_memory(error: torch.OutOfMemoryError) -> DeviceMemoryError:
@@ -34,8 +37,19 @@ def end_of_memory(error: torch.OutOfMemoryError) -> DeviceMemoryError:
     first = str(error).split(". ")[0]
     return DeviceMemoryError(
         f"the model with gradients and optimizer states does not fit into this device ({first}); train fewer parts, "
-        "give --gradient_checkpointing, or spread it over GPUs with --deepspeed zero3."
+        "give --memory low or --optim adamw_8bit, or spread it over GPUs with --deepspeed zero3."
     )
+
+
+def unfit(job: Job, row: Row, error: torch.OutOfMemoryError) -> Load:
+    """How large the row is that did not fit, and whether layers can keep less of it."""
+    return Load.of(row, job.memory.spare(_asked(error)))
+
+
+def _asked(error: torch.OutOfMemoryError) -> int:
+    """Bytes that the allocator could not give; 0 where the error does not say."""
+    found = _ASKED.search(str(error))
+    return int(float(found[1]) * _UNITS[found[2]]) if found else 0
 
 
 def end_of_memory_in_a_row(job: Job, load: Load, step: Step) -> NoReturn:
@@ -44,43 +58,64 @@ def end_of_memory_in_a_row(job: Job, load: Load, step: Step) -> NoReturn:
     Raises:
         DeviceMemoryError: always.
     """
-    budget = job.budget.excluding(load.samples) if len(load.samples) == 1 else job.budget.halved([load])
+    if load.spare is not None:
+        budget = job.budget.keeping_less([load])
+        then = f"has {_less(budget)}"
+    else:
+        budget = job.budget.excluding(load.samples) if len(load.samples) == 1 else job.budget.halved([load])
+        then = f"limits rows to {budget}"
     write_json(job.folder.budget, {"schema": 1, **budget.json()})
     job.engine.end_all(DeviceMemoryError.exit_code)
     raise DeviceMemoryError(
-        f"step {step.number + 1}: {_describe(job, load)} did not fit into the memory; {job.folder.budget} now limits "
-        f"rows to {budget}, go on with --resume_from_checkpoint latest."
+        f"step {step.number + 1}: {_describe(job, load)} did not fit into the memory; {job.folder.budget} now {then}, "
+        "go on with --resume_from_checkpoint latest."
     )
 
 
 def make_room(job: Job, step: Step, load: Load | None) -> Step:
-    """Cut the step anew for rows that did not fit. The same samples, the same mathematics, smaller rows.
+    """Have layers keep less of rows that did not fit; where they cannot, cut the step anew into smaller rows.
+
+    The same samples, the same mathematics. To compute more again comes first: it costs less than smaller products do,
+    and no sample is left out for what layers could have dropped.
 
     Args:
         load: the row of this rank that did not fit, or None.
     Returns:
-        The step, as the smaller budget cuts it.
+        The step to try, the same one or as the smaller budget cuts it.
     Raises:
         DeviceMemoryError: a row without any sample did not fit.
         DataError: too many samples do not fit even alone.
     """
     loads = job.engine.gather([load] if load else [])
-    if any(not one.samples for one in loads):
+    stuck = [one for one in loads if one.spare is None]
+    if any(not one.samples for one in stuck):
         raise DeviceMemoryError(f"step {step.number + 1}: not even an empty row fits beside the model.")
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    if alone := [one for one in loads if len(one.samples) == 1]:
+    if alone := [one for one in stuck if len(one.samples) == 1]:
         # It may be its fault that other rows were cut before: go back to what other steps could do.
         job.trial = job.budget = job.budget.excluding([i for one in alone for i in one.samples])
         new = job.data.account([job.data.unfit(one.samples[0], step.number + 1) for one in alone])
         job.journal.ledger(entry.json() for entry in new)
-    else:
-        job.trial = job.trial.halved(loads)
+    elif stuck:
+        job.trial = job.trial.halved(stuck)
+    # By the most that any rank was short: all do the same, so that none is the slowest in every step from then on.
+    job.trial = job.trial.keeping_less(loads)
+    job.memory.short = job.trial.short
     for one in loads:
-        then = "left out (ledger)" if len(one.samples) == 1 else f"rows now hold at most {job.trial}"
+        if one.spare is not None:
+            then = _less(job.trial)
+        else:
+            then = "left out (ledger)" if len(one.samples) == 1 else f"rows now hold at most {job.trial}"
         job.journal.say(f"out of memory in step {step.number + 1}: {_describe(job, one)}; {then}.")
+    if not stuck:
+        return step
     job.open_steps()
     return next(job.steps)
+
+
+def _less(budget: Budget) -> str:
+    return f"layers keep less of a row, as if {budget.short / 2**30:.3g} GiB of the memory were taken"
 
 
 def _describe(job: Job, load: Load) -> str:

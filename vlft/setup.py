@@ -39,7 +39,7 @@ from vlft.interrupt import Interrupt
 from vlft.meter import Meter
 from vlft.metrics import Metric, load_script, lower_is_better
 from vlft.models.forward import PackedVLM
-from vlft.models.kernels import memory_for, room_on_gpu
+from vlft.models.kernels import Memory, memory_for, room_on_gpu
 from vlft.models.load import Checkpoint, PictureFacts, Source, cast, open_checkpoint, read_json, source_of
 from vlft.optim import Multiplier, build_optimizer, schedule
 from vlft.proof import Proof, check_groups, part_table, render
@@ -87,6 +87,8 @@ class Job:
     """What rows may hold, as steps that are done have taught."""
     trial: Budget
     """The same, with what this step tries."""
+    memory: Memory
+    """What layers keep of each row."""
     meter: Meter
     answers: Answers
     best: Best | None
@@ -99,6 +101,7 @@ class Job:
 
     def open_steps(self) -> None:
         """(Re)start the loader, at the step after the last one done, with the budget that holds now."""
+        self.memory.short = self.trial.short
         self.steps = self.data.steps(self.done_steps, self.total_steps, self.costs, self.trial)
 
     @property
@@ -128,6 +131,7 @@ class Job:
 
 def setup(run: Run, engine: Engine) -> Job:
     config, folder = run.config, RunFolder(run.config.output_dir)
+    check_memory(config, engine.device)
     engine.on_main(lambda: check_output_dir(config))
     resume = engine.on_main(lambda: checkpoints.find(config.resume_from_checkpoint, folder.checkpoints))
     # Once, not on every rank: the checksums of a large model's states take a while.
@@ -168,7 +172,7 @@ def setup(run: Run, engine: Engine) -> Job:
         engine.restore_weights(model, saved)
     wrapped = PackedVLM(model, source.parts, source.config.image_token_id, reference=config.reference)
     packed = engine.prepare(wrapped, optimizer, whole=wrapped.installed.layers)
-    remember(wrapped, config, engine)
+    memory = remember(wrapped, config, engine)
     proof = Proof(model, groups, engine)  # FSDP puts other parameters in the place of those before `prepare`
     if resume and state:
         engine.restore_state(optimizer, saved, checkpoints.load_tensors(resume, "optimizer"))
@@ -190,7 +194,7 @@ def setup(run: Run, engine: Engine) -> Job:
         ToInputs(checkpoint.pictures, data.options.policy, engine.device), metrics,
         Journal(folder, trackers, is_main=engine.is_main, total_steps=total), Interrupt(speaks=engine.is_main),
         part_costs(table), batch, total, done, int(state["skipped"]) if state else 0, budget, budget,
-        meter, Answers(config.eval_max_new_tokens, config.eval_temperature, config.seed), best,
+        memory, meter, Answers(config.eval_max_new_tokens, config.eval_temperature, config.seed), best,
     )  # fmt: skip
     engine.on_main(trackers.start)
     open_folder(job)
@@ -313,22 +317,37 @@ def check_optimizer(config: RunConfig, engine: Engine) -> None:
         )
 
 
-def remember(packed: PackedVLM, config: RunConfig, engine: Engine) -> None:
+def check_memory(config: RunConfig, device: torch.device) -> None:
+    """
+    Raises:
+        ConfigError: the size of a GPU is given where there is none.
+    """
+    if isinstance(config.kept, int) and device.type != "cuda":
+        raise ConfigError(
+            f"--memory {config.memory} is the size of a GPU, but this run is on the {device.type}; give all, low or "
+            "the path of a YAML file, or leave it out."
+        )
+
+
+def remember(packed: PackedVLM, config: RunConfig, engine: Engine) -> Memory:
     """What layers keep for their backward pass. Those that keep transformers' forward keep all or their input."""
     on_gpu = engine.device.type == "cuda"
     plan = config.kept
-    room = room_on_gpu(engine.device, engine.pending_bytes) if on_gpu and plan == "auto" else None
+    size = plan if isinstance(plan, int) else None
+    chooses = on_gpu and (plan == "auto" or size is not None)
+    room = room_on_gpu(engine.device, engine.pending_bytes, size) if chooses else None
     vocabulary = int(packed.hf.config.get_text_config().vocab_size)
     packed.memory = memory_for(
         packed.installed, vocabulary, plan, room, gradients_stay=not engine.shards_states
     )  # fmt: skip
     packed.installed.holds = plan != "low" and not engine.shards_states
-    if plan == "low" or (plan == "auto" and on_gpu):
+    if plan == "low" or chooses:
         # Non-reentrant: frozen embeddings give inputs without a gradient, which the reentrant kind would cut off.
         packed.hf.gradient_checkpointing_enable({"use_reentrant": False})
         packed.hf.disable_input_require_grads()  # which the line before asks for, for the reentrant kind's sake
         for layer in packed.installed.layers:
             layer.gradient_checkpointing = False  # type: ignore[assignment]
+    return packed.memory
 
 
 def known_budget(state: Mapping[str, Any] | None, folder: RunFolder, engine: Engine) -> Budget:

@@ -126,10 +126,11 @@ def forward_backward(job: Job, step: Step, supervised: float) -> tuple[list[Tens
             losses_S = job.packed(**job.inputs(row, True))
             total = recovery.poisoned(losses_S.sum())
             job.engine.backward(total / supervised, last=i == len(step.rows) - 1)
-        except torch.OutOfMemoryError:
+        except torch.OutOfMemoryError as error:
+            unfit = recovery.unfit(job, row, error)
             if not job.engine.retries:
-                recovery.end_of_memory_in_a_row(job, Load.of(row), step)
-            return [], Load.of(row)
+                recovery.end_of_memory_in_a_row(job, unfit, step)
+            return [], unfit
         losses.append(losses_S.detach())
     return losses, None
 

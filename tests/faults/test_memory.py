@@ -11,7 +11,9 @@ import pytest
 import torch
 from runs import command, distance, final_weights, ledger, metrics, start, train, write_data
 
-from vlft.errors import DataError, DeviceMemoryError
+from vlft.errors import ConfigError, DataError, DeviceMemoryError
+from vlft.models.forward import PackedVLM
+from vlft.models.kernels import room_on_gpu
 
 FITS_ALONE = 110
 """Tokens that every sample of the toy set stays below, and rows of four do not."""
@@ -46,6 +48,68 @@ def test_rows_are_cut_until_they_fit(
     assert 0 < state["budget"]["tokens"] < 300
     # Learnt once: the later steps are cut small enough from the start.
     assert said.count("out of memory in step 5") == 0
+
+
+ROOM = 1 << 30
+"""Bytes in which the layers of the toy model keep all of any row."""
+
+
+def peaks(model: Path, registry: Path, out: Path, plan: str) -> float:
+    """Bytes of the largest row, as they are reckoned, where layers keep what `plan` says."""
+    seen = [0.0]
+    forward = PackedVLM.forward
+
+    def watched(self: Any, **row: Any) -> Any:
+        self.memory.room = lambda: ROOM if plan == "all" else -ROOM
+        losses_S = forward(self, **row)
+        seen.append(self.memory._row[0])
+        return losses_S
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(PackedVLM, "forward", watched)
+        train(words(model, registry, out))
+    return max(seen)
+
+
+@pytest.mark.parametrize("rows_are_cut", [False, True])
+def test_layers_keep_less_before_rows_are_cut(
+    tiny: Callable[..., Path], tmp_path: Path, fault: Any, capsys: pytest.CaptureFixture[str], rows_are_cut: bool
+) -> None:
+    registry = write_data(tmp_path)
+    most = peaks(tiny(), registry, tmp_path / "whole", "all")
+    least = peaks(tiny(), registry, tmp_path / "low", "low")
+    assert least < 0.7 * most
+    capsys.readouterr()
+    fault("mistaken_room", room=ROOM, holds=0.8 * least if rows_are_cut else (least + most) / 2)
+    train(words(tiny(), registry, tmp_path / "small"))
+    same_run(tmp_path / "whole", tmp_path / "small")
+    assert ledger(tmp_path / "small") == []
+    said = capsys.readouterr().out
+    assert "out of memory in step 1: a row of " in said
+    assert "; layers keep less of a row, as if 0.99" in said  # of 1 GiB, all but what the row took
+    assert ("rows now hold at most" in said) == rows_are_cut
+    assert said.index("layers keep less") < said.find("rows now hold", 0) or not rows_are_cut
+    # Learnt once: a row is tried a few times at most, and later ones fit from the start.
+    assert said.count("out of memory in step") < 12
+    assert "out of memory in step 5" not in said
+    budget = json.loads((tmp_path / "small/checkpoints/step-000005/state.json").read_text())["budget"]
+    assert budget["short"] > 0
+    assert bool(budget["tokens"]) == rows_are_cut
+    # A resume knows it.
+    fault("mistaken_room", room=ROOM, holds=0.8 * least if rows_are_cut else (least + most) / 2)
+    train(words(tiny(), registry, tmp_path / "small", max_steps=6, resume_from_checkpoint="latest"))
+    assert "out of memory" not in capsys.readouterr().out
+
+
+def test_all_ranks_keep_less_when_one_runs_out(tiny: Callable[..., Path], tmp_path: Path) -> None:
+    registry = write_data(tmp_path)
+    most = peaks(tiny(), registry, tmp_path / "whole", "all")
+    two = words(tiny(), registry, tmp_path / "two", per_device_train_batch_size=2)
+    done = start(two, fault={"kind": "mistaken_room", "room": ROOM, "holds": most / 4, "rank": 1}, processes=2)
+    assert json.loads((tmp_path / "two/run_card.json").read_text())["world_size"] == 2
+    assert "layers keep less of a row" in done.stdout
+    assert json.loads((tmp_path / "two/checkpoints/step-000005/state.json").read_text())["budget"]["short"] > 0
+    same_run(tmp_path / "whole", tmp_path / "two")
 
 
 def test_a_sample_that_does_not_fit_alone_goes_to_the_ledger(
@@ -114,6 +178,49 @@ def test_sharded_ranks_end_together_and_the_resume_cuts_smaller(
     assert done.returncode == 0, done.stderr[-3000:]
     assert tries >= 1
     same_run(tmp_path / "whole", tmp_path / "two")
+
+
+@pytest.mark.slow
+def test_layers_of_sharded_ranks_keep_less_after_a_resume(tiny: Callable[..., Path], tmp_path: Path) -> None:
+    registry = write_data(tmp_path)
+    most = peaks(tiny(), registry, tmp_path / "whole", "all")
+    two = words(tiny(), registry, tmp_path / "two", per_device_train_batch_size=2, deepspeed="zero2", save_steps=1)
+    two += ["--resume_from_checkpoint", "latest"]
+    mistaken = {"kind": "mistaken_room", "room": ROOM, "holds": most / 4, "rank": 1}
+    done = start(two, fault=mistaken, processes=2, check=False, limit=120)
+    assert f"exitcode  : {DeviceMemoryError.exit_code}" in done.stderr
+    assert "budget.json now has layers keep less of a row" in done.stderr
+    found = json.loads((tmp_path / "two/budget.json").read_text())
+    assert found["short"] > 0
+    assert found["tokens"] is None
+    for _ in range(8):
+        if (done := start(two, fault=mistaken, processes=2, check=False, limit=120)).returncode == 0:
+            break
+    assert done.returncode == 0, done.stderr[-3000:]
+    same_run(tmp_path / "whole", tmp_path / "two")
+
+
+def test_the_size_of_a_gpu_means_nothing_without_one(tiny: Callable[..., Path], tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="--memory 40GiB is the size of a GPU, but this run is on the cpu; give all"):
+        train(words(tiny(), write_data(tmp_path), tmp_path / "out", memory="40GiB"))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("size", [None, 12 * 10**9, 200 * 10**9])
+def test_the_room_of_a_size(size: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU of that size, whose allocator gives no more; of 80 GB, 20 are others'."""
+    limits: list[float] = []
+    facts = {"mem_get_info": (5e10, 8e10), "memory_reserved": 1e10, "memory_allocated": 4e9}
+    for name, value in facts.items():
+        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda share, _: limits.append(share))
+    room = room_on_gpu(torch.device("cuda", 0), lambda: 10**9, size)()
+    if size == 12 * 10**9:
+        assert room == pytest.approx(12e9 - 0.6e9 - 0.06 * 12e9 - 5e9)
+        assert limits == [pytest.approx(11.4 / 80)]
+    else:
+        assert room == pytest.approx(6e10 - 0.06 * 8e10 - 5e9)
+        assert limits == []
 
 
 def test_a_model_that_does_not_fit_at_all(tiny: Callable[..., Path], tmp_path: Path, monkeypatch: Any) -> None:

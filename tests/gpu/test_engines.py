@@ -6,13 +6,15 @@ python -m pytest tests/gpu -n 8
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from runs import CPU_ADAM, command, final_weights, ledger, metrics, start, write_data
+from runs import CPU_ADAM, command, environment, final_weights, ledger, metrics, start, write_data
 from safetensors.torch import load_file
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -110,8 +112,24 @@ def test_fsdp2_trains_saves_resumes_and_exports_in_bf16(
     assert all(torch.allclose(a[n].float(), b[n].float(), atol=0.02) for n in a)
 
 
-def test_a_real_out_of_memory_is_recovered(tiny: Callable[..., Path], tmp_path: Path) -> None:
-    """The process may use a small part of the GPU: rows of some samples do not fit, and one sample not even alone."""
+def test_segments_expand_although_torch_was_there_first() -> None:
+    """A program that imports torch itself and calls `vlft.train.main`: CUDA starts after the engine does."""
+    code = (
+        "import torch; from vlft.engine import start_engine; start_engine('bf16'); x = torch.ones(9 << 20).cuda(); "
+        "print([one['is_expandable'] for one in torch.cuda.memory_snapshot()])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment(), check=True)
+    found = done.stdout.splitlines()[-1]
+    assert "True" in found
+    assert "False" not in found
+
+
+@pytest.mark.parametrize("plan", ["all", "auto"])
+def test_a_real_out_of_memory_is_recovered(tiny: Callable[..., Path], tmp_path: Path, plan: str) -> None:
+    """The process may use a small part of the GPU: rows of some samples do not fit, and one sample not even alone.
+
+    `auto` reckons with the whole GPU, so that layers keep too much until they have learnt.
+    """
     registry = write_data(tmp_path, 40)
     lines = (tmp_path / "toy.jsonl").read_text().splitlines()
     giant = json.loads(lines[5])
@@ -122,12 +140,31 @@ def test_a_real_out_of_memory_is_recovered(tiny: Callable[..., Path], tmp_path: 
     options = {"per_device_train_batch_size": 8, "max_seq_length": 60_000}
     options |= {"epochs": 2, "max_steps": None, "max_bad_fraction": 0.1, "mixed_precision": "bf16"}
     words = command(tiny(), registry, tmp_path / "out", "full", **options, **RATES)
-    done = start([*words, "--no-gradient_checkpointing"], fault=limited)
+    done = start([*words, "--no-gradient_checkpointing"] if plan == "all" else words, fault=limited)
     print(done.stdout)
     assert "out of memory in step" in done.stdout
+    assert ("layers keep less of a row" in done.stdout) == (plan == "auto")
     found = ledger(tmp_path / "out")
     assert [(line["id"], line["reason"]) for line in found] == [("giant", "out_of_memory")]
     assert sum(line["samples"] for line in metrics(tmp_path / "out")) == 2 * 40
+
+
+def test_a_run_stays_within_the_size_that_it_is_given(tiny: Callable[..., Path], tmp_path: Path) -> None:
+    """`all` needs more than that; the context, which is not counted, less than what is set aside for it."""
+    registry = write_data(tmp_path, 40)
+    options = {"per_device_train_batch_size": 40, "mixed_precision": "bf16", "max_steps": 2} | RATES
+
+    def peak(memory: str) -> float:
+        out = tmp_path / memory
+        start(command(tiny(), registry, out, "full", memory=memory, **options))
+        lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+        return float(max(line["perf"]["peak_memory_gib"] for line in lines))
+
+    everything, least = peak("all"), peak("low")
+    middle = (everything + least) / 2
+    found = peak(f"{middle + 0.6e9 / 2**30:.4f}GiB")
+    print(everything, least, middle, found)
+    assert found <= middle < everything
 
 
 @pytest.mark.parametrize("kind", ["photometric", "geometric"])

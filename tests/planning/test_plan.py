@@ -160,6 +160,20 @@ def test_numbers_of_a_file_are_what_is_planned(seven: Path, tmp_path: Path) -> N
     assert found == (["input", "attention", "attention"] + ["all"] * 29, ["input"] * 28)
 
 
+def test_a_size_is_what_is_planned_for(seven: Path) -> None:
+    """As `auto` on a GPU of that size, which the table and the last line name."""
+    more = ["lora_llm_full_vit", "--per_device_train_batch_size", "8"]
+    whole, small = (plan(seven, *more, "--memory", text) for text in ("auto", "30.2GB"))
+    assert small.memory.kept < whole.memory.kept
+    assert small.time.again > whole.time.again == 0
+    assert not small.fits  # the step itself is the worst moment
+    assert plan(seven, *more, "--memory", "31GB").fits
+    assert (small.gpu.memory, small.gpu.name) == (30_200_000_000, f"{whole.gpu.name}, --memory 30.2GB")
+    assert not plan(seven, *more, "--memory", "10GB").fits
+    assert plan(seven, *more, "--memory", "400GiB").gpu == whole.gpu
+    assert plan(seven, *more, "--memory", "all").memory.keeps == (["all"] * 32, ["all"] * 28)
+
+
 def test_several_gpus_share_what_zero_cuts_up(seven: Path) -> None:
     run = read_plan(words(seven, "full", "--deepspeed", "zero3")).run
     one, four = (estimate(run, gpus.by_name("H100"), world_size=n) for n in (1, 4))

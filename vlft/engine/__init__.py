@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from vlft.allocator import prepare_allocator
 from vlft.engine.base import Engine, Update, choose_precision, seed_row, seed_start
 
 __all__ = ["Engine", "Update", "choose_precision", "seed_row", "seed_start", "start_engine"]
@@ -24,6 +25,7 @@ def start_engine(mixed_precision: str | None, deepspeed: Path | None = None, max
     Raises:
         ConfigError: an engine that cannot run here, with the reason.
     """
+    prepare_allocator()  # for a program of its own that calls vlft.train.main
     if deepspeed is None and os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
         from vlft.engine.zero import config_of_launcher
 

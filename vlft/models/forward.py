@@ -8,6 +8,7 @@ T tokens of a row, B samples, P patches, I images, M = P / 4 image tokens, D wid
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -70,12 +71,31 @@ class PackedVLM(nn.Module):
         """What layers keep for their backward pass; None: all."""
         levels = len(getattr(hf.config.vision_config, "deepstack_visual_indexes", None) or ())
         # Where a feature level is added behind the last layer, its tokens must still be at their places.
-        self.reads_rows = self.installed.reads_rows and levels < len(hf.get_submodule(parts.layers))
+        self.may_read_rows = levels < len(hf.get_submodule(parts.layers))
+        self.settled = False
 
     @property
     def hf(self) -> Any:
         """The Hugging Face model inside what a strategy prepared."""
         return base_model(self.model)
+
+    @property
+    def reads_rows(self) -> bool:
+        """The last layer returns the learnt tokens alone."""
+        return self.may_read_rows and self.installed.reads_rows
+
+    def settle(self) -> None:
+        """Once, before the first forward: whoever wanted to put hooks on the model has done so."""
+        self.settled = True
+        if not (late := self.installed.settle()):
+            return
+        if self.memory is not None:
+            self.memory.leave(late)
+        for layer in late:
+            # Where Hugging Face's checkpointing was switched on for such layers (`vlft.setup.remember`).
+            layer.gradient_checkpointing = hasattr(layer, "_gradient_checkpointing_func")  # type: ignore[assignment]
+        reasons = "; ".join(self.installed.left)
+        warnings.warn(f"{len(late)} layers keep transformers' forward after all: {reasons}.", stacklevel=2)
 
     def said(self) -> str:
         """One line for the start of a run: what runs faster, and what is computed again."""
@@ -163,6 +183,8 @@ class PackedVLM(nn.Module):
             (S,) losses in fp32 (fp64 for fp64 weights), in the order of the tokens. S may be 0; the result still
             carries a (zero) gradient to every trainable weight.
         """
+        if not self.settled:
+            self.settle()
         if supervised_S is None:
             supervised_S = (labels_T[0] != IGNORE).nonzero()[:, 0]
         kind = kernels.compute_dtype(self._part(self.parts.embed).weight)

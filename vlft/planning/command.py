@@ -39,7 +39,7 @@ def main(options: PlanOptions, run: Run, words: Sequence[str], read: advice.Read
     found = estimator(run)
     print(shown(found))
     if found.fits:
-        print(f"It fits into {target.name}.")
+        print(f"It fits into {found.gpu.name}.")
         return
     if options.goal:
         best = advice.search(words, run, read, estimator)
@@ -49,7 +49,7 @@ def main(options: PlanOptions, run: Run, words: Sequence[str], read: advice.Read
         print(f"This does ({best.change.why}):\n\n  {best.command}\n")
         print(shown(best.found))
         return
-    print(f"It does not fit into {target.name}. What would help, each alone:\n")
+    print(f"It does not fit into {found.gpu.name}. What would help, each alone:\n")
     for one in advice.ladder(words, run, read, estimator):
         saved = found.memory.peak - one.found.memory.peak
         fits = "fits" if one.found.fits else "does not fit"

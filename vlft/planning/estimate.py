@@ -43,6 +43,8 @@ def estimate(run: Run, gpu: Gpu, *, world_size: int = 1) -> Estimate:
         VlftError: as training does: options, model, data or plugin.
     """
     config = run.config
+    if isinstance(size := config.kept, int) and size < gpu.memory:
+        gpu = replace(gpu, name=f"{gpu.name}, --memory {config.memory}", memory=size)
     checkpoint = _checkpoint(config.model_name_or_path, config.trust_remote_code)
     batch = global_batch(config, world_size)
     data = prepare_data(data_options(run, Alone(world_size=world_size), checkpoint, batch))

@@ -10,14 +10,12 @@ from vlft.config import MemoryPlan
 from vlft.family import PARTS, Part, Parts
 from vlft.models.flops import Shape
 from vlft.models.kernels.block import Keep
-from vlft.models.kernels.memory import LOGITS, Cost, Sizes, Tower, choose, fixed_by, peak
+from vlft.models.kernels.memory import CONTEXT, LOGITS, Cost, Sizes, Tower, choose, fixed_by, peak
 from vlft.models.load import is_quantised
 from vlft.planning.load import Row
 
 NF4 = 0.5 + 1 / 64 + 4 / (64 * 256)
 """Bytes of a weight in NF4 whose scales, one to 64 weights, are quantised again to 8 bits, 256 to a scale."""
-CONTEXT = 0.6e9
-"""Bytes outside PyTorch's allocator: the driver's context, libraries' workspaces, kernels."""
 PIECES = 1.03
 """What the allocator holds over what it gives out."""
 
@@ -125,13 +123,20 @@ def towers_of(static: Static, shape: Shape, row: Row, compute: int, *, gradients
 
 
 def memory_of(
-    static: Static, shape: Shape, row: Row, *, rows: int, compute: int, room: float, plan: str | MemoryPlan = "auto"
+    static: Static,
+    shape: Shape,
+    row: Row,
+    *,
+    rows: int,
+    compute: int,
+    room: float,
+    plan: str | int | MemoryPlan = "auto",
 ) -> Memory:
     """
     Args:
         row: the largest.
         rows: of a step: behind the first, gradients are there before the row.
-        room: bytes of the GPU; layers keep what fits, unless `plan` says what they keep.
+        room: bytes of the GPU, for this process; layers keep what fits, unless `plan` says what they keep.
     """
     towers = towers_of(static, shape, row, compute, gradients=rows == 1)
     coming = sum(tower.layers * tower.gradients for tower in towers)
@@ -142,7 +147,10 @@ def memory_of(
     logits = float(LOGITS * row.supervised * shape.vocabulary)
     before = static.weights + static.states + (static.gradients - coming) + static.largest + buffers
     free = room / PIECES - before
-    keeps = choose(towers, logits, free) if plan == "auto" else fixed_by(plan, [t.layers for t in towers])
+    if plan == "auto" or isinstance(plan, int):
+        keeps = choose(towers, logits, free)
+    else:
+        keeps = fixed_by(plan, [t.layers for t in towers])
     again = sum(t.cost.again(keep) for t, each in zip(towers, keeps, strict=True) for keep in each)
     step = static.weights + static.states + static.gradients + CONTEXT
     whole = max(before + peak(towers, keeps, logits), step) * PIECES

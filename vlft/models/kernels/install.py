@@ -1,9 +1,10 @@
 """Find the layers of both towers and put the faster forward over their own.
 
-`install` looks at what a module holds, not at whose class it is, so that one set of rules serves Qwen2-VL, Qwen2.5-VL
-and Qwen3-VL. Modules keep their parameters and names; hooks of a layer run, those of modules inside it do not. A layer
-that holds something unknown keeps its own forward, and the summary at the start of a run says how many and why.
-Generation goes through caches and masks: it keeps it too.
+`install` looks at what a module of transformers' Qwen-VL holds, not at which of its classes it is, so that one set of
+rules serves Qwen2-VL, Qwen2.5-VL and Qwen3-VL. Modules keep their parameters and names; hooks of a layer run. A layer
+that holds something unknown, or hooks on modules inside (`foreign.py`), keeps its own forward, and the summary at the
+start of a run says how many and why. `settle` looks once more at the first forward; what is hooked inside a layer
+later than that does not run. Generation goes through caches and masks: it keeps transformers' forward too.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from torch.nn import functional as F
 
 from vlft.family import Parts
 from vlft.models.attention import NAME
-from vlft.models.kernels.block import Block, Call, Norm, compute_dtype, run
+from vlft.models.kernels.block import Block, Call, compute_dtype, run
+from vlft.models.kernels.foreign import check_activation, foreign, known, norm, own_forward
 from vlft.models.kernels.pointwise import Activation
 from vlft.models.kernels.product import Copies, Products, UnsupportedError
 
@@ -101,6 +103,24 @@ class Installed:
         first = trains.index(True) if True in trains else len(trains)
         return self.vision[first:], self.language
 
+    def settle(self) -> list[nn.Module]:
+        """Give layers their own forward back that something was put on since they were installed.
+
+        Returns:
+            These layers; `left` says why.
+        """
+        late = {id(layer): layer for layer in self.layers if (reason := foreign(layer)) and self._leave(reason)}
+        for layer in late.values():
+            # What may have been put over the layer's forward stays: it calls the one that asks this.
+            layer.__dict__["vlft_block"] = None
+        self.vision = [layer for layer in self.vision if id(layer) not in late]
+        self.language = [layer for layer in self.language if id(layer) not in late]
+        return list(late.values())
+
+    def _leave(self, reason: str) -> bool:
+        self.left[reason] += 1
+        return True
+
     @property
     def reads_rows(self) -> bool:
         """The last layer takes `read_S`."""
@@ -123,7 +143,7 @@ def install(model: nn.Module, parts: Parts) -> Installed:
     for block in tower.blocks:
         if _install(block, _vision_pieces, _vision_forward, found):
             found.vision.append(block)
-    if type(tower.patch_embed.proj) is nn.Conv3d:
+    if type(tower.patch_embed.proj) is nn.Conv3d and own_forward(tower.patch_embed.proj):
         _over(tower.patch_embed.proj, _patch_forward)
     layers: Any = model.get_submodule(parts.layers)
     for layer in layers:
@@ -134,11 +154,14 @@ def install(model: nn.Module, parts: Parts) -> Installed:
 
 
 def _install(layer: Any, pieces: Callable[[Any], Block], forward: Callable[..., Any], found: Installed) -> bool:
+    if reason := foreign(layer):
+        found.left[reason] += 1
+        return False
     try:
         # Not as an attribute of the module: it holds modules, which would be registered twice.
         layer.__dict__["vlft_block"] = pieces(layer)
-    except (UnsupportedError, AttributeError) as reason:
-        found.left[str(reason)] += 1
+    except UnsupportedError as error:
+        found.left[str(error)] += 1
         return False
     layer.keep = "all"
     _over(layer, forward)
@@ -165,35 +188,42 @@ def _activation(name: str, *, gated: bool) -> Activation:
 
 
 def _mlp(mlp: Any, activation: str) -> tuple[Products, Activation, Products]:
+    check_activation(mlp, activation)
     if hasattr(mlp, "gate_proj"):
+        known(mlp, "up_proj", "down_proj")
         inner = Products([mlp.gate_proj, mlp.up_proj], fills_up=True)
         return inner, _activation(activation, gated=True), Products([mlp.down_proj], filled_up=True)
-    first, second = (mlp.fc1, mlp.fc2) if hasattr(mlp, "fc1") else (mlp.linear_fc1, mlp.linear_fc2)
+    names = ("fc1", "fc2") if hasattr(mlp, "fc1") else ("linear_fc1", "linear_fc2")
+    first, second = (getattr(known(mlp, *names), name) for name in names)
     return Products([first], fills_up=True), _activation(activation, gated=False), Products([second], filled_up=True)
 
 
 def _vision_pieces(block: Any) -> Block:
-    attn = block.attn
+    known(block, "norm1", "attn", "norm2", "mlp")
+    attn = known(block.attn, "config", "qkv", "proj", "num_heads", "head_dim", "scaling")
     inner, activation, down = _mlp(block.mlp, attn.config.hidden_act)
     heads = int(attn.num_heads)
     return Block(
-        norm_1=Norm(block.norm1), qkv=Products([attn.qkv]), q_norm=None, k_norm=None, out=Products([attn.proj]),
-        norm_2=Norm(block.norm2), inner=inner, activation=activation, down=down, heads=heads, kv_heads=heads,
+        norm_1=norm(block.norm1), qkv=Products([attn.qkv]), q_norm=None, k_norm=None, out=Products([attn.proj]),
+        norm_2=norm(block.norm2), inner=inner, activation=activation, down=down, heads=heads, kv_heads=heads,
         size=int(attn.head_dim), scale=float(attn.scaling), causal=False,
     )  # fmt: skip
 
 
 def _decoder_pieces(layer: Any) -> Block:
-    attn = layer.self_attn
+    known(layer, "input_layernorm", "self_attn", "post_attention_layernorm", "mlp")
+    attn = known(
+        layer.self_attn, "config", "q_proj", "k_proj", "v_proj", "o_proj", "head_dim", "scaling", "attention_dropout"
+    )  # fmt: skip
     if attn.attention_dropout or getattr(attn, "sliding_window", None):
         raise UnsupportedError("attention dropout or a sliding window")
     inner, activation, down = _mlp(layer.mlp, attn.config.hidden_act)
     size = int(attn.head_dim)
-    norms = (Norm(attn.q_norm), Norm(attn.k_norm)) if hasattr(attn, "q_norm") else (None, None)
+    norms = (norm(attn.q_norm), norm(attn.k_norm)) if hasattr(attn, "q_norm") else (None, None)
     qkv = Products([attn.q_proj, attn.k_proj, attn.v_proj])
     return Block(
-        norm_1=Norm(layer.input_layernorm), qkv=qkv, q_norm=norms[0], k_norm=norms[1], out=Products([attn.o_proj]),
-        norm_2=Norm(layer.post_attention_layernorm), inner=inner, activation=activation, down=down,
+        norm_1=norm(layer.input_layernorm), qkv=qkv, q_norm=norms[0], k_norm=norms[1], out=Products([attn.o_proj]),
+        norm_2=norm(layer.post_attention_layernorm), inner=inner, activation=activation, down=down,
         heads=qkv.each[0].rows // size, kv_heads=qkv.each[1].rows // size, size=size, scale=float(attn.scaling),
         causal=True,
     )  # fmt: skip
@@ -227,7 +257,7 @@ def _vision_forward(
     max_seqlen: int | None = None,
     **kwargs: Any,
 ) -> Tensor:
-    if self.attn.config._attn_implementation != NAME or position_embeddings is None:
+    if self.vlft_block is None or self.attn.config._attn_implementation != NAME or position_embeddings is None:
         plain: Tensor = self.plain_forward(
             hidden_states, cu_seqlens=cu_seqlens, position_embeddings=position_embeddings, max_seqlen=max_seqlen,
             **kwargs,
@@ -248,7 +278,8 @@ def _decoder_forward(
     **kwargs: Any,
 ) -> Any:
     """`read_S`: int64 places of the tokens that are read behind the last layer, which returns (1, S, D) then."""
-    if self.self_attn.config._attn_implementation != NAME or cu_seq_lens_q is None or position_embeddings is None:
+    own = self.vlft_block is None or self.self_attn.config._attn_implementation != NAME
+    if own or cu_seq_lens_q is None or position_embeddings is None:
         return self.plain_forward(
             hidden_states, position_embeddings=position_embeddings, cu_seq_lens_q=cu_seq_lens_q,
             max_length_q=max_length_q, **kwargs,

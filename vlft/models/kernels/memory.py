@@ -17,9 +17,13 @@ from torch import nn
 from vlft.models.kernels.block import Block, Keep
 from vlft.models.kernels.install import Installed
 
+CONTEXT = int(0.6e9)
+"""Bytes of a process on a GPU outside PyTorch's allocator: the driver's context, libraries' workspaces, kernels."""
 MARGIN = 0.06
 """Of the memory, for what the allocator cannot use because it lies in pieces, and for libraries' workspaces."""
 TOWERS = ("vision", "language")
+SHARE = 8
+"""A row that did not fit is to keep less by at least one part in so many of what could be spared."""
 LOGITS = 14
 """Bytes of a logit: in the compute dtype and in fp32, the log of its softmax, and the gradients of these."""
 
@@ -170,6 +174,10 @@ class Memory:
         self.towers = [list(layers) for layers in towers]
         self.vocabulary = vocabulary
         self.room = None if fixed is not None else room
+        self.short = 0
+        """Bytes of the room that are not really there, as rows that did not fit have taught."""
+        self._row: tuple[float, float, float] = (0.0, 0.0, 0.0)
+        """Of the last row, in bytes: its peak as it was reckoned, the least that it could be, the room for it."""
         self.now: list[list[Keep]] = [list(row) for row in fixed or [["all"] * len(layers) for layers in towers]]
         self._tell()
 
@@ -191,8 +199,33 @@ class Memory:
                 towers.append(Tower(len(layers), cost, each))
             else:
                 towers.append(Tower(0, Cost(0, 0, 0, 0.0, 0.0), 0))
-        self.now = choose(towers, float(LOGITS * supervised * self.vocabulary), self.room() + coming)
+        head, room = float(LOGITS * supervised * self.vocabulary), self.room() + coming - self.short
+        self.now = choose(towers, head, room)
+        least: list[list[Keep]] = [["input"] * tower.layers for tower in towers]
+        self._row = peak(towers, self.now, head), peak(towers, least, head), room
         self._tell()
+
+    def leave(self, layers: Sequence[nn.Module]) -> None:
+        """These run their own forward from now on; it asks for no plan."""
+        gone = {id(layer) for layer in layers}
+        for t, (tower, keeps) in enumerate(zip(self.towers, self.now, strict=True)):
+            stay = [(layer, keep) for layer, keep in zip(tower, keeps, strict=True) if id(layer) not in gone]
+            self.towers[t], self.now[t] = [layer for layer, _ in stay], [keep for _, keep in stay]
+
+    def spare(self, asked: int) -> int | None:
+        """Bytes that the room must shrink by after a row that did not fit, so that layers keep less of it.
+
+        By all that was thought to be free beside the row, what the allocator was `asked` for last, and a margin. The
+        next try does less each time, so that the tries end; but no more is given up than was short, since what is
+        learnt here slows every row that follows.
+
+        Returns:
+            None: layers keep nothing but their input, or what a fixed plan says; the row must be smaller.
+        """
+        if self.room is None or all(keep == "input" for tower in self.now for keep in tower):
+            return None
+        used, least, room = self._row
+        return int(max(room - used, 0.0) + max(asked + MARGIN * used, (used - least) / SHARE)) + 1
 
     def _tell(self) -> None:
         for layers, keeps in zip(self.towers, self.now, strict=True):
@@ -207,28 +240,33 @@ class Memory:
         return "no layer computes anything again in the backward pass"
 
 
-def room_on_gpu(device: torch.device, pending: Callable[[], int]) -> Callable[[], float]:
+def room_on_gpu(device: torch.device, pending: Callable[[], int], size: int | None = None) -> Callable[[], float]:
     """Bytes that are free for a row, now.
 
     Args:
         pending: bytes that will be taken whatever a row keeps.
+        size: of the GPU, as far as this process may use it; the allocator gives no more.
     """
     free, total = torch.cuda.mem_get_info(device)
     ours = free + torch.cuda.memory_reserved(device) - MARGIN * total
+    if size is not None and size < total:
+        ours = min(ours, size - CONTEXT - MARGIN * size)
+        # Otherwise a row that takes more than was reckoned would take it from those who share the GPU.
+        torch.cuda.set_per_process_memory_fraction(max(size - CONTEXT, 0) / total, device)
     return lambda: ours - torch.cuda.memory_allocated(device) - pending()
 
 
 def memory_for(
     installed: Installed,
     vocabulary: int,
-    plan: str | Mapping[Any, Mapping[Any, int]],
+    plan: str | int | Mapping[Any, Mapping[Any, int]],
     room: Callable[[], float] | None,
     *,
     gradients_stay: bool = True,
 ) -> Memory:
-    """By `plan`: "all", "low" (inputs alone), "auto" (by `room`), or how many layers of a tower keep which."""
+    """By `plan`: "all", "low" (inputs alone), "auto" or bytes (by `room`), or how many layers of a tower keep which."""
     towers = installed.learning()
-    if plan == "auto":
+    if plan == "auto" or isinstance(plan, int):
         return Memory(towers, vocabulary, room=room, gradients_stay=gradients_stay)
     return Memory(towers, vocabulary, fixed=fixed_by(plan, [len(layers) for layers in towers]))
 
