@@ -184,8 +184,35 @@ for states in ("bf16", "8bit"):
                 if len(a) > 1000:
                     bias = float(((a - b) / b.abs().clamp(min=1e-3 * float(b.abs().max()))).mean())
                     assert abs(bias) < 0.01, (states, shape, name, bias)
+        weights = [torch.nn.Parameter(v[0].clone()) for v in values]
+        optimizer = rounded.RoundedAdamW(weights, states)
+        kept = [optimizer._fresh(w) for w in weights]
+        jobs = [rounded.Job(w.data, v[1] * float("nan"), state, rounded.facts(group, 1), 1)
+                for w, v, state in zip(weights, values, kept)]
+        on_gpu.update(jobs, torch.tensor(float("nan")), torch.tensor(1.0))
+        assert all(torch.equal(w, v[0]) for w, v in zip(weights, values))
+        assert not any(t.any() for state in kept for t in state.values())
 print("equal")
 """
+
+
+@pytest.mark.parametrize("states", ["bf16", "8bit"])
+def test_a_gradient_that_is_not_finite_leaves_everything_as_it_is(states: States) -> None:
+    torch.manual_seed(0)
+    w = nn.Parameter(torch.randn(300, dtype=torch.bfloat16))
+    optimizer = RoundedAdamW([w], states, lr=1e-2)
+    w.grad = torch.ones_like(w)
+    optimizer.step()
+    before = {name: value.clone() for name, value in {**optimizer.state[w], "w": w.detach()}.items()}
+    w.grad = torch.full_like(w, torch.nan)
+    optimizer.grad_scale, optimizer.found_inf = torch.tensor(torch.nan), torch.tensor(1.0)
+    optimizer.step()
+    after = {**optimizer.state[w], "w": w.detach()}
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+    w.grad, optimizer.grad_scale, optimizer.found_inf = torch.ones_like(w), torch.tensor(1.0), torch.tensor(0.0)
+    optimizer.step()
+    assert int(optimizer.state[w]["step"]) == 2
+    assert not torch.equal(w, before["w"])
 
 
 def test_gradients_are_divided_in_the_step() -> None:

@@ -84,17 +84,20 @@ def train_step(job: Job, step: Step) -> dict[str, Any]:
             break
         step = recovery.make_room(job, step, unfit)
     job.budget = job.trial
+    rates = set_rates(job.optimizer, job.rate_factor(step.number))
+    update = None
+    if supervised:
+        if not job.proof.done:
+            job.proof.before_update(reached_pictures=images > 0)
+        update = engine.update()
+    # The losses are read only now: to read waits for the device, which would then have nothing to do until the update.
     if failed:
         job.journal.ledger(entry.json() for entry in job.data.account(engine.gather(step.failures)))
     mine = [sum(float(x.double().sum()) for x in losses), float(job.interrupt.asked)]
     loss_sum, asked_to_stop, *by_dataset = engine.sums(mine + loss_by_dataset(step.rows, losses, len(job.data.names)))
     recovery.agree_to_stop(job, asked_to_stop)
-    rates = set_rates(job.optimizer, job.rate_factor(step.number))
     norm, norms, skipped = 0.0, dict.fromkeys(rates, 0.0), None if supervised else "nothing_to_learn"
-    if supervised:
-        if not job.proof.done:
-            job.proof.before_update(reached_pictures=images > 0)
-        update = engine.update()
+    if update is not None:
         norm, norms = update.norm, update.norms
         if update.applied:
             job.skipped = 0

@@ -73,6 +73,8 @@ class Engine:
     """Parameters are empty outside their own forward; look at them through `whole`."""
     shards_states = False
     """Gradients and optimizer states are cut up over the ranks: reading a whole one is collective."""
+    steps_ahead = True
+    """The step may be asked of the optimizer before the norm is known, where the optimizer can do its part."""
     retries = True
     """A step that ran out of memory can be tried again: no rank waits for another before `reduce`."""
 
@@ -215,15 +217,32 @@ class Engine:
 
     def update(self) -> Update:
         """Clip and step, unless a gradient is not finite; gradients are cleared."""
-        norm, norms = self._clip()
+        inner = getattr(self.optimizer, "optimizer", self.optimizer)
+        ahead = self.steps_ahead and self.accelerator.scaler is None and scales_gradients(inner)
+        norm, norms = self._step_ahead(inner) if ahead else self._clip()
         scaler = self.accelerator.scaler
         scale = scaler.get_scale() if scaler is not None else 1.0
         applied = scaler is not None or math.isfinite(norm)
-        if applied:
+        if applied and not ahead:
             self.optimizer.step()
             applied = not self.accelerator.optimizer_step_was_skipped
         self.optimizer.zero_grad()
         return Update(applied, norm, norms, scaling=not applied and scale > 1.0)
+
+    def _step_ahead(self, optimizer: Any) -> tuple[float, dict[Part, float]]:
+        """`_clip` and the step without a look at the norm in between: the device never waits for the host.
+
+        The step divides the gradients itself, and leaves everything as it is where their norm is not finite.
+        """
+        whole, norms = self._norms()
+        if whole is None:
+            return 0.0, dict.fromkeys(norms, 0.0)
+        limit = self.max_grad_norm or float("inf")
+        optimizer.grad_scale = ((whole + 1e-6) / limit).clamp(min=1.0).float()
+        optimizer.found_inf = (~whole.isfinite()).float()
+        self.optimizer.step()
+        optimizer.grad_scale = optimizer.found_inf = None
+        return _read(whole, norms)
 
     def _clip(self) -> tuple[float, dict[Part, float]]:
         """Unscale and clip; the norms of the whole gradient and of every part's before.
@@ -231,27 +250,23 @@ class Engine:
         `torch.nn.utils.clip_grad_norm_` in two halves, so that one pass over the gradients serves both.
         """
         self.accelerator.unscale_gradients()
+        whole, norms = self._norms()
+        if whole is None:
+            return 0.0, dict.fromkeys(norms, 0.0)
+        having = [p for p in self._parameters if p.grad is not None]
+        clip_grads_with_norm_(having, self.max_grad_norm or float("inf"), whole)
+        return _read(whole, norms)
+
+    def _norms(self) -> tuple[Tensor | None, dict[Part, Tensor | None]]:
+        """Of the whole gradient and of every part's, on the device; None where there is none."""
         names = tuple(dict.fromkeys(self._parts))
         having = [(part, p) for part, p in zip(self._parts, self._parameters, strict=True) if p.grad is not None]
         norms = norms_of([p.grad for _, p in having if p.grad is not None])
         if not norms:
-            return 0.0, dict.fromkeys(names, 0.0)
-        whole = torch.linalg.vector_norm(torch.stack(norms))
-        self._scale(whole, [p for _, p in having])
-        zero = torch.zeros_like(whole)
-        members = [[n for (of, _), n in zip(having, norms, strict=True) if of == part] for part in names]
-        found = [torch.linalg.vector_norm(torch.stack(some)) if some else zero for some in members]
-        total, *each = torch.stack([whole, *found]).tolist()  # one wait for the device
-        return total, dict(zip(names, each, strict=True))
-
-    def _scale(self, norm: Tensor, having: Sequence[nn.Parameter]) -> None:
-        """Clip the gradients to `--max_grad_norm`, on their way through the optimizer where that can do it."""
-        limit = self.max_grad_norm or float("inf")
-        inner = getattr(self.optimizer, "optimizer", self.optimizer)
-        if self.accelerator.scaler is None and scales_gradients(inner):
-            inner.grad_scale = ((norm + 1e-6) / limit).clamp(min=1.0).float()
-        else:
-            clip_grads_with_norm_(having, limit, norm)
+            return None, dict.fromkeys(names)
+        members = {part: [n for (of, _), n in zip(having, norms, strict=True) if of == part] for part in names}
+        parts = {part: torch.linalg.vector_norm(torch.stack(some)) if some else None for part, some in members.items()}
+        return torch.linalg.vector_norm(torch.stack(norms)), parts
 
     # -- whole tensors, wherever their shards lie: collective, so call on all ranks -----------------------------------
 
@@ -349,6 +364,13 @@ def _local_bytes(p: Tensor) -> int:
     """Of the shard that lies here."""
     here = p.to_local() if hasattr(p, "to_local") else p
     return here.numel() * here.element_size()
+
+
+def _read(whole: Tensor, norms: Mapping[Part, Tensor | None]) -> tuple[float, dict[Part, float]]:
+    """The norms as numbers, after one wait for the device."""
+    zero = torch.zeros_like(whole)
+    total, *each = torch.stack([whole, *(zero if norm is None else norm for norm in norms.values())]).tolist()
+    return total, dict(zip(norms, each, strict=True))
 
 
 def norms_of(gradients: Sequence[Tensor]) -> list[Tensor]:

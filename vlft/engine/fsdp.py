@@ -25,6 +25,7 @@ from vlft.family import Part
 
 class FsdpEngine(Engine):
     shards_states = True
+    steps_ahead = False
     shards_weights = True
     retries = False  # the other ranks wait inside a collective of the row that failed here
 

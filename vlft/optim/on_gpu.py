@@ -50,9 +50,9 @@ def _values(table_ptr, column: tl.constexpr, kind: tl.constexpr):
 
 @triton.jit
 def _update_kernel(
-    table_ptr, facts_ptr, tensor_ptr, first_ptr, divisor_ptr,
+    table_ptr, facts_ptr, tensor_ptr, first_ptr, divisor_ptr, found_inf_ptr,
     EIGHT: tl.constexpr, WEIGHT: tl.constexpr, GRADIENT: tl.constexpr, MOMENT: tl.constexpr, ROUNDS: tl.constexpr,
-    SCALES: tl.constexpr, ROWS: tl.constexpr, TURNS: tl.constexpr, WIDTH: tl.constexpr,
+    SCALES: tl.constexpr, CHECKS: tl.constexpr, ROWS: tl.constexpr, TURNS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     tensor = tl.load(tensor_ptr + tl.program_id(0))
     table_ptr += tensor * 8
@@ -74,6 +74,8 @@ def _update_kernel(
     factor = 1.0
     if SCALES:
         factor = 1.0 / tl.load(divisor_ptr)
+    if CHECKS:
+        size = tl.where(tl.load(found_inf_ptr) == 0.0, size, 0)
     start = tl.load(first_ptr + tl.program_id(0))
     for turn in range(TURNS):
         _update_rows(
@@ -145,16 +147,22 @@ def _map(sizes: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
 _KINDS = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32, torch.uint8: tl.uint8}
 
 
-def update(jobs: Sequence[Job], grad_scale: Tensor | None) -> None:
+def update(jobs: Sequence[Job], grad_scale: Tensor | None, found_inf: Tensor | None = None) -> None:
     """Of parameters of one device, and of one kind of states."""
     by_kind: dict[tuple[torch.dtype, torch.dtype], list[Job]] = {}
     for job in jobs:
         by_kind.setdefault((job.p.dtype, job.gradient.dtype), []).append(job)
     for (weight, gradient), some in by_kind.items():
-        _update(some, weight, gradient, grad_scale)
+        _update(some, weight, gradient, grad_scale, found_inf)
 
 
-def _update(jobs: Sequence[Job], weight: torch.dtype, gradient: torch.dtype, grad_scale: Tensor | None) -> None:
+def _update(
+    jobs: Sequence[Job],
+    weight: torch.dtype,
+    gradient: torch.dtype,
+    grad_scale: Tensor | None,
+    found_inf: Tensor | None,
+) -> None:
     device = jobs[0].p.device
     eight = "exp_avg_scale" in jobs[0].state
     kept = [_aligned(job.gradient) for job in jobs]  # copies must outlive the launch
@@ -175,9 +183,11 @@ def _update(jobs: Sequence[Job], weight: torch.dtype, gradient: torch.dtype, gra
         )
     tensor, first = _map(tuple(job.p.numel() for job in jobs), device)
     _update_kernel[(len(tensor),)](
-        table, numbers, tensor, first, numbers if grad_scale is None else grad_scale, EIGHT=eight,
+        table, numbers, tensor, first, numbers if grad_scale is None else grad_scale,
+        numbers if found_inf is None else found_inf, EIGHT=eight,
         WEIGHT=_KINDS[weight], GRADIENT=_KINDS[gradient], MOMENT=_KINDS[jobs[0].state["exp_avg"].dtype],
-        ROUNDS=weight.itemsize == 2, SCALES=grad_scale is not None, ROWS=_ROWS, TURNS=_TURNS, WIDTH=BLOCK, num_warps=4,
+        ROUNDS=weight.itemsize == 2, SCALES=grad_scale is not None, CHECKS=found_inf is not None,
+        ROWS=_ROWS, TURNS=_TURNS, WIDTH=BLOCK, num_warps=4,
     )  # fmt: skip
 
 

@@ -47,8 +47,9 @@ class RoundedAdamW(Optimizer):
     ) -> None:
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
         self.states = states
+        # As torch's fused AdamW has them. To clip here saves a pass over all gradients.
         self.grad_scale: Tensor | None = None
-        """One number, as torch's fused AdamW has it: to clip here saves a pass over all gradients."""
+        self.found_inf: Tensor | None = None
 
     def state_bytes(self, p: Tensor) -> int:
         """Of one parameter's moments."""
@@ -56,7 +57,10 @@ class RoundedAdamW(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        """Of all parameters that have a gradient, which is divided by `grad_scale` on its way where that is set."""
+        """Of all parameters that have a gradient, which is divided by `grad_scale` on its way where that is set.
+
+        Where `found_inf` is set and is not zero, everything stays as it is.
+        """
         assert closure is None
         jobs, place = [], 0
         for group in self.param_groups:
@@ -67,16 +71,19 @@ class RoundedAdamW(Optimizer):
                 state = self.state[p]
                 if not state:
                     state |= self._fresh(p)
-                state["step"] += 1
-                seed = place * 0x9E3779B1 + int(state["step"])
-                jobs.append(Job(p, p.grad, state, facts(group, float(state["step"])), seed))
+                step = float(state["step"]) + 1
+                jobs.append(Job(p, p.grad, state, facts(group, step), place * 0x9E3779B1 + int(step)))
         if not jobs:
             return
         if all(job.p.is_cuda for job in jobs) and (fast := _on_gpu()) is not None:
-            fast.update(jobs, self.grad_scale)
-            return
-        for job in jobs:
-            update(job, self.grad_scale)
+            fast.update(jobs, self.grad_scale, self.found_inf)
+        elif self.found_inf is None or not self.found_inf:
+            for job in jobs:
+                update(job, self.grad_scale)
+        # The wait for the device, if there is one, comes behind all that it has to do.
+        if self.found_inf is None or not self.found_inf:
+            for job in jobs:
+                job.state["step"] += 1
 
     def _fresh(self, p: Tensor) -> dict[str, Tensor]:
         step = torch.tensor(0.0)
