@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from vlft import checkpoint as checkpoints
-from vlft import evaluate, export, recovery
+from vlft import evaluate, export, probe, recovery
 from vlft.config import Run, deepspeed_path
 from vlft.data.budget import Load
 from vlft.data.loader import Step
@@ -47,6 +47,7 @@ def fit(job: Job) -> None:
     config = job.run.config
     job.packed.train()
     with job.interrupt:
+        probe.try_largest(job)
         if evaluation_due(job) and not job.engine.on_main(lambda: job.journal.evaluated(job.done_steps)):
             run_evaluation(job)  # the run that goes on here ended between its save and its evaluation
             if job.stopping:

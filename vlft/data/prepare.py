@@ -17,10 +17,12 @@ import xxhash
 from vlft.augmentation.policy import Policy
 from vlft.data import show
 from vlft.data.budget import Budget
+from vlft.data.collate import Row
 from vlft.data.index import Index, open_index
 from vlft.data.index import summary as index_summary
+from vlft.data.largest import Planned, largest_rows
 from vlft.data.ledger import LedgerEntry, check_bad_fraction
-from vlft.data.loader import Step, eval_steps, step_loader, surviving
+from vlft.data.loader import Step, eval_steps, lone_row, step_loader, surviving
 from vlft.data.mixing import mix64
 from vlft.data.plan import Plan
 from vlft.data.registry import DatasetSpec, read_registry
@@ -119,8 +121,7 @@ class Data:
             costs: of one LLM token and of one ViT patch, in any unit.
             budget: what rows may hold beside the options' own limit.
         """
-        o = self.options
-        limit = Budget(tokens=o.train_batch_size * o.max_seq_length).meet(budget)
+        o, limit = self.options, self.limit(budget)
         return surviving(
             lambda first: step_loader(
                 self.index, self.fitted, self.plan, self.chat, rank=o.rank, world_size=o.world_size, seed=o.seed,
@@ -130,6 +131,35 @@ class Data:
             ),
             start,
         )  # fmt: skip
+
+    def limit(self, budget: Budget) -> Budget:
+        """What rows may hold: by the options, and by what failures have taught."""
+        o = self.options
+        return Budget(tokens=o.train_batch_size * o.max_seq_length).meet(budget)
+
+    def largest(self, start: int, total: int, costs: tuple[float, float], budget: Budget) -> list[Planned]:
+        """The row with the most tokens and that with the most patches, over all ranks, of an epoch of steps.
+
+        Args:
+            start, total, costs, budget: as for `steps`; the epoch begins at `start`.
+        """
+        o, limit = self.options, self.limit(budget)
+        return largest_rows(
+            self.plan, self.fitted.length, self.fitted.patches,
+            range(start, min(total, start + self.steps_per_epoch)), ranks=o.world_size, without=limit.without,
+            rows_per_rank=o.rows_per_rank, token_budget=limit.tokens, patch_budget=limit.patches,
+            token_cost=costs[0], patch_cost=costs[1],
+        )  # fmt: skip
+
+    def row(self, planned: Planned) -> Row:
+        """A row that the plan has, read and decoded by this process."""
+        o = self.options
+        epoch, _ = self.plan.locate(planned.step)
+        row = lone_row(
+            self.index, self.fitted, self.chat, planned.ids, step=planned.step, epoch=epoch, seed=o.seed,
+            policy=o.policy,
+        )  # fmt: skip
+        return row.pin_memory() if o.pin_memory else row
 
     def eval_steps(self, datasets: Sequence[str], limit: int | None = None) -> Iterator[Step]:
         """Held-out rows of this rank; over all ranks each sample once, and the same number of rows everywhere.
