@@ -8,11 +8,13 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
+from torch import nn
 
+from vlft.augmentation.policy import read_policy
 from vlft.config import Run, RunConfig, deepspeed_path, global_batch
 from vlft.data.prepare import Data, prepare_data
 from vlft.models.flops import Shape, Training, describe
-from vlft.models.load import Checkpoint, compute_dtype, load_config, open_checkpoint
+from vlft.models.load import Checkpoint, Source, compute_dtype, load_config, open_checkpoint
 from vlft.planning.gpus import Gpu
 from vlft.planning.load import Steps, look
 from vlft.planning.memory import Memory, Static, memory_of, static_of
@@ -45,10 +47,12 @@ def estimate(run: Run, gpu: Gpu, *, world_size: int = 1) -> Estimate:
     config = run.config
     checkpoint = _checkpoint(config.model_name_or_path, config.trust_remote_code)
     batch = global_batch(config, world_size)
-    data = prepare_data(data_options(run, Alone(world_size=world_size), checkpoint, batch))
+    # Where pictures move, so do the coordinates in texts: rows are planned with room for longer ones.
+    policy = read_policy(config.augmentation) if config.augmentation else None
+    data = prepare_data(data_options(run, Alone(world_size=world_size), checkpoint, batch, policy))
     # Of a GPU that computes in it, as nearly all do; what is here may be a laptop.
     compute = compute_dtype(config.mixed_precision or "bf16", load_config(checkpoint))
-    shape, training, static = _model(run, checkpoint, compute)
+    shape, training, static = _model(run, compute)
     steps = look(
         data, shape, ranks=world_size, rows_per_rank=config.gradient_accumulation_steps,
         costs=part_costs(static.parts),
@@ -81,13 +85,27 @@ def _checkpoint(name: str, trust: bool) -> Checkpoint:
     return open_checkpoint(name, trust_remote_code=trust, weights=False)
 
 
-def _model(run: Run, checkpoint: Checkpoint, compute: torch.dtype) -> tuple[Shape, Training, Static]:
+@dataclass(frozen=True)
+class _Made:
+    model: nn.Module
+    source: Source
+    shape: Shape
+    training: Training
+
+
+def _model(run: Run, compute: torch.dtype) -> tuple[Shape, Training, Static]:
+    c = run.config
+    made = _made(run.strategy, run.options.model_dump_json(), c.model_name_or_path, c.trust_remote_code, compute)
+    parts, tied = made.source.parts, made.source.tied_head
+    static = static_of(made.model, parts, tied, run.config.optim, compute.itemsize, made.shape)
+    return made.shape, made.training, static
+
+
+@lru_cache(maxsize=8)
+def _made(strategy: type[Strategy], options: str, name: str, trust: bool, compute: torch.dtype) -> _Made:
+    """Most changes that are tried leave the model as it is."""
+    checkpoint = _checkpoint(name, trust)
     source = SkeletonSource(checkpoint, load_config(checkpoint), compute, torch.device("meta"))
-    make: Callable[..., Strategy] = run.strategy
-    model, _ = prepared(make(run.options), source)
-    shape, training = describe(model, source.parts, source.config)
-    return (
-        shape,
-        training,
-        static_of(model, source.parts, source.tied_head, run.config.optim, compute.itemsize, shape),
-    )
+    make: Callable[..., Strategy] = strategy
+    model, _ = prepared(make(strategy.Config.model_validate_json(options)), source)
+    return _Made(model, source, *describe(model, source.parts, source.config))

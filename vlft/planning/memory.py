@@ -111,7 +111,9 @@ def static_of(model: nn.Module, parts: Parts, tied: bool, optimizer: str, comput
 def towers_of(static: Static, shape: Shape, row: Row, compute: int, *, gradients: bool) -> list[Tower]:
     """`gradients`: those of layers come up in this row, and are not there from one before."""
     gated = len(shape.names.up)
-    vision = Sizes(shape.vit_width, 3 * shape.vit_width, 16, shape.vit_width, gated * shape.vit_inner, False, False)
+    vision = Sizes(
+        shape.vit_width, 3 * shape.vit_width, shape.vit_heads, shape.vit_width, gated * shape.vit_inner, False, False
+    )  # fmt: skip
     wide, narrow = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     norms = shape.names.first == "linear_fc1"  # Qwen3-VL normalises queries and keys
     language = Sizes(shape.width, wide + 2 * narrow, shape.heads, wide, 2 * shape.inner, norms, True)
@@ -136,7 +138,7 @@ def memory_of(
     towers = towers_of(static, shape, row, compute, gradients=rows == 1)
     coming = sum(tower.layers * tower.gradients for tower in towers)
     pixels = row.patches * shape.patch_inputs * (compute + 1)
-    positions = 8 * row.tokens * shape.head_dim + 8 * row.patches * shape.vit_width // 16
+    positions = 8 * row.tokens * shape.head_dim + 8 * row.patches * shape.vit_width // shape.vit_heads
     features = 2 * row.work.merged * shape.width * compute * (1 + len(shape.levels))
     buffers = CONTEXT + pixels + positions + features
     logits = float(LOGITS * row.supervised * shape.vocabulary)
