@@ -18,6 +18,7 @@ from vlft.data.loader import Step
 from vlft.engine import seed_row, start_engine
 from vlft.meter import loss_by_dataset
 from vlft.optim import set_rates
+from vlft.planning.start import say_plan
 from vlft.setup import Job, result_facts, setup
 
 
@@ -29,6 +30,7 @@ def main(run: Run) -> None:
     try:
         job = setup(run, engine)
         with job.journal:
+            say_plan(job)
             fit(job)
             recovery.judge(job)
             hand_over(job)

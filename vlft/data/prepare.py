@@ -24,7 +24,7 @@ from vlft.data.largest import Planned, largest_rows
 from vlft.data.ledger import LedgerEntry, check_bad_fraction
 from vlft.data.loader import Step, eval_steps, lone_row, step_loader, surviving
 from vlft.data.mixing import mix64
-from vlft.data.plan import Plan
+from vlft.data.plan import Plan, place
 from vlft.data.registry import DatasetSpec, read_registry
 from vlft.data.sample import Fitted, Limits, fit, room_to_move, split
 from vlft.data.show import Described, Shown
@@ -108,11 +108,17 @@ class Data:
     @property
     def summary(self) -> list[str]:
         """Lines for the start of a run."""
+        ids = self.plan.ids
         shrunk = f", pictures of {self.fitted.shrunk} made smaller to fit" if self.fitted.shrunk else ""
         long = sum(not e.counts_as_bad for e in self.fitted.ledger)
         left = f", {long} too long (ledger)" if long else ""
         total = f"{self.plan.samples_per_epoch} samples an epoch, {len(self._held_out)} held out{shrunk}{left}"
-        return [*(f"data: {line}" for line in index_summary(self.index)), f"data: {total}"]
+        sizes = " and ".join(
+            f"{size.min():,} to {size.max():,} {what} (half of them up to {int(np.median(size)):,})"
+            for what, size in (("tokens", self.fitted.length[ids]), ("patches", self.fitted.patches[ids]))
+        )
+        lines = [*index_summary(self.index), total, f"a sample has {sizes}"]
+        return [f"data: {line}" for line in lines]
 
     def steps(self, start: int, total: int, costs: tuple[float, float], budget: Budget) -> Iterator[Step]:
         """Training steps of this rank, from step number `start` (0-based) up to `total`.
@@ -143,13 +149,27 @@ class Data:
         Args:
             start, total, costs, budget: as for `steps`; the epoch begins at `start`.
         """
-        o, limit = self.options, self.limit(budget)
+        steps, without = range(start, min(total, start + self.steps_per_epoch)), self.limit(budget).without
+        lengths, patches = self.fitted.length, self.fitted.patches
         return largest_rows(
-            self.plan, self.fitted.length, self.fitted.patches,
-            range(start, min(total, start + self.steps_per_epoch)), ranks=o.world_size, without=limit.without,
-            rows_per_rank=o.rows_per_rank, token_budget=limit.tokens, patch_budget=limit.patches,
-            token_cost=costs[0], patch_cost=costs[1],
+            self.plan, lengths, patches, steps, without=without, **self._placement(costs, budget)
         )  # fmt: skip
+
+    def placed(self, step: int, costs: tuple[float, float], budget: Budget) -> list[list[npt.NDArray[np.int64]]]:
+        """Rank -> rows -> samples of a step, as the loader places them."""
+        ids = self.plan.members(*self.plan.locate(step))
+        ids = ids[~np.isin(ids, self.limit(budget).without)]
+        how = self._placement(costs, budget)
+        ranks = place(self.fitted.length[ids], self.fitted.patches[ids], **how)
+        return [[ids[np.array(row, np.int64)] for row in rows] for rows in ranks]
+
+    def _placement(self, costs: tuple[float, float], budget: Budget) -> dict[str, Any]:
+        """Of `plan.place`, for training steps."""
+        o, limit = self.options, self.limit(budget)
+        return {
+            "ranks": o.world_size, "rows_per_rank": o.rows_per_rank, "token_budget": limit.tokens,
+            "patch_budget": limit.patches, "token_cost": costs[0], "patch_cost": costs[1],
+        }  # fmt: skip
 
     def row(self, planned: Planned) -> Row:
         """A row that the plan has, read and decoded by this process."""

@@ -72,6 +72,8 @@ class Engine:
     """Parameters are empty outside their own forward; look at them through `whole`."""
     shards_states = False
     """Gradients and optimizer states are cut up over the ranks: reading a whole one is collective."""
+    stage: int = 0
+    """What is cut up, as ZeRO counts: 1 optimizer states, 2 gradients too, 3 weights too; 0: whole copies."""
     retries = True
     """A step that ran out of memory can be tried again: no rank waits for another before `reduce`."""
 

@@ -26,6 +26,7 @@ from vlft.family import Part
 class FsdpEngine(Engine):
     shards_states = True
     shards_weights = True
+    stage = 3
     retries = False  # the other ranks wait inside a collective of the row that failed here
 
     def __init__(self, mixed_precision: str | None, max_grad_norm: float) -> None:

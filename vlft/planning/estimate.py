@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -12,6 +13,7 @@ from torch import nn
 
 from vlft.augmentation.policy import read_policy
 from vlft.config import Run, RunConfig, deepspeed_path, global_batch
+from vlft.data.budget import Budget
 from vlft.data.prepare import Data, prepare_data
 from vlft.models.flops import Shape, Training, describe
 from vlft.models.load import Checkpoint, Source, compute_dtype, load_config, open_checkpoint
@@ -53,31 +55,48 @@ def estimate(run: Run, gpu: Gpu, *, world_size: int = 1) -> Estimate:
     # Of a GPU that computes in it, as nearly all do; what is here may be a laptop.
     compute = compute_dtype(config.mixed_precision or "bf16", load_config(checkpoint))
     shape, training, static = _model(run, compute)
-    steps = look(
-        data, shape, ranks=world_size, rows_per_rank=config.gradient_accumulation_steps,
-        costs=part_costs(static.parts),
-    )  # fmt: skip
-    static = shared_out(static, config, world_size)
-    rows = sum(map(len, steps.rows)) / len(steps.rows)
-    memory = memory_of(
-        static, shape, steps.largest, rows=config.gradient_accumulation_steps, compute=compute.itemsize,
-        room=gpu.memory, plan=config.kept,
-    )  # fmt: skip
-    work = steps.work()
-    share = work.tokens / rows / max(steps.largest.tokens, 1)
-    time = time_of(shape, training, work, static, memory, gpu, rows=rows, row_share=share)
+    steps = look(data, shape, costs=part_costs(static.parts), budget=Budget())
+    stage = stage_of(config)
+    static = shared_out(static, stage, world_size, masters=bool(config.deepspeed), compute=compute.itemsize)
+    memory, time = expected(config, static, shape, training, steps, gpu, compute)
     return Estimate(run, gpu, static, memory, time, steps, data)
 
 
-def shared_out(static: Static, config: RunConfig, world_size: int) -> Static:
-    """What one of several processes holds of it under DeepSpeed."""
-    if world_size == 1 or not config.deepspeed:
-        return static
-    stage = int(json.loads(deepspeed_path(config.deepspeed).read_text()).get("zero_optimization", {}).get("stage", 0))
-    n = world_size
-    parts = [replace(part, bytes=part.bytes / n) for part in static.parts] if stage == 3 else static.parts
-    states, gradients = static.states / (n if stage else 1), static.gradients / (n if stage > 1 else 1)
-    return replace(static, parts=parts, states=states, gradients=gradients)
+def expected(
+    config: RunConfig, static: Static, shape: Shape, training: Training, steps: Steps, gpu: Gpu, compute: torch.dtype
+) -> tuple[Memory, Time]:
+    """Of one process; `static`: what it holds."""
+    rows = sum(map(len, steps.rows)) / len(steps.rows)
+    memory = memory_of(
+        static, shape, steps.largest, rows=math.ceil(rows), compute=compute.itemsize, room=gpu.memory, plan=config.kept,
+    )  # fmt: skip
+    work = steps.work()
+    share = work.tokens / rows / max(steps.largest.tokens, 1)
+    return memory, time_of(shape, training, work, static, memory, gpu, rows=rows, row_share=share)
+
+
+def stage_of(config: RunConfig) -> int:
+    """ZeRO's; 0 without."""
+    if not config.deepspeed:
+        return 0
+    return int(json.loads(deepspeed_path(config.deepspeed).read_text()).get("zero_optimization", {}).get("stage", 0))
+
+
+def shared_out(static: Static, stage: int, world_size: int, *, masters: bool, compute: int) -> Static:
+    """What one of several processes holds of it.
+
+    Args:
+        stage: as ZeRO counts: 1 cuts up optimizer states, 2 gradients too, 3 weights too (FSDP does).
+        masters: trained weights are in the compute dtype, of so many bytes, and their fp32 masters beside the states.
+    """
+    n, parts, states = world_size, static.parts, static.states
+    if masters:
+        parts = [replace(part, bytes=part.bytes - part.trainable * (4 - compute)) for part in parts]
+        states += 4.0 * sum(part.trainable for part in parts)
+    if stage == 3:
+        parts = [replace(part, bytes=part.bytes / n) for part in parts]
+    gradients = static.gradients / (n if stage > 1 else 1)
+    return replace(static, parts=parts, states=states / (n if stage else 1), gradients=gradients)
 
 
 @lru_cache(maxsize=2)

@@ -13,6 +13,7 @@ from vlft.models.kernels.block import Keep
 from vlft.models.kernels.memory import LOGITS, Cost, Sizes, Tower, choose, fixed_by, peak
 from vlft.models.load import is_quantised
 from vlft.planning.load import Row
+from vlft.proof import logical_size
 
 NF4 = 0.5 + 1 / 64 + 4 / (64 * 256)
 """Bytes of a weight in NF4 whose scales, one to 64 weights, are quantised again to 8 bits, 256 to a scale."""
@@ -88,16 +89,17 @@ def static_of(model: nn.Module, parts: Parts, tied: bool, optimizer: str, comput
     largest = 0
     for name, p in model.named_parameters():
         at = numbers[parts.part_of(name, tied_head=tied)]
-        at[0] += p.numel()
-        at[2] += p.numel() * (weight if p.requires_grad else NF4 if id(p) in quantised else compute)
+        size = logical_size(p)
+        at[0] += size
+        at[2] += size * (weight if p.requires_grad else NF4 if id(p) in quantised else compute)
         if not p.requires_grad:
             continue
-        at[1] += p.numel()
-        largest = max(largest, p.numel())
+        at[1] += size
+        largest = max(largest, size)
         for n, path in enumerate((f"{parts.vit}.blocks.", f"{parts.layers}.")):
             if (found := name.find(path)) >= 0:
                 number = name[found + len(path) :].split(".", 1)[0]
-                layer[n][number] = layer[n].get(number, 0) + p.numel()
+                layer[n][number] = layer[n].get(number, 0) + size
     trained = sum(at[1] for at in numbers.values())
     first = min((int(number) for number in layer[0]), default=shape.vit_depth)
     return Static(
