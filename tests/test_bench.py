@@ -70,3 +70,25 @@ def test_the_study_s_table(monkeypatch: pytest.MonkeyPatch) -> None:
     assert rows[2] == "| shapes: colour, number | none | 50.0% | 60.0% | 55.0% | 7.1% |  |"
     assert rows[3].endswith("| 70.0% | 70.0% | 70.0% | 0.0% | +15.0% (+10.0% to +20.0%) |")
     assert word_picture(3)[0].tobytes() == word_picture(3)[0].tobytes()
+
+
+@pytest.mark.slow
+def test_predictions_beside_measurements(tmp_path: Path) -> None:
+    tiny = ("--size", "tiny", "--device", "cpu", "--records", 12, "--workers", 0, "--root", tmp_path / "root")
+    steps = ("--steps", 1, "--warm", 1, "--out", tmp_path / "out", "--shapes", "1x1,2x2")
+    lines = [json.loads(line) for line in run("planning.py", "--rows", "3B-lora,7B-full", *tiny, *steps)]
+    assert [line.get("error") for line in lines] == [None] * 4
+    assert [(line["row"], line["shape"]) for line in lines] == [
+        ("3B-lora", "1x1"), ("3B-lora", "2x2"), ("7B-full", "1x1"), ("7B-full", "2x2")
+    ]  # fmt: skip
+    for line in lines:
+        for what, unit in (("peak", "gib"), ("step", "s")):
+            predicted, found = line[f"predicted_{what}_{unit}"], line[f"measured_{what}_{unit}"]
+            assert line[f"{what}_error_percent"] == pytest.approx(100 * (predicted / found - 1), abs=1)
+    assert lines[1]["tokens_of_largest_row"] > lines[0]["tokens_of_largest_row"]
+
+
+def test_an_unknown_row_of_predictions_is_told(tmp_path: Path) -> None:
+    line = [sys.executable, str(BENCH / "planning.py"), "--rows", "9B-lora"]
+    done = subprocess.run(line, capture_output=True, text=True, env=environment(), check=False)
+    assert "unknown rows: 9B-lora; there are 3B-full" in done.stderr

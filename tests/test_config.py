@@ -44,6 +44,7 @@ OURS = {
     "max_skipped_steps",
     "eval_on_start",
     "report",
+    "skip_probe",
     "eval_temperature",
     "greater_is_better",
 }
@@ -274,6 +275,7 @@ CHANGED = {
     "report": "false",
     "deepspeed": "zero2",
     "gradient_checkpointing": "true",
+    "skip_probe": "true",
     "memory": "low",
     "num_workers": "0",
     "cache_dir": "x",

@@ -356,6 +356,12 @@ class RunConfig(SharedOptions):
         "file with a number of layers for each tower, e.g. vision: {attention: 20, input: 12}: so many drop the MLP's "
         "inner values, or all but their input.",
     )
+    skip_probe: bool | None = _machine(
+        None,
+        "Start without running the largest micro-batch once, forward and backward, to see that it fits; false runs it "
+        "on a CPU too.",
+        shown="true on a CPU, false on a GPU",
+    )
     gradient_checkpointing: bool | None = _machine(
         None,
         "Compute activations again in the backward pass: less memory, more time. On is --memory low, off is --memory "

@@ -109,7 +109,8 @@ class PartRow:
     """Peak learning rate; None where the part is frozen."""
 
 
-def _logical_size(p: Tensor) -> int:
+def logical_size(p: Tensor) -> int:
+    """Numbers of a weight, however it is stored."""
     state = getattr(p, "quant_state", None)
     if state is not None:
         return int(state.shape.numel())
@@ -125,7 +126,7 @@ def part_table(
     packed = {id(m.weight) for m in model.modules() if is_quantised(m)}
     for name, p in model.named_parameters():
         part = parts.part_of(name, tied_head=tied_head)
-        row, size = rows[part], _logical_size(p)
+        row, size = rows[part], logical_size(p)
         row.parameters += size
         row.trainable += size if p.requires_grad else 0
         row.quantised += size if id(p) in packed else 0

@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 
 from vlft import checkpoint as checkpoints
-from vlft import evaluate, export, recovery
+from vlft import evaluate, export, probe, recovery
 from vlft.config import Run, deepspeed_path
 from vlft.data.budget import Load
 from vlft.data.loader import Step
 from vlft.engine import seed_row, start_engine
 from vlft.meter import loss_by_dataset
 from vlft.optim import set_rates
+from vlft.planning.start import say_plan
 from vlft.setup import Job, result_facts, setup
 
 
@@ -29,6 +30,7 @@ def main(run: Run) -> None:
     try:
         job = setup(run, engine)
         with job.journal:
+            say_plan(job)
             fit(job)
             recovery.judge(job)
             hand_over(job)
@@ -47,6 +49,7 @@ def fit(job: Job) -> None:
     config = job.run.config
     job.packed.train()
     with job.interrupt:
+        probe.try_largest(job)
         if evaluation_due(job) and not job.engine.on_main(lambda: job.journal.evaluated(job.done_steps)):
             run_evaluation(job)  # the run that goes on here ended between its save and its evaluation
             if job.stopping:

@@ -148,6 +148,26 @@ class _TrainMembers:
         return epoch, self.plan.members(epoch, k)
 
 
+def lone_row(
+    index: Index,
+    fitted: Fitted,
+    chat: Chat,
+    ids: Sequence[int],
+    *,
+    step: int,
+    epoch: int,
+    seed: int,
+    policy: Policy | None,
+) -> Row:
+    """One row of training samples, made here and now as a worker would. Those that cannot be decoded are not in it."""
+    maker = _Steps(index, fitted, chat, _nobody, 0, 1, seed, {}, policy=policy)
+    return maker._row(ids, step, epoch, [])
+
+
+def _nobody(_: int) -> tuple[int, npt.NDArray[np.int64]]:
+    return 0, np.zeros(0, np.int64)
+
+
 @dataclass
 class _EvalMembers:
     ids: npt.NDArray[np.int64]

@@ -17,12 +17,14 @@ import xxhash
 from vlft.augmentation.policy import Policy
 from vlft.data import show
 from vlft.data.budget import Budget
+from vlft.data.collate import Row
 from vlft.data.index import Index, open_index
 from vlft.data.index import summary as index_summary
+from vlft.data.largest import Planned, largest_rows
 from vlft.data.ledger import LedgerEntry, check_bad_fraction
-from vlft.data.loader import Step, eval_steps, step_loader, surviving
+from vlft.data.loader import Step, eval_steps, lone_row, step_loader, surviving
 from vlft.data.mixing import mix64
-from vlft.data.plan import Plan
+from vlft.data.plan import Plan, place
 from vlft.data.registry import DatasetSpec, read_registry
 from vlft.data.sample import Fitted, Limits, fit, room_to_move, split
 from vlft.data.show import Described, Shown
@@ -106,11 +108,17 @@ class Data:
     @property
     def summary(self) -> list[str]:
         """Lines for the start of a run."""
+        ids = self.plan.ids
         shrunk = f", pictures of {self.fitted.shrunk} made smaller to fit" if self.fitted.shrunk else ""
         long = sum(not e.counts_as_bad for e in self.fitted.ledger)
         left = f", {long} too long (ledger)" if long else ""
         total = f"{self.plan.samples_per_epoch} samples an epoch, {len(self._held_out)} held out{shrunk}{left}"
-        return [*(f"data: {line}" for line in index_summary(self.index)), f"data: {total}"]
+        sizes = " and ".join(
+            f"{size.min():,} to {size.max():,} {what} (half of them up to {int(np.median(size)):,})"
+            for what, size in (("tokens", self.fitted.length[ids]), ("patches", self.fitted.patches[ids]))
+        )
+        lines = [*index_summary(self.index), total, f"a sample has {sizes}"]
+        return [f"data: {line}" for line in lines]
 
     def steps(self, start: int, total: int, costs: tuple[float, float], budget: Budget) -> Iterator[Step]:
         """Training steps of this rank, from step number `start` (0-based) up to `total`.
@@ -119,8 +127,7 @@ class Data:
             costs: of one LLM token and of one ViT patch, in any unit.
             budget: what rows may hold beside the options' own limit.
         """
-        o = self.options
-        limit = Budget(tokens=o.train_batch_size * o.max_seq_length).meet(budget)
+        o, limit = self.options, self.limit(budget)
         return surviving(
             lambda first: step_loader(
                 self.index, self.fitted, self.plan, self.chat, rank=o.rank, world_size=o.world_size, seed=o.seed,
@@ -130,6 +137,49 @@ class Data:
             ),
             start,
         )  # fmt: skip
+
+    def limit(self, budget: Budget) -> Budget:
+        """What rows may hold: by the options, and by what failures have taught."""
+        o = self.options
+        return Budget(tokens=o.train_batch_size * o.max_seq_length).meet(budget)
+
+    def largest(self, start: int, total: int, costs: tuple[float, float], budget: Budget) -> list[Planned]:
+        """The row with the most tokens and that with the most patches, over all ranks, of an epoch of steps.
+
+        Args:
+            start, total, costs, budget: as for `steps`; the epoch begins at `start`.
+        """
+        steps, without = range(start, min(total, start + self.steps_per_epoch)), self.limit(budget).without
+        lengths, patches = self.fitted.length, self.fitted.patches
+        return largest_rows(
+            self.plan, lengths, patches, steps, without=without, **self._placement(costs, budget)
+        )  # fmt: skip
+
+    def placed(self, step: int, costs: tuple[float, float], budget: Budget) -> list[list[npt.NDArray[np.int64]]]:
+        """Rank -> rows -> samples of a step, as the loader places them."""
+        ids = self.plan.members(*self.plan.locate(step))
+        ids = ids[~np.isin(ids, self.limit(budget).without)]
+        how = self._placement(costs, budget)
+        ranks = place(self.fitted.length[ids], self.fitted.patches[ids], **how)
+        return [[ids[np.array(row, np.int64)] for row in rows] for rows in ranks]
+
+    def _placement(self, costs: tuple[float, float], budget: Budget) -> dict[str, Any]:
+        """Of `plan.place`, for training steps."""
+        o, limit = self.options, self.limit(budget)
+        return {
+            "ranks": o.world_size, "rows_per_rank": o.rows_per_rank, "token_budget": limit.tokens,
+            "patch_budget": limit.patches, "token_cost": costs[0], "patch_cost": costs[1],
+        }  # fmt: skip
+
+    def row(self, planned: Planned) -> Row:
+        """A row that the plan has, read and decoded by this process."""
+        o = self.options
+        epoch, _ = self.plan.locate(planned.step)
+        row = lone_row(
+            self.index, self.fitted, self.chat, planned.ids, step=planned.step, epoch=epoch, seed=o.seed,
+            policy=o.policy,
+        )  # fmt: skip
+        return row.pin_memory() if o.pin_memory else row
 
     def eval_steps(self, datasets: Sequence[str], limit: int | None = None) -> Iterator[Step]:
         """Held-out rows of this rank; over all ranks each sample once, and the same number of rows everywhere.

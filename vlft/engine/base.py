@@ -75,6 +75,8 @@ class Engine:
     """Gradients and optimizer states are cut up over the ranks: reading a whole one is collective."""
     steps_ahead = True
     """The step may be asked of the optimizer before the norm is known, where the optimizer can do its part."""
+    stage: int = 0
+    """What is cut up, as ZeRO counts: 1 optimizer states, 2 gradients too, 3 weights too; 0: whole copies."""
     retries = True
     """A step that ran out of memory can be tried again: no rank waits for another before `reduce`."""
 
@@ -176,9 +178,35 @@ class Engine:
     def pending_bytes(self) -> int:
         """Of gradients and optimizer states that are not there yet and will be, on this device."""
         gradients = sum(_local_bytes(p) for p in self._parameters if p.grad is None)
+        return gradients + self._pending_states()
+
+    def _pending_states(self) -> int:
+        """Bytes of the states that the first update will make, but for what is held for them."""
         of = getattr(getattr(self.optimizer, "optimizer", None), "state_bytes", lambda p: 2 * _local_bytes(p))
         states = sum(of(p) for p in self._parameters if p not in self.optimizer.state)
-        return gradients + states
+        return int(states) - self._held
+
+    _held: int = 0
+
+    @contextmanager
+    def holding_states(self) -> Iterator[None]:
+        """Inside, the memory is taken that optimizer states will take: before the first update there are none."""
+        size = self._pending_states()
+        in_their_place = self._hold(size)
+        self._held = size
+        try:
+            yield
+        finally:
+            self._held = 0
+            del in_their_place
+
+    def _hold(self, size: int) -> Tensor | None:
+        """That many bytes of a GPU; a CPU's memory is not taken before it is written to."""
+        return torch.empty(size, dtype=torch.uint8, device=self.device) if self.device.type == "cuda" else None
+
+    def forget(self) -> None:
+        """Drop the gradients of rows that shall train nothing."""
+        self.optimizer.zero_grad()
 
     def backward(self, loss: Tensor, *, last: bool) -> None:  # noqa: ARG002  (sharded engines need it)
         """Add a row's gradient. `loss`: its share of the step's loss; `last`: no other row follows."""

@@ -27,6 +27,7 @@ class FsdpEngine(Engine):
     shards_states = True
     steps_ahead = False
     shards_weights = True
+    stage = 3
     retries = False  # the other ranks wait inside a collective of the row that failed here
 
     def __init__(self, mixed_precision: str | None, max_grad_norm: float) -> None:

@@ -140,7 +140,42 @@ class ZeroEngine(Engine):
         return self.model
 
     def pending_bytes(self) -> int:
-        return 0  # all of it is there from the start
+        return self._pending_states()
+
+    def _pending_states(self) -> int:
+        """Adam's, of the shards that lie here; gradients and masters are there from the start."""
+        flats = [
+            flat for flat in self._masters if flat.device.type == self.device.type and flat not in self._adam.state
+        ]
+        return sum(2 * flat.numel() * flat.element_size() for flat in flats) - self._held
+
+    @property
+    def _masters(self) -> list[Tensor]:
+        cut = self.shards_weights
+        found = self.zero.fp32_partitioned_groups_flat if cut else self.zero.single_partition_of_fp32_groups
+        return list(found)
+
+    def forget(self) -> None:
+        """In the way in which DeepSpeed drops the gradients of a step whose loss scale was too high."""
+        zero = self.zero
+        if self.stage == 3:
+            zero._pre_step()
+            zero._partition_all_parameters()
+            zero._overflow_clean_up(1.0)
+            # A weight that the next row does not reach would find the gradient of this one.
+            zero.grad_partitions_flat_buffer.zero_()
+            return
+        real, scale, checks = zero.check_overflow, zero._update_scale, zero.check_grad_overflow
+
+        def overflow(**_: Any) -> None:
+            zero.overflow = True
+
+        # The scale itself stays: nothing has overflowed.
+        zero.check_overflow, zero._update_scale, zero.check_grad_overflow = overflow, lambda _: None, True
+        try:
+            zero.step()
+        finally:
+            zero.check_overflow, zero._update_scale, zero.check_grad_overflow = real, scale, checks
 
     def end_all(self, exit_code: int) -> None:
         if self.alarm is not None:
@@ -245,10 +280,7 @@ class ZeroEngine(Engine):
 
     def _make_states(self, step: float) -> None:
         """DeepSpeed's setters write into states that exist; Adam makes them with its first step only."""
-        flats = (
-            self.zero.fp32_partitioned_groups_flat if self.shards_weights else self.zero.single_partition_of_fp32_groups
-        )
-        for flat in flats:
+        for flat in self._masters:
             moments = {m: torch.zeros_like(flat.data) for m in MOMENTS[:2]}
             # DeepSpeed's own Adams count in plain numbers.
             count = torch.tensor(step, device=flat.device) if isinstance(self._adam, torch.optim.AdamW) else int(step)
@@ -268,6 +300,10 @@ class ZeroEngine(Engine):
     def restore_scaler(self, state: dict[str, Any]) -> None:
         if state and "cur_scale" in state and getattr(self.zero, "loss_scaler", None) is not None:
             self.zero.loss_scaler.cur_scale = state["cur_scale"]
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
 
 
 def _with_gradient(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:  # noqa: ARG001

@@ -127,6 +127,8 @@ class Shape:
     """I_v"""
     vit_depth: int
     """L_v"""
+    vit_heads: int
+    """H_v"""
     windowed: frozenset[int]
     """blocks of the ViT that attend within windows; the others attend within the frame"""
     window: int
@@ -171,6 +173,7 @@ class Shape:
             vit_width=vit_width,
             vit_inner=int(getattr(vit, "intermediate_size", None) or vit_width * vit.mlp_ratio),
             vit_depth=int(vit.depth),
+            vit_heads=int(vit.num_heads),
             windowed=windowed,
             window=vit.window_size // merge // vit.patch_size if windowed else 0,
             merge=merge,

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
+from torch import nn
 
+from vlft.augmentation.policy import read_policy
 from vlft.config import Run, RunConfig, deepspeed_path, global_batch
+from vlft.data.budget import Budget
 from vlft.data.prepare import Data, prepare_data
 from vlft.models.flops import Shape, Training, describe
-from vlft.models.load import Checkpoint, compute_dtype, load_config, open_checkpoint
+from vlft.models.load import Checkpoint, Source, compute_dtype, load_config, open_checkpoint
 from vlft.planning.gpus import Gpu
 from vlft.planning.load import Steps, look
 from vlft.planning.memory import Memory, Static, memory_of, static_of
@@ -47,35 +51,54 @@ def estimate(run: Run, gpu: Gpu, *, world_size: int = 1) -> Estimate:
         gpu = replace(gpu, name=f"{gpu.name}, --memory {config.memory}", memory=size)
     checkpoint = _checkpoint(config.model_name_or_path, config.trust_remote_code)
     batch = global_batch(config, world_size)
-    data = prepare_data(data_options(run, Alone(world_size=world_size), checkpoint, batch))
+    # Where pictures move, so do the coordinates in texts: rows are planned with room for longer ones.
+    policy = read_policy(config.augmentation) if config.augmentation else None
+    data = prepare_data(data_options(run, Alone(world_size=world_size), checkpoint, batch, policy))
     # Of a GPU that computes in it, as nearly all do; what is here may be a laptop.
     compute = compute_dtype(config.mixed_precision or "bf16", load_config(checkpoint))
-    shape, training, static = _model(run, checkpoint, compute)
-    steps = look(
-        data, shape, ranks=world_size, rows_per_rank=config.gradient_accumulation_steps,
-        costs=part_costs(static.parts),
-    )  # fmt: skip
-    static = shared_out(static, config, world_size)
-    rows = sum(map(len, steps.rows)) / len(steps.rows)
-    memory = memory_of(
-        static, shape, steps.largest, rows=config.gradient_accumulation_steps, compute=compute.itemsize,
-        room=gpu.memory, plan=config.kept,
-    )  # fmt: skip
-    work = steps.work()
-    share = work.tokens / rows / max(steps.largest.tokens, 1)
-    time = time_of(shape, training, work, static, memory, gpu, rows=rows, row_share=share)
+    shape, training, static = _model(run, compute)
+    steps = look(data, shape, costs=part_costs(static.parts), budget=Budget())
+    stage = stage_of(config)
+    static = shared_out(static, stage, world_size, masters=bool(config.deepspeed), compute=compute.itemsize)
+    memory, time = expected(config, static, shape, training, steps, gpu, compute)
     return Estimate(run, gpu, static, memory, time, steps, data)
 
 
-def shared_out(static: Static, config: RunConfig, world_size: int) -> Static:
-    """What one of several processes holds of it under DeepSpeed."""
-    if world_size == 1 or not config.deepspeed:
-        return static
-    stage = int(json.loads(deepspeed_path(config.deepspeed).read_text()).get("zero_optimization", {}).get("stage", 0))
-    n = world_size
-    parts = [replace(part, bytes=part.bytes / n) for part in static.parts] if stage == 3 else static.parts
-    states, gradients = static.states / (n if stage else 1), static.gradients / (n if stage > 1 else 1)
-    return replace(static, parts=parts, states=states, gradients=gradients)
+def expected(
+    config: RunConfig, static: Static, shape: Shape, training: Training, steps: Steps, gpu: Gpu, compute: torch.dtype
+) -> tuple[Memory, Time]:
+    """Of one process; `static`: what it holds."""
+    rows = sum(map(len, steps.rows)) / len(steps.rows)
+    memory = memory_of(
+        static, shape, steps.largest, rows=math.ceil(rows), compute=compute.itemsize, room=gpu.memory, plan=config.kept,
+    )  # fmt: skip
+    work = steps.work()
+    share = work.tokens / rows / max(steps.largest.tokens, 1)
+    return memory, time_of(shape, training, work, static, memory, gpu, rows=rows, row_share=share)
+
+
+def stage_of(config: RunConfig) -> int:
+    """ZeRO's; 0 without."""
+    if not config.deepspeed:
+        return 0
+    return int(json.loads(deepspeed_path(config.deepspeed).read_text()).get("zero_optimization", {}).get("stage", 0))
+
+
+def shared_out(static: Static, stage: int, world_size: int, *, masters: bool, compute: int) -> Static:
+    """What one of several processes holds of it.
+
+    Args:
+        stage: as ZeRO counts: 1 cuts up optimizer states, 2 gradients too, 3 weights too (FSDP does).
+        masters: trained weights are in the compute dtype, of so many bytes, and their fp32 masters beside the states.
+    """
+    n, parts, states = world_size, static.parts, static.states
+    if masters:
+        parts = [replace(part, bytes=part.bytes - part.trainable * (4 - compute)) for part in parts]
+        states += 4.0 * sum(part.trainable for part in parts)
+    if stage == 3:
+        parts = [replace(part, bytes=part.bytes / n) for part in parts]
+    gradients = static.gradients / (n if stage > 1 else 1)
+    return replace(static, parts=parts, states=states / (n if stage else 1), gradients=gradients)
 
 
 @lru_cache(maxsize=2)
@@ -83,13 +106,27 @@ def _checkpoint(name: str, trust: bool) -> Checkpoint:
     return open_checkpoint(name, trust_remote_code=trust, weights=False)
 
 
-def _model(run: Run, checkpoint: Checkpoint, compute: torch.dtype) -> tuple[Shape, Training, Static]:
+@dataclass(frozen=True)
+class _Made:
+    model: nn.Module
+    source: Source
+    shape: Shape
+    training: Training
+
+
+def _model(run: Run, compute: torch.dtype) -> tuple[Shape, Training, Static]:
+    c = run.config
+    made = _made(run.strategy, run.options.model_dump_json(), c.model_name_or_path, c.trust_remote_code, compute)
+    parts, tied = made.source.parts, made.source.tied_head
+    static = static_of(made.model, parts, tied, run.config.optim, compute.itemsize, made.shape)
+    return made.shape, made.training, static
+
+
+@lru_cache(maxsize=8)
+def _made(strategy: type[Strategy], options: str, name: str, trust: bool, compute: torch.dtype) -> _Made:
+    """Most changes that are tried leave the model as it is."""
+    checkpoint = _checkpoint(name, trust)
     source = SkeletonSource(checkpoint, load_config(checkpoint), compute, torch.device("meta"))
-    make: Callable[..., Strategy] = run.strategy
-    model, _ = prepared(make(run.options), source)
-    shape, training = describe(model, source.parts, source.config)
-    return (
-        shape,
-        training,
-        static_of(model, source.parts, source.tied_head, run.config.optim, compute.itemsize, shape),
-    )
+    make: Callable[..., Strategy] = strategy
+    model, _ = prepared(make(strategy.Config.model_validate_json(options)), source)
+    return _Made(model, source, *describe(model, source.parts, source.config))

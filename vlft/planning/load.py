@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from vlft.data.plan import place
+from vlft.data.budget import Budget
 from vlft.data.prepare import Data
 from vlft.models.flops import Shape, Work
 
@@ -37,13 +37,10 @@ class Steps:
     """Rows of one rank, step by step."""
 
     rows: list[list[Row]]
+    largest: Row
+    """The row of an epoch, over all ranks, that takes the most memory, near enough."""
     steps_per_epoch: int
     samples_per_epoch: int
-
-    @property
-    def largest(self) -> Row:
-        """The row that takes the most memory, near enough."""
-        return max((row for rows in self.rows for row in rows), key=lambda row: 2 * row.tokens + row.patches)
 
     def work(self) -> Work:
         """Of a mean step, in sums over rows."""
@@ -52,20 +49,30 @@ class Steps:
 
 
 def look(
-    data: Data, shape: Shape, *, ranks: int, rows_per_rank: int, costs: tuple[float, float], steps: int = STEPS
+    data: Data,
+    shape: Shape,
+    *,
+    costs: tuple[float, float],
+    budget: Budget,
+    start: int = 0,
+    total: int | None = None,
+    steps: int = STEPS,
 ) -> Steps:
-    """The first steps of the first epoch; rank 0's rows."""
-    fitted, plan = data.fitted, data.plan
+    """The first steps from `start` on, rank 0's rows; the largest row of all ranks in the epoch that begins there.
+
+    Args:
+        costs, budget: as for `Data.steps`.
+        total: steps of the run; None: the epoch's.
+    """
+    plan, end = data.plan, start + data.plan.steps_per_epoch if total is None else total
     learnt = _learnt_share(data)
     found = []
-    for k in range(min(steps, plan.steps_per_epoch)):
-        ids = plan.members(0, k)
-        rows = place(
-            fitted.length[ids], fitted.patches[ids], ranks=ranks, rows_per_rank=rows_per_rank, token_cost=costs[0],
-            patch_cost=costs[1],
-        )[0]  # fmt: skip
-        found.append([_row(data, shape, ids[members], learnt) for members in rows if members])
-    return Steps(found, plan.steps_per_epoch, plan.samples_per_epoch)
+    for step in range(start, min(start + steps, end)):
+        rows = data.placed(step, costs, budget)[0]
+        found.append([_row(data, shape, ids, learnt) for ids in rows if len(ids)])
+    most = [_row(data, shape, np.array(one.ids), learnt) for one in data.largest(start, end, costs, budget)]
+    largest = max(most, key=lambda row: 2 * row.tokens + row.patches)
+    return Steps(found, largest, plan.steps_per_epoch, plan.samples_per_epoch)
 
 
 def _learnt_share(data: Data) -> float:

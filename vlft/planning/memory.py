@@ -13,6 +13,7 @@ from vlft.models.kernels.block import Keep
 from vlft.models.kernels.memory import CONTEXT, LOGITS, Cost, Sizes, Tower, choose, fixed_by, peak
 from vlft.models.load import is_quantised
 from vlft.planning.load import Row
+from vlft.proof import logical_size
 
 NF4 = 0.5 + 1 / 64 + 4 / (64 * 256)
 """Bytes of a weight in NF4 whose scales, one to 64 weights, are quantised again to 8 bits, 256 to a scale."""
@@ -86,16 +87,17 @@ def static_of(model: nn.Module, parts: Parts, tied: bool, optimizer: str, comput
     largest = 0
     for name, p in model.named_parameters():
         at = numbers[parts.part_of(name, tied_head=tied)]
-        at[0] += p.numel()
-        at[2] += p.numel() * (weight if p.requires_grad else NF4 if id(p) in quantised else compute)
+        size = logical_size(p)
+        at[0] += size
+        at[2] += size * (weight if p.requires_grad else NF4 if id(p) in quantised else compute)
         if not p.requires_grad:
             continue
-        at[1] += p.numel()
-        largest = max(largest, p.numel())
+        at[1] += size
+        largest = max(largest, size)
         for n, path in enumerate((f"{parts.vit}.blocks.", f"{parts.layers}.")):
             if (found := name.find(path)) >= 0:
                 number = name[found + len(path) :].split(".", 1)[0]
-                layer[n][number] = layer[n].get(number, 0) + p.numel()
+                layer[n][number] = layer[n].get(number, 0) + size
     trained = sum(at[1] for at in numbers.values())
     first = min((int(number) for number in layer[0]), default=shape.vit_depth)
     return Static(
@@ -109,7 +111,9 @@ def static_of(model: nn.Module, parts: Parts, tied: bool, optimizer: str, comput
 def towers_of(static: Static, shape: Shape, row: Row, compute: int, *, gradients: bool) -> list[Tower]:
     """`gradients`: those of layers come up in this row, and are not there from one before."""
     gated = len(shape.names.up)
-    vision = Sizes(shape.vit_width, 3 * shape.vit_width, 16, shape.vit_width, gated * shape.vit_inner, False, False)
+    vision = Sizes(
+        shape.vit_width, 3 * shape.vit_width, shape.vit_heads, shape.vit_width, gated * shape.vit_inner, False, False
+    )  # fmt: skip
     wide, narrow = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     norms = shape.names.first == "linear_fc1"  # Qwen3-VL normalises queries and keys
     language = Sizes(shape.width, wide + 2 * narrow, shape.heads, wide, 2 * shape.inner, norms, True)
@@ -141,7 +145,7 @@ def memory_of(
     towers = towers_of(static, shape, row, compute, gradients=rows == 1)
     coming = sum(tower.layers * tower.gradients for tower in towers)
     pixels = row.patches * shape.patch_inputs * (compute + 1)
-    positions = 8 * row.tokens * shape.head_dim + 8 * row.patches * shape.vit_width // 16
+    positions = 8 * row.tokens * shape.head_dim + 8 * row.patches * shape.vit_width // shape.vit_heads
     features = 2 * row.work.merged * shape.width * compute * (1 + len(shape.levels))
     buffers = CONTEXT + pixels + positions + features
     logits = float(LOGITS * row.supervised * shape.vocabulary)

@@ -19,8 +19,9 @@ class SkeletonSource(Source):
     def load(self, **overrides: Any) -> nn.Module:
         quieten()
         from transformers import AutoModelForImageTextToText
+        from transformers.initialization import no_init_weights
 
-        with torch.device("meta"):
+        with torch.device("meta"), no_init_weights():  # nothing is there to be drawn, which takes its time all the same
             model: Any = AutoModelForImageTextToText.from_config(self.config, dtype=self.compute_dtype)
         quantisation = overrides.get("quantization_config")
         if quantisation is not None:

@@ -1,0 +1,88 @@
+"""The plan that a run says before its first step: the numbers of `vlft plan`, from what the run has at hand."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from runs import command, train, write_data
+
+from vlft.commands import read_plan
+from vlft.models.peaks import peak_flops
+from vlft.planning import gpus, start
+from vlft.planning.estimate import Estimate, estimate, shared_out
+from vlft.planning.memory import PartSize, Static
+
+H100 = gpus.by_name("H100")
+
+
+def said(monkeypatch: pytest.MonkeyPatch, words: list[str], name: str = "h100") -> tuple[list[str], float]:
+    """The lines, and the seconds that they took, of a run that believes in a GPU."""
+    real, seconds = start.say_plan, []
+    lines: list[str] = []
+
+    def watched(job: Any) -> None:
+        job.meter.peak = peak_flops(name, "bfloat16")
+        job.journal.say = lines.append
+        began = time.monotonic()
+        real(job)
+        seconds.append(time.monotonic() - began)
+        del job.journal.say
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("vlft.train.say_plan", watched)
+    monkeypatch.setattr(gpus, "here", lambda: H100)
+    with pytest.raises(KeyboardInterrupt):
+        train(words)
+    return lines, seconds[0]
+
+
+def planned(words: list[str]) -> Estimate:
+    return estimate(read_plan(words).run, H100)
+
+
+@pytest.mark.parametrize("strategy", ["full", "lora_llm_full_vit", "qlora"])
+def test_it_is_what_the_command_says(
+    tiny: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, strategy: str
+) -> None:
+    words = command(
+        tiny(), write_data(tmp_path, 40), tmp_path / "out", strategy, mixed_precision="bf16", max_steps=None, epochs=1,
+        per_device_train_batch_size=2, gradient_accumulation_steps=2,
+    )  # fmt: skip
+    expected = planned(words)
+    lines, seconds = said(monkeypatch, words)
+    assert lines == [start._memory(expected.memory, H100), start._time(expected.time, expected.steps)]
+    assert lines[0].startswith("plan: ")
+    assert "of 78.8 GiB at the worst moment (weights " in lines[0]
+    assert "an epoch of 10 steps." in lines[1]
+    assert seconds < 0.5
+
+
+def test_a_cpu_is_told_nothing_of_memory_and_time(
+    tiny: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(command(tiny(), write_data(tmp_path), tmp_path / "out", "full", max_steps=1))
+    out = capsys.readouterr().out
+    assert "plan:" not in out
+    assert "data: a sample has 35 to 93 tokens (half of them up to " in out
+
+
+def test_a_gpu_that_no_table_knows_is_told_no_time(
+    tiny: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines, _ = said(monkeypatch, command(tiny(), write_data(tmp_path), tmp_path / "out", "full"), "Voodoo 2")
+    assert len(lines) == 1
+
+
+@pytest.mark.parametrize(
+    ("stage", "masters", "weights", "gradients", "states"),
+    [(0, False, 400, 400, 800), (2, True, 200, 200, 600), (3, True, 100, 200, 600), (3, False, 200, 200, 400)],
+)
+def test_what_engines_cut_up(stage: int, masters: bool, weights: float, gradients: float, states: float) -> None:
+    """A hundred weights in fp32 on two processes."""
+    whole = Static([PartSize("llm", 100, 100, 400.0)], 400.0, 800.0, 4.0, (0.0, 0.0), (0, 0))
+    found = shared_out(whole, stage, 2, masters=masters, compute=2)
+    assert (found.weights, found.gradients, found.states) == (weights, gradients, states)
