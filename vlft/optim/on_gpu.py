@@ -18,6 +18,7 @@ from vlft.optim.rounded import BLOCK, Job
 
 _ROWS, _TURNS = 4, 4
 """Blocks that a program works on at once, and how often it does."""
+_VECTOR = 16
 _FACTS = ("lr", "decay", "one", "two", "correction", "eps")
 
 
@@ -51,8 +52,9 @@ def _values(table_ptr, column: tl.constexpr, kind: tl.constexpr):
 @triton.jit
 def _update_kernel(
     table_ptr, facts_ptr, tensor_ptr, first_ptr, divisor_ptr, found_inf_ptr,
-    EIGHT: tl.constexpr, WEIGHT: tl.constexpr, GRADIENT: tl.constexpr, MOMENT: tl.constexpr, ROUNDS: tl.constexpr,
-    SCALES: tl.constexpr, CHECKS: tl.constexpr, ROWS: tl.constexpr, TURNS: tl.constexpr, WIDTH: tl.constexpr,
+    EIGHT: tl.constexpr, WEIGHT: tl.constexpr, GRADIENT: tl.constexpr, MOMENT: tl.constexpr, UNIT: tl.constexpr,
+    ROUNDS: tl.constexpr, SCALES: tl.constexpr, CHECKS: tl.constexpr,
+    ROWS: tl.constexpr, TURNS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     tensor = tl.load(tensor_ptr + tl.program_id(0))
     table_ptr += tensor * 8
@@ -63,7 +65,7 @@ def _update_kernel(
     v_ptr = _values(table_ptr, 3, MOMENT)
     m_scale_ptr = _values(table_ptr, 4, tl.float32)
     v_scale_ptr = _values(table_ptr, 5, tl.float32)
-    size = tl.load(table_ptr + 6)
+    size = tl.load(table_ptr + 6) * UNIT
     seed = tl.load(table_ptr + 7).to(tl.int32)
     lr = tl.load(facts_ptr)
     decay = tl.load(facts_ptr + 1)
@@ -149,17 +151,20 @@ _KINDS = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32:
 
 def update(jobs: Sequence[Job], grad_scale: Tensor | None, found_inf: Tensor | None = None) -> None:
     """Of parameters of one device, and of one kind of states."""
-    by_kind: dict[tuple[torch.dtype, torch.dtype], list[Job]] = {}
+    by_kind: dict[tuple[torch.dtype, torch.dtype, int], list[Job]] = {}
     for job in jobs:
-        by_kind.setdefault((job.p.dtype, job.gradient.dtype), []).append(job)
-    for (weight, gradient), some in by_kind.items():
-        _update(some, weight, gradient, grad_scale, found_inf)
+        # Told that sizes are multiples of a vector's, the compiler loads vectors behind the mask.
+        unit = 1 if job.p.numel() % _VECTOR else _VECTOR
+        by_kind.setdefault((job.p.dtype, job.gradient.dtype, unit), []).append(job)
+    for (weight, gradient, unit), some in by_kind.items():
+        _update(some, weight, gradient, unit, grad_scale, found_inf)
 
 
 def _update(
     jobs: Sequence[Job],
     weight: torch.dtype,
     gradient: torch.dtype,
+    unit: int,
     grad_scale: Tensor | None,
     found_inf: Tensor | None,
 ) -> None:
@@ -173,7 +178,7 @@ def _update(
         scales = (job.state["exp_avg_scale"], job.state["exp_avg_sq_scale"]) if eight else (m, v)
         addresses = [t.data_ptr() for t in (job.p, g, m, v, *scales)]
         assert not any(address % 16 for address in addresses[:4])
-        rows.append([*addresses, job.p.numel(), job.seed % 2**31])
+        rows.append([*addresses, job.p.numel() // unit, job.seed % 2**31])
     table = torch.tensor(rows, dtype=torch.int64)
     numbers = torch.tensor([[job.facts[name] for name in _FACTS] for job in jobs], dtype=torch.float32)
     if device.type == "cuda":
@@ -186,7 +191,7 @@ def _update(
         table, numbers, tensor, first, numbers if grad_scale is None else grad_scale,
         numbers if found_inf is None else found_inf, EIGHT=eight,
         WEIGHT=_KINDS[weight], GRADIENT=_KINDS[gradient], MOMENT=_KINDS[jobs[0].state["exp_avg"].dtype],
-        ROUNDS=weight.itemsize == 2, SCALES=grad_scale is not None, CHECKS=found_inf is not None,
+        UNIT=unit, ROUNDS=weight.itemsize == 2, SCALES=grad_scale is not None, CHECKS=found_inf is not None,
         ROWS=_ROWS, TURNS=_TURNS, WIDTH=BLOCK, num_warps=4,
     )  # fmt: skip
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -89,6 +89,8 @@ class Kept:
     """(N, D) residual stream between attention and MLP"""
     inner: Tensor | None = None
     """(N, I) or (N, 2 I) before the activation"""
+    lows: dict[str, Tensor | None] = field(default_factory=dict)
+    """(N, R) between the two halves of the adapters, of each group that has some"""
 
 
 @dataclass(eq=False)
@@ -133,7 +135,8 @@ class Block:
 
     def _attend(self, x_ND: Tensor, call: Call, kept: Kept, *, learns: bool) -> None:
         _, n_ND = self.norm_1.forward(x_ND, None, call.kind)
-        before = self.qkv.forward(n_ND, call.kind, call.seeds[0]).view(len(x_ND), -1, self.size)
+        flat, kept.lows["qkv"] = self.qkv.forward(n_ND, call.kind, call.seeds[0])
+        before = flat.view(len(x_ND), -1, self.size)
         q_weight, k_weight, eps = self._head_norms
         rotated = pointwise.rotate(
             before, call.cos_Nd, call.sin_Nd, self.heads, self.kv_heads, q_weight, k_weight, eps
@@ -144,7 +147,8 @@ class Block:
     def _meet(self, x_ND: Tensor, call: Call, kept: Kept) -> Tensor:
         """The attention's output into the residual stream; returns the norm of that."""
         assert kept.attended is not None
-        branch = self.out.forward(_rows(kept.attended.out.flatten(1), call), call.kind, call.seeds[1])
+        attended_ND = _rows(kept.attended.out.flatten(1), call)
+        branch, kept.lows["out"] = self.out.forward(attended_ND, call.kind, call.seeds[1])
         kept.middle, m_ND = self.norm_2.forward(_rows(x_ND, call), branch, call.kind)
         return m_ND
 
@@ -152,14 +156,15 @@ class Block:
         self._attend(x_ND, call, kept, learns=learns and call.keep != "input")
         m_ND = self._meet(x_ND, call, kept)
         assert kept.middle is not None
-        kept.inner = self.inner.forward(m_ND, call.kind, call.seeds[2])
+        kept.inner, kept.lows["inner"] = self.inner.forward(m_ND, call.kind, call.seeds[2])
         active = pointwise.activate(kept.inner, self.activation)
-        out = self.down.forward(active, call.kind, call.seeds[3])
+        out, kept.lows["down"] = self.down.forward(active, call.kind, call.seeds[3])
         out = out.add_(kept.middle) if out.dtype == x_ND.dtype else kept.middle + out
         if call.keep != "all":
             kept.inner = None
         if call.keep == "input":
             kept.before = kept.attended = kept.middle = None
+            kept.lows = {"down": kept.lows["down"]}
         return out
 
     def backward(
@@ -173,22 +178,24 @@ class Block:
             assert kept.middle is not None
             _, m_ND = self.norm_2.forward(kept.middle, None, kind)
         if kept.inner is None:
-            kept.inner = self.inner.forward(m_ND, kind, call.seeds[2])
+            kept.inner, kept.lows["inner"] = self.inner.forward(m_ND, kind, call.seeds[2])
         assert kept.attended is not None
         assert kept.middle is not None
         d_down = d_out_ND.to(kind)
-        d_active = self.down.backward_input(d_down, kind, call.seeds[3])
+        low, d_low = kept.lows["down"], self.down.backward_low(d_down, kind)
+        d_active = self.down.backward_input(d_down, d_low, kind, call.seeds[3])
         d_inner, active = pointwise.activate_backward(kept.inner, d_active, self.activation)
-        self.down.backward_weights(active, d_down, kind, call.seeds[3], gradients)
+        self.down.backward_weights(active, low, d_down, d_low, kind, call.seeds[3], gradients)
         del active, d_active, d_down
-        d_m = self.inner.backward(m_ND, d_inner, kind, call.seeds[2], gradients)
+        d_m = self.inner.backward(m_ND, kept.lows["inner"], d_inner, kind, call.seeds[2], gradients)
         del d_inner, m_ND
         kept.inner = None
         assert d_m is not None
         d_middle = self.norm_2.backward(d_m, kept.middle, d_out_ND, gradients)
         kept.middle = None
         attended_ND = _rows(kept.attended.out.flatten(1), call)
-        d_attended = self.out.backward(attended_ND, d_middle.to(kind), kind, call.seeds[1], gradients)
+        low = kept.lows["out"]
+        d_attended = self.out.backward(attended_ND, low, d_middle.to(kind), kind, call.seeds[1], gradients)
         assert d_attended is not None
         d_attended, d_middle = _all_rows(d_attended, call, x_ND), _all_rows(d_middle, call, x_ND)
         d_q, d_k, d_v = attend_backward(kept.attended, d_attended.view_as(kept.attended.out))
@@ -201,7 +208,9 @@ class Block:
         kept.before = kept.attended = None
         _, n_ND = self.norm_1.forward(x_ND, None, kind)
         wants_n = wants_input or any(True for _ in self.norm_1.trained())
-        d_n = self.qkv.backward(n_ND, d_before.flatten(1), kind, call.seeds[0], gradients, wants_input=wants_n)
+        d_n = self.qkv.backward(
+            n_ND, kept.lows["qkv"], d_before.flatten(1), kind, call.seeds[0], gradients, wants_input=wants_n
+        )
         return None if d_n is None else self.norm_1.backward(d_n, x_ND, d_middle, gradients)
 
 

@@ -65,7 +65,7 @@ class Cost:
         again = 2.0 * n * (shape.qkv + shape.heads_width) * shape.width
         # Half of the pairs where it is causal; attention runs at about half a product's speed.
         again += 4.0 * n * longest * shape.heads_width * (1 if shape.causal else 2)
-        numbers = shape.qkv * (2 if shape.head_norms else 1) + shape.heads_width + shape.width
+        numbers = shape.qkv * (2 if shape.head_norms else 1) + shape.heads_width + shape.width + shape.ranks
         return cls(
             input=n * shape.width * kind,
             attention=n * (numbers * kind + 4 * shape.heads),
@@ -87,6 +87,8 @@ class Sizes:
     """columns before the activation, gates included"""
     head_norms: bool
     causal: bool
+    ranks: int = 0
+    """of all adapters"""
 
     @classmethod
     def of(cls, block: Block) -> Sizes:
@@ -94,6 +96,7 @@ class Sizes:
             width=block.qkv.each[0].columns, qkv=sum(p.rows for p in block.qkv.each), heads=block.heads,
             heads_width=block.heads * block.size, inner=sum(block.inner.widths(block.norm_1.weight.device)),
             head_norms=block.q_norm is not None, causal=block.causal,
+            ranks=sum(len(a.a_rD) for group in block.groups() for p in group.each for a in p.adapters()),
         )  # fmt: skip
 
 

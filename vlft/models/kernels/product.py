@@ -159,14 +159,16 @@ class LowRank:
         """(N, R): the gradient of what `down` gave, once more times `scale`."""
         return _scaled(d_out_NO, self.b_OR, self.scale)
 
-    def gradients(self, dropped_ND: Tensor, d_out_NO: Tensor, d_low_NR: Tensor, gradients: Gradients) -> None:
+    def gradients(
+        self, dropped_ND: Tensor, low_NR: Tensor, d_out_NO: Tensor, d_low_NR: Tensor, gradients: Gradients
+    ) -> None:
         """
         Args:
-            dropped_ND: the adapters' input; d_low_NR: what `down_again` gave.
+            dropped_ND: the adapters' input; low_NR: what `down` gave; d_low_NR: what `down_again` gave.
         """
         firsts = _starts([len(adapter.a_rD) for _, adapter in self.adapters])
         d_a = d_low_NR.t() @ dropped_ND if any(a.a_rD.requires_grad for _, a in self.adapters) else None
-        d_b = d_out_NO.t() @ self.down(dropped_ND) if any(a.b_Or.requires_grad for _, a in self.adapters) else None
+        d_b = d_out_NO.t() @ low_NR if any(a.b_Or.requires_grad for _, a in self.adapters) else None
         for (start, adapter), first in zip(self.adapters, firsts, strict=True):
             ranks = slice(first, first + len(adapter.a_rD))
             own = 1.0 if self.scale == adapter.scale else adapter.scale
@@ -329,8 +331,8 @@ class Products:
 
     # -- products ----------------------------------------------------------------------------------------------------
 
-    def forward(self, x_ND: Tensor, kind: torch.dtype, seed: int | None) -> Tensor:
-        """(N, O).
+    def forward(self, x_ND: Tensor, kind: torch.dtype, seed: int | None) -> tuple[Tensor, Tensor | None]:
+        """(N, O), and the adapters' (N, R) in between, which the backward pass takes if there is any.
 
         Args:
             x_ND: in the compute dtype `kind`.
@@ -349,14 +351,19 @@ class Products:
             rows = slice(piece.start, piece.start + len(piece.weight_OD))
             _product(piece.bias_O, low_NR, low.b_OR[rows].t(), part)
             part.addmm_(x_ND, weight_T)
-        return out
+        return out, low_NR
 
-    def backward_input(self, d_out_NO: Tensor, kind: torch.dtype, seed: int | None) -> Tensor:
+    def backward_low(self, d_out_NO: Tensor, kind: torch.dtype) -> Tensor | None:
+        """(N, R): the gradient that reaches the adapters' inner side; both other backwards take it."""
+        low = self.low_rank(kind, d_out_NO.device)
+        return None if low is None else low.down_again(d_out_NO)
+
+    def backward_input(self, d_out_NO: Tensor, d_low_NR: Tensor | None, kind: torch.dtype, seed: int | None) -> Tensor:
         """The gradient of x (N, D)."""
         d_x = None
         low = self.low_rank(kind, d_out_NO.device)
-        if low is not None:
-            d_x = low.down_again(d_out_NO) @ low.a_RD
+        if low is not None and d_low_NR is not None:
+            d_x = d_low_NR @ low.a_RD
             if seed is not None:
                 d_x = pointwise.dropout(d_x, self.dropout, seed, in_place=True)
         for piece in self.pieces(kind, d_out_NO.device):
@@ -366,9 +373,16 @@ class Products:
         return d_x
 
     def backward_weights(
-        self, x_ND: Tensor, d_out_NO: Tensor, kind: torch.dtype, seed: int | None, gradients: Gradients
+        self,
+        x_ND: Tensor,
+        low_NR: Tensor | None,
+        d_out_NO: Tensor,
+        d_low_NR: Tensor | None,
+        kind: torch.dtype,
+        seed: int | None,
+        gradients: Gradients,
     ) -> None:
-        """The gradients of what trains."""
+        """The gradients of what trains. `low_NR`: from the forward pass."""
         device = x_ND.device
         for start, width, p in zip(_starts(self.widths(device)), self.widths(device), self.each, strict=True):
             weight, bias = p.base.weight, p.base.bias
@@ -379,11 +393,14 @@ class Products:
                 note(gradients, bias, lambda d=part, p=p: d.sum(0)[: p.rows])
         low = self.low_rank(kind, device)
         if low is not None:
-            low.gradients(self._dropped(x_ND, seed), d_out_NO, low.down_again(d_out_NO), gradients)
+            assert low_NR is not None
+            assert d_low_NR is not None
+            low.gradients(self._dropped(x_ND, seed), low_NR, d_out_NO, d_low_NR, gradients)
 
     def backward(
         self,
         x_ND: Tensor,
+        low_NR: Tensor | None,
         d_out_NO: Tensor,
         kind: torch.dtype,
         seed: int | None,
@@ -392,8 +409,9 @@ class Products:
         wants_input: bool = True,
     ) -> Tensor | None:
         """The gradient of x (N, D), and those of what trains into `gradients`."""
-        self.backward_weights(x_ND, d_out_NO, kind, seed, gradients)
-        return self.backward_input(d_out_NO, kind, seed) if wants_input else None
+        d_low = self.backward_low(d_out_NO, kind)
+        self.backward_weights(x_ND, low_NR, d_out_NO, d_low, kind, seed, gradients)
+        return self.backward_input(d_out_NO, d_low, kind, seed) if wants_input else None
 
     def _dropped(self, x_ND: Tensor, seed: int | None) -> Tensor:
         """The adapters' input. Drawn again in the backward pass: a mask that is kept costs a byte for each value."""
