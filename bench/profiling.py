@@ -44,6 +44,7 @@ class Profile:
             tables += [f"\ntop {TOP} by {key}", averages.table(sort_by=key, row_limit=TOP, max_name_column_width=90)]
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("\n".join(tables) + "\n")
+        self.profiler.export_chrome_trace(str(path.with_suffix(".json.gz")))
         return found
 
 

@@ -13,6 +13,7 @@ from runs import CPU_ADAM, command, metrics, start, train, write_data
 
 from vlft.engine import Engine
 from vlft.engine.base import norms_of
+from vlft.optim import scales_gradients
 
 FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 PARTS = {"vit", "projector", "llm", "head"}
@@ -106,3 +107,35 @@ def test_a_part_whose_gradient_is_not_finite_has_none(tiny: Callable[..., Path],
 def test_norms_of_bf16_gradients_have_fp32s_digits() -> None:
     gradient = torch.full((1000,), 1.0, dtype=torch.bfloat16)
     assert float(norms_of([gradient])[0]) == pytest.approx(1000**0.5, rel=1e-6)
+
+
+@pytest.mark.parametrize("limit", [0.0, 1.0])
+def test_a_step_ahead_of_its_norm_is_the_same_step(limit: float) -> None:
+    """The fused optimizer divides the gradients itself, and leaves all as it is where they are not finite."""
+    ends = []
+    for fused in (False, True):
+        torch.manual_seed(0)
+        ps = [torch.nn.Parameter(torch.randn(shape)) for shape in [(64, 33), (7,), (128, 128)]]
+        engine = Engine("no", limit)
+        optimizer = torch.optim.AdamW([{"params": ps, "part": "llm"}], lr=1e-2, fused=fused)
+        engine.prepare(torch.nn.ParameterList(ps), optimizer)
+        assert scales_gradients(optimizer) == fused
+        found = []
+        for step in range(4):
+            for p in ps:
+                p.grad = torch.randn_like(p) * 3
+            if step == 2:
+                assert ps[1].grad is not None
+                ps[1].grad[0] = torch.nan
+            before = [p.detach().clone() for p in ps]
+            update = engine.update()
+            assert update.applied == (step != 2)
+            assert all(torch.equal(a, b) for a, b in zip(before, ps, strict=True)) == (step == 2)
+            assert all(p.grad is None for p in ps)
+            found.append(update.norm)
+        assert math.isnan(found.pop(2))
+        ends.append((found, [p.detach() for p in ps], [float(optimizer.state[p]["step"]) for p in ps]))
+    (norms, weights, steps), (norms_, weights_, steps_) = ends
+    assert norms == norms_
+    assert steps == steps_ == [3.0] * 3
+    assert all(torch.allclose(a, b, rtol=1e-5, atol=1e-6) for a, b in zip(weights, weights_, strict=True))

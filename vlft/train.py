@@ -94,6 +94,7 @@ def train_step(job: Job, step: Step) -> dict[str, Any]:
             job.proof.before_update(reached_pictures=images > 0)
         update = engine.update()
     # The losses are read only now: to read waits for the device, which would then have nothing to do until the update.
+    losses = [losses_S.cpu() for losses_S in losses]
     if failed:
         job.journal.ledger(entry.json() for entry in job.data.account(engine.gather(step.failures)))
     mine = [sum(float(x.double().sum()) for x in losses), float(job.interrupt.asked)]

@@ -27,7 +27,7 @@ from torch.optim import Optimizer
 
 from vlft.errors import ConfigError, VlftError
 from vlft.family import Part
-from vlft.optim import scales_gradients
+from vlft.optim import scales_gradients, step_was_left_out
 
 T = TypeVar("T")
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")
@@ -251,10 +251,11 @@ class Engine:
         scaler = self.accelerator.scaler
         scale = scaler.get_scale() if scaler is not None else 1.0
         applied = scaler is not None or math.isfinite(norm)
-        if applied and not ahead:
-            self.optimizer.step()
-            applied = not self.accelerator.optimizer_step_was_skipped
-        self.optimizer.zero_grad()
+        if not ahead:
+            if applied:
+                self.optimizer.step()
+                applied = not self.accelerator.optimizer_step_was_skipped
+            self.optimizer.zero_grad()
         return Update(applied, norm, norms, scaling=not applied and scale > 1.0)
 
     def _step_ahead(self, optimizer: Any) -> tuple[float, dict[Part, float]]:
@@ -270,7 +271,11 @@ class Engine:
         optimizer.found_inf = (~whole.isfinite()).float()
         self.optimizer.step()
         optimizer.grad_scale = optimizer.found_inf = None
-        return _read(whole, norms)
+        self.optimizer.zero_grad()
+        found = _read(whole, norms)
+        if not math.isfinite(found[0]):
+            step_was_left_out(optimizer)
+        return found
 
     def _clip(self) -> tuple[float, dict[Part, float]]:
         """Unscale and clip; the norms of the whole gradient and of every part's before.

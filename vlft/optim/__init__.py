@@ -69,6 +69,12 @@ def scales_gradients(optimizer: Optimizer) -> bool:
     return isinstance(optimizer, RoundedAdamW) or (isinstance(optimizer, AdamW) and fused)
 
 
+def step_was_left_out(optimizer: Optimizer) -> None:
+    """The last step met `found_inf`. torch's fused AdamW counts its steps on the device and knows."""
+    if isinstance(optimizer, RoundedAdamW):
+        optimizer.uncount()
+
+
 def schedule(name: str, warmup_steps: int, total_steps: int) -> Multiplier:
     """step (0-based) -> factor of the peak rate, in the shape of transformers' scheduler of that name.
 

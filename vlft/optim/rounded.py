@@ -50,6 +50,7 @@ class RoundedAdamW(Optimizer):
         # As torch's fused AdamW has them. To clip here saves a pass over all gradients.
         self.grad_scale: Tensor | None = None
         self.found_inf: Tensor | None = None
+        self._counted: list[Tensor] = []
 
     def state_bytes(self, p: Tensor) -> int:
         """Of one parameter's moments."""
@@ -59,7 +60,8 @@ class RoundedAdamW(Optimizer):
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         """Of all parameters that have a gradient, which is divided by `grad_scale` on its way where that is set.
 
-        Where `found_inf` is set and is not zero, everything stays as it is.
+        Where `found_inf` is set and is not zero, all but the count of steps stays as it is: to look at it would wait
+        for the device. Whoever set it calls `uncount` then.
         """
         assert closure is None
         jobs, place = [], 0
@@ -80,10 +82,13 @@ class RoundedAdamW(Optimizer):
         elif self.found_inf is None or not self.found_inf:
             for job in jobs:
                 update(job, self.grad_scale)
-        # The wait for the device, if there is one, comes behind all that it has to do.
-        if self.found_inf is None or not self.found_inf:
-            for job in jobs:
-                job.state["step"] += 1
+        self._counted = [job.state["step"] for job in jobs]
+        torch._foreach_add_(self._counted, 1)
+
+    def uncount(self) -> None:
+        """The last step was none."""
+        torch._foreach_sub_(self._counted, 1)
+        self._counted = []
 
     def _fresh(self, p: Tensor) -> dict[str, Tensor]:
         step = torch.tensor(0.0)
