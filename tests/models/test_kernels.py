@@ -15,6 +15,7 @@ from packed_rows import Example, gradients, packed_row
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from vlft.models import attention
 from vlft.models.forward import PackedVLM
 from vlft.models.kernels import block as blocks
 from vlft.models.kernels import pointwise, product
@@ -171,6 +172,29 @@ def test_dropout(device: str, probability: float) -> None:
         assert both == pytest.approx(probability**2, abs=0.01)
 
 
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", [8, 80])
+def test_attention_and_its_backward(device: str, kind: torch.dtype, size: int) -> None:
+    """In windows, as the flash kernel's forward and one tile's backward on a GPU."""
+    if os.environ.get("TRITON_INTERPRET") and kind == torch.bfloat16:
+        pytest.skip("Triton's interpreter multiplies bf16 as if it were integers")
+    lengths = [64, 64, 1, 37, 16, 64]
+    borders = torch.tensor([0, *lengths], device=device).cumsum(0).int()
+    q, k, v, d_out = torch.randn(4, sum(lengths), 3, size, device=device).to(kind)
+    parts = [x.float().requires_grad_() for x in (q, k, v)]
+    pieces = zip(*(x.split(lengths) for x in parts), strict=True)
+    expected = torch.cat(
+        [F.scaled_dot_product_attention(*(x.transpose(0, 1) for x in piece)).transpose(0, 1) for piece in pieces]
+    )
+    attended = attention.attend(q, k, v, borders, 64, size**-0.5, causal=False, learns=True)
+    limit = 1e-5 if kind == torch.float32 else 1e-2
+    assert near(attended.out, expected, limit)
+    expected.backward(d_out.float())
+    for found, x in zip(attention.attend_backward(attended, d_out), parts, strict=True):
+        assert near(found, x.grad, limit)
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels themselves run above")
 def test_the_kernels_of_a_gpu_in_tritons_interpreter() -> None:
     """The same tests with the kernels in the place of the functions. Triton compiles or interprets a whole process."""
@@ -178,11 +202,18 @@ def test_the_kernels_of_a_gpu_in_tritons_interpreter() -> None:
     script = (
         "import sys, pytest\n"
         "from vlft.models.kernels import on_gpu, pointwise\n"
+        "from vlft.models import attention, attention_on_gpu\n"
+        "plain = attention.attend\n"
+        "def attend(*args, **kwargs):\n"
+        "    found = plain(*args, **kwargs)\n"
+        "    found.graph, found.flash = None, (None, None, None, args[3], args[4], args[5], False)\n"
+        "    return found\n"
+        "attention.attend = attend\n"
         "for name in 'norm norm_backward rotate rotate_backward activate activate_backward dropout'.split():\n"
         "    assert hasattr(pointwise, name)\n"
         "    setattr(pointwise, name, getattr(on_gpu, name))\n"
         f"sys.exit(pytest.main(['-p', 'no:cacheprovider', '-p', 'no:xdist', {__file__!r},"
-        " '-k', 'norms or rotation or activations or test_dropout']))\n"
+        " '-k', 'norms or rotation or activations or test_dropout or its_backward']))\n"
     )
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False)

@@ -148,6 +148,17 @@ def attend(
     return Attended(graph.detach(), (q, k, v), graph=graph) if learns else Attended(graph, None)
 
 
+@lru_cache(maxsize=1)
+def _short() -> Any:
+    try:
+        import triton  # noqa: F401
+    except ImportError:
+        return None
+    from vlft.models import attention_on_gpu
+
+    return attention_on_gpu
+
+
 def attend_backward(attended: Attended, d_out_THD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q (T, H, D), k and v (T, K, D)."""
     assert attended.qkv is not None
@@ -156,6 +167,11 @@ def attend_backward(attended: Attended, d_out_THD: Tensor) -> tuple[Tensor, Tens
         return d_q, d_k, d_v
     assert attended.flash is not None
     lse, state, unused, cu, longest, scale, causal = attended.flash
+    q, k, _ = attended.qkv
+    short = _short()
+    if short is not None and not causal and longest <= short.LONGEST and q.shape == k.shape and q.shape[2] <= 128:
+        found: tuple[Tensor, Tensor, Tensor] = short.short_backward(d_out_THD, *attended.qkv, cu, scale)
+        return found
     d_q, d_k, d_v = torch.ops.aten._flash_attention_backward(
         d_out_THD, *attended.qkv, attended.out, lse, cu, cu, longest, longest, 0.0, causal, state, unused, scale=scale
     )
