@@ -24,25 +24,25 @@ class ToInputs:
         self.table = normalisation_table(pictures.mean, pictures.std, pictures.rescale_factor).to(device)
 
     def __call__(self, row: Row, training: bool) -> dict[str, Any]:
-        lengths = row.cu_seqlens[1:] - row.cu_seqlens[:-1]
+        row = row.to(self.device)
         return {
-            "input_ids_T": row.input_ids_T.to(self.device, non_blocking=True),
-            "position_ids_4T": row.position_ids_4T.to(self.device, non_blocking=True),
-            "labels_T": row.labels_T.to(self.device, non_blocking=True),
+            "input_ids_T": row.input_ids_T,
+            "position_ids_4T": row.position_ids_4T,
+            "labels_T": row.labels_T,
             "cu_seqlens": row.cu_seqlens.to(self.device, non_blocking=True),
-            "max_seqlen": int(lengths.max()),
+            "max_seqlen": int(row.cu_seqlens.diff().max()),
             "pixel_values": self._patches(row, self.policy if training else None),
             "image_grid_thw": row.image_grid_thw,
-            "supervised_S": row.supervised_S.to(self.device, non_blocking=True),
-            "pictured_M": row.pictured_M.to(self.device, non_blocking=True),
+            "supervised_S": row.supervised_S,
+            "pictured_M": row.pictured_M,
+            "tower": row.tower,
         }
 
     def _patches(self, row: Row, policy: Policy | None) -> torch.Tensor | None:
         if not len(row.image_grid_thw):
             return None
         p = self.pictures
-        pixels = row.pixels_u8.to(self.device, non_blocking=True)
-        views = split_pictures(pixels, row.image_grid_thw, p.patch_size)
+        views = split_pictures(row.pixels_u8, row.image_grid_thw, p.patch_size)
         shown = augment_row(
             list(views),
             policy.photometric if policy else (),

@@ -124,7 +124,7 @@ class Talker:
             raise RecordError("image_missing", f"{path}: there is no such file; check the path.")
         width, height = images.probe(path)
         low, high = self.limits
-        rows, columns = images.smart_resize_batch(height, width, self.facts.factor, low, high)
+        rows, columns = images.smart_resize_batch(height, width, self.facts.layout.factor, low, high)
         return torch.from_numpy(images.decode(path, (int(columns), int(rows)), expect_wh=(width, height)))
 
     def patches(self, pictures: list[Tensor]) -> dict[str, Tensor]:

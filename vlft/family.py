@@ -72,6 +72,10 @@ class Family:
     markers: tuple[str, ...]
     """Special tokens that structure a conversation: inside a record's own text they forge turns or pictures."""
     image_token: str = "<|image_pad|>"
+    window_pixels: int = 0
+    """Side of the windows of the vision tower's attention where config.json names none; 0: it has no windows."""
+    learnt_positions: int = 0
+    """Positions that the vision tower has learnt where config.json does not say how many; 0: none."""
 
 
 _QWEN_MARKERS = (
@@ -113,6 +117,7 @@ FAMILIES: dict[str, Family] = {
             "[{x1}, {y1}, {x2}, {y2}]",
             "{ref}",
             _QWEN_MARKERS,
+            window_pixels=112,
         ),
         Family(
             "qwen3_vl",
@@ -122,6 +127,7 @@ FAMILIES: dict[str, Family] = {
             "[{x1}, {y1}, {x2}, {y2}]",
             "{ref}",
             _QWEN_MARKERS,
+            learnt_positions=2304,
         ),
     )
 }

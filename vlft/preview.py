@@ -62,7 +62,7 @@ def preview(
     data = prepare_data(
         DataOptions(
             registry=registry, names=dataset_names, folder=checkpoint.folder, family=checkpoint.family,
-            patch_size=facts.patch_size, merge_size=facts.merge_size, min_pixels=facts.min_pixels, on_too_long="shrink",
+            layout=facts.layout, min_pixels=facts.min_pixels, on_too_long="shrink",
             max_bad_fraction=1.0, allow_remote_images=False, seed=seed, global_batch=1, train_batch_size=1,
             eval_batch_size=1, rows_per_rank=1, rank=0, world_size=1, num_workers=0, pin_memory=False, progress=False,
             policy=policy, **limits,

@@ -444,7 +444,7 @@ def shared_data_options(
     """What training and `vlft eval` ask of the data alike; `own`: the fields in which they differ."""
     return DataOptions(
         registry=c.dataset_config_path, names=c.dataset_names, folder=checkpoint.folder, family=checkpoint.family,
-        patch_size=pictures.patch_size, merge_size=pictures.merge_size, min_pixels=c.min_pixels or pictures.min_pixels,
+        layout=pictures.layout, min_pixels=c.min_pixels or pictures.min_pixels,
         max_pixels=c.max_pixels or pictures.max_pixels, max_seq_length=c.max_seq_length, on_too_long=c.on_too_long,
         train_split_ratio=c.train_split_ratio, max_bad_fraction=c.max_bad_fraction,
         allow_remote_images=c.allow_remote_images, cache_dir=c.cache_dir, seed=c.seed, rank=engine.rank,

@@ -30,6 +30,7 @@ from vlft.data.prepare import Data, DataOptions, prepare_data
 from vlft.data.registry import read_registry
 from vlft.errors import ConfigError, DataError
 from vlft.family import FAMILIES
+from vlft.grids import Layout
 
 MUTANTS = int(os.environ.get("VLFT_FUZZ", "600"))
 BATCH = 200
@@ -100,7 +101,7 @@ def options(folder: Path, models: dict[str, Path], rng: Random) -> DataOptions:
     family = rng.choice(list(FAMILIES))
     return DataOptions(
         registry=folder / "registry.json", names=None, folder=models[family], family=FAMILIES[family],
-        patch_size=16 if family == "qwen3_vl" else 14, merge_size=2, min_pixels=56 * 56, max_pixels=200 * 200,
+        layout=Layout(merge=2, patch=16 if family == "qwen3_vl" else 14), min_pixels=56 * 56, max_pixels=200 * 200,
         max_seq_length=400, on_too_long=rng.choice(("shrink", "drop")), train_split_ratio=rng.choice((0.5, 0.9)),
         max_bad_fraction=1.0, allow_remote_images=False, cache_dir=folder / "cache", seed=0, global_batch=8,
         train_batch_size=4, eval_batch_size=4, rows_per_rank=2, rank=0, world_size=1,
@@ -135,8 +136,8 @@ def used_and_not(data: Data) -> tuple[list[int], list[Any]]:
 
 def check_row(row: Row, data: Data, o: DataOptions) -> None:
     patches = int(row.image_grid_thw.prod(dim=1).sum())
-    assert len(row.pixels_u8) == patches * 3 * o.patch_size**2
-    assert int((row.input_ids_T == data.chat.image_token_id).sum()) * o.merge_size**2 == patches
+    assert len(row.pixels_u8) == patches * 3 * o.layout.patch**2
+    assert int((row.input_ids_T == data.chat.image_token_id).sum()) * o.layout.merge**2 == patches
     for n, i in enumerate(row.sample_ids):
         own = slice(int(row.cu_seqlens[n]), int(row.cu_seqlens[n + 1]))
         ids, learnt = row.input_ids_T[0, own], row.labels_T[0, own] != -100

@@ -5,7 +5,7 @@ Legend: T tokens, I images, B samples of the row, H, W pixels.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,7 @@ import numpy.typing as npt
 from vlft.data.mixing import mix64_scalar
 from vlft.data.positions import mrope
 from vlft.data.sample import IGNORE, Sample
+from vlft.grids import Layout, TowerInputs, tower_inputs
 
 if TYPE_CHECKING:
     import torch
@@ -54,6 +55,8 @@ class Row:
     """(B) numbers in the index; empty for an empty row"""
     dataset_ids: tuple[int, ...]
     """(B) numbers of the data sets; empty for an empty row"""
+    tower: TowerInputs | None = None
+    """What the vision tower is told of the pictures, or of the blank in a row without; None: the forward finds out"""
 
     def __reduce__(self) -> tuple[Any, tuple[dict[str, Any]]]:
         # To another process, small tensors go as bytes: each shared tensor would hold a file descriptor while it lives.
@@ -76,11 +79,16 @@ class Row:
 
     def to(self, device: torch.device | str, *, non_blocking: bool = True) -> Row:
         """The row with the tensors of the forward on `device`."""
-        return replace(self, **{n: getattr(self, n).to(device, non_blocking=non_blocking) for n in _ON_DEVICE})
+        return self._mapped(lambda x: x.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> Row:
         """The row in page-locked memory, which copies to a GPU asynchronously."""
-        return replace(self, **{n: getattr(self, n).pin_memory() for n in _ON_DEVICE})
+        # The borders stay on the CPU for Python code, but are copied too.
+        return replace(self._mapped(lambda x: x.pin_memory()), cu_seqlens=self.cu_seqlens.pin_memory())
+
+    def _mapped(self, f: Callable[[torch.Tensor], torch.Tensor]) -> Row:
+        mapped: dict[str, Any] = {n: f(getattr(self, n)) for n in _ON_DEVICE}
+        return replace(self, **mapped, tower=None if self.tower is None else self.tower.map(f))
 
     def same_as(self, other: Row) -> bool:
         """Equality of everything, for tests."""
@@ -110,23 +118,26 @@ def collate(
     seed: int = 0,
     epoch: int = 0,
     merge: int = 2,
+    layout: Layout | None = None,
 ) -> Row:
     """One row of some samples; without any, an empty row.
 
     Args:
         decoded: for each sample its pictures, (3, H, W) uint8 at their final size.
         seed, epoch: of the run, for the augmentation's seeds.
+        layout: of the vision tower whose inputs the row shall bring.
     """
     import torch
 
     if not samples:
-        return empty_row(pad_token_id)
+        return empty_row(pad_token_id, layout)
     lengths = [len(s.input_ids) for s in samples]
     ids, labels = (np.concatenate([getattr(s, name) for s in samples]) for name in ("input_ids", "labels"))
     positions = [mrope(s.input_ids, image_token_id, s.grid_thw, merge) for s in samples]
     pixels = [picture.reshape(-1) for pictures in decoded for picture in pictures]
     owners = [n for n, s in enumerate(samples) for _ in range(len(s.grid_thw))]
     seeds = [sample_seed(s.identity, seed, epoch) for s in samples]
+    grids = np.concatenate([s.grid_thw for s in samples])
     return Row(
         input_ids_T=torch.from_numpy(ids)[None],
         position_ids_4T=torch.from_numpy(np.concatenate(positions, axis=1))[:, None],
@@ -135,16 +146,17 @@ def collate(
         pictured_M=torch.from_numpy(np.flatnonzero(ids == image_token_id)),
         cu_seqlens=torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32),
         pixels_u8=torch.from_numpy(np.concatenate([np.zeros(0, np.uint8), *pixels])),
-        image_grid_thw=torch.from_numpy(np.concatenate([s.grid_thw for s in samples])),
+        image_grid_thw=torch.from_numpy(grids),
         image_sample=torch.tensor(owners, dtype=torch.int64),
         sample_seeds=torch.tensor(seeds, dtype=torch.int64),
         moves=torch.from_numpy(np.stack([_STILL if s.moved.unit is None else s.moved.unit for s in samples])),
         sample_ids=tuple(s.index for s in samples),
         dataset_ids=tuple(s.dataset for s in samples),
+        tower=None if layout is None else tower_inputs(grids, layout),
     )
 
 
-def empty_row(pad_token_id: int) -> Row:
+def empty_row(pad_token_id: int, layout: Layout | None = None) -> Row:
     """A row for a rank that has nothing to do while others do: one pad token, nothing learnt, no picture."""
     import torch
 
@@ -162,4 +174,5 @@ def empty_row(pad_token_id: int) -> Row:
         moves=torch.from_numpy(_STILL[None].copy()),
         sample_ids=(),
         dataset_ids=(),
+        tower=None if layout is None else tower_inputs((), layout),
     )

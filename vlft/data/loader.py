@@ -109,6 +109,7 @@ class _Steps:
             seed=self.seed,
             epoch=epoch,
             merge=self.fitted.limits.merge,
+            layout=self.fitted.limits.layout,
         )
 
     def _failure(self, i: int, step: int, error: RecordError) -> LedgerEntry:

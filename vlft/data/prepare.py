@@ -31,6 +31,7 @@ from vlft.data.show import Described, Shown
 from vlft.data.tokens import Chat
 from vlft.errors import ConfigError, DataError, RecordError
 from vlft.family import Family
+from vlft.grids import Layout
 
 _LIMIT_SALT = 0x11417
 
@@ -44,8 +45,8 @@ class DataOptions:
     folder: Path
     """The checkpoint's folder: tokenizer and chat template."""
     family: Family
-    patch_size: int
-    merge_size: int
+    layout: Layout
+    """Of the vision tower."""
     min_pixels: int
     max_pixels: int
     max_seq_length: int
@@ -302,8 +303,10 @@ def check_specs(options: DataOptions, specs: Sequence[DatasetSpec]) -> None:
 
 def fitted_of(o: DataOptions, index: Index, chat: Chat) -> Fitted:
     """Sizes and lengths under the options' limits, with room for coordinates that a policy may move."""
-    factor = o.patch_size * o.merge_size
-    limits = Limits(o.min_pixels, o.max_pixels, o.max_seq_length, o.on_too_long, factor, o.merge_size)
+    layout = o.layout
+    limits = Limits(
+        o.min_pixels, o.max_pixels, o.max_seq_length, o.on_too_long, layout.factor, layout.merge, layout
+    )  # fmt: skip
     moves = o.policy is not None and bool(o.policy.geometric)
     return fit(index, limits, room_to_move(index, chat) if moves else None)
 

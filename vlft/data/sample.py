@@ -20,6 +20,7 @@ from vlft.data.moved import Moved, Mover, move, spare_tokens
 from vlft.data.registry import DatasetSpec
 from vlft.data.tokens import Chat, PictureSize
 from vlft.errors import DataError, RecordError
+from vlft.grids import Layout
 
 __all__ = [
     "Fitted", "LedgerEntry", "Limits", "Mover", "Sample", "build_sample", "check_bad_fraction", "fit", "room_to_move",
@@ -47,6 +48,8 @@ class Limits:
     """Pixels that both final sides are multiples of: patch size x merge size."""
     merge: int = 2
     """Patches per token along one side."""
+    layout: Layout | None = None
+    """Of the vision tower, for which rows shall bring their `TowerInputs`; None: they bring none."""
 
 
 @dataclass(frozen=True)

@@ -109,7 +109,7 @@ def _data(options: DoctorOptions, found: model.Examined | None, checkup: Checkup
     checkup.languages, checkup.sheet = sampled.mixes(seen), sampled.contact_sheet(seen)
     checkup.figures = _figures(seen)
     patches = data.fitted.patches[data.used]
-    return int(patches.mean() * data.options.patch_size**2) if len(patches) else 0
+    return int(patches.mean() * data.options.layout.patch**2) if len(patches) else 0
 
 
 def _figures(seen: Sampled) -> list[tuple[str, str, str]]:

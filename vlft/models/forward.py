@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vlft.family import Parts
+from vlft.grids import BLANK, Layout, TowerInputs, tower_inputs
 from vlft.models import kernels
 from vlft.models.attention import use_packed_attention
 
@@ -32,22 +33,16 @@ def to_device(x: Tensor, device: torch.device) -> Tensor:
     return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
 
 
-def _vision_extras(tower: nn.Module, grid_thw: Tensor, device: torch.device) -> dict[str, Any]:
-    """What the tower would compute from the grid with host syncs, computed on the CPU and moved once."""
-    from transformers import vision_utils as vu
-
-    config: Any = tower.config
-    merge = int(config.spatial_merge_size)
-    cu = vu.get_vision_cu_seqlens(grid_thw)
-    extras: dict[str, Any] = {"cu_seqlens": cu, "max_seqlen": int((cu[1:] - cu[:-1]).max())}
-    extras["position_ids"] = vu.get_vision_position_ids(grid_thw, merge)
-    if hasattr(tower, "window_size"):
-        index, cu_window = vu.get_vision_window_index(
-            grid_thw, spatial_merge_size=merge, window_size=config.window_size, patch_size=config.patch_size
-        )
-        extras |= {"window_index": index, "cu_window_seqlens": cu_window}
-        extras["max_window_seqlen"] = int((cu_window[1:] - cu_window[:-1]).max())
-    return {k: to_device(v, device) if isinstance(v, Tensor) else v for k, v in extras.items()}
+def layout_of(tower: nn.Module) -> Layout:
+    """How the tower divides pictures."""
+    found: Any = tower
+    # Another way of interpolation than that of `tower_inputs` is left to the tower.
+    plain = getattr(found, "interpolation_mode", "") == "bilinear" and found.interpolation_align_corners
+    return Layout(
+        merge=int(found.config.spatial_merge_size), patch=int(found.config.patch_size),
+        window=int(found.window_size) if hasattr(found, "window_size") else 0,
+        table=int(found.num_grid_per_side) if plain else 0,
+    )  # fmt: skip
 
 
 class PackedVLM(nn.Module):
@@ -65,6 +60,7 @@ class PackedVLM(nn.Module):
         hf = self.hf
         self.has_deepstack = any("deepstack" in path for path in parts.projector)
         self.patch_dim = self._patch_dim(hf.config.vision_config)
+        self.layout = layout_of(hf.get_submodule(parts.vit))
         use_packed_attention(hf)
         self.installed = kernels.Installed() if reference else kernels.install(hf, parts)
         self.memory: kernels.Memory | None = None
@@ -108,7 +104,9 @@ class PackedVLM(nn.Module):
     def _part(self, path: str) -> Any:
         return base_model(self.model).get_submodule(path)
 
-    def _see(self, pixel_values: Tensor | None, grid_thw: Tensor, like: Tensor) -> tuple[Tensor, list[Tensor], bool]:
+    def _see(
+        self, pixel_values: Tensor | None, grid_thw: Tensor, inputs: TowerInputs | None, like: Tensor
+    ) -> tuple[Tensor, list[Tensor], bool]:
         """(M, D) features, the deepstack levels' features, and whether they belong to a real picture.
 
         A row without pictures runs the tower on a blank of one merged patch: under ZeRO-3, FSDP and DDP every rank
@@ -117,27 +115,32 @@ class PackedVLM(nn.Module):
         real = pixel_values is not None and len(grid_thw) > 0
         tower = self._part(self.parts.vit)
         if not real:
-            grid_thw = torch.tensor([[1, 2, 2]])
             pixel_values = torch.zeros(4, self.patch_dim, device=like.device)
         assert pixel_values is not None
         dtype = like.dtype if like.is_floating_point() else torch.float32
-        extras = _vision_extras(tower, grid_thw, like.device)
+        if inputs is None or inputs.layout != self.layout:
+            inputs = tower_inputs(grid_thw if real else BLANK, self.layout).map(lambda x: to_device(x, like.device))
         # A frozen tower keeps nothing for a backward pass, also where something (Hugging Face's checkpointing, PEFT)
         # has asked that its input have a gradient: that would double its time and take most of a row's memory.
         learns = torch.is_grad_enabled() and any(p.requires_grad for p in tower.parameters())
         with torch.set_grad_enabled(learns):
-            out = tower(pixel_values.to(dtype), grid_thw=grid_thw.to(like.device), return_dict=True, **extras)
+            out = tower(pixel_values.to(dtype), return_dict=True, **inputs.arguments)
         levels = list(out.deepstack_features or []) if self.has_deepstack else []
         return out.pooler_output, levels, real
 
     def _embed(
-        self, input_ids_T: Tensor, pixel_values: Tensor | None, grid_thw: Tensor, pictured_M: Tensor | None
+        self,
+        input_ids_T: Tensor,
+        pixel_values: Tensor | None,
+        grid_thw: Tensor,
+        pictured_M: Tensor | None,
+        tower: TowerInputs | None,
     ) -> tuple[Tensor, dict[str, Any]]:
         embeds = self._part(self.parts.embed)(input_ids_T)
         if torch.is_autocast_enabled(embeds.device.type):
             # fp32 masters would otherwise keep the whole residual stream in fp32, twice the memory and traffic.
             embeds = embeds.to(torch.get_autocast_dtype(embeds.device.type))
-        features, levels, real = self._see(pixel_values, grid_thw, embeds)
+        features, levels, real = self._see(pixel_values, grid_thw, tower, embeds)
         features, levels = features.to(embeds.dtype), [x.to(embeds.dtype) for x in levels]
         if real:
             if pictured_M is None:
@@ -164,6 +167,7 @@ class PackedVLM(nn.Module):
         image_grid_thw: Tensor,
         supervised_S: Tensor | None = None,
         pictured_M: Tensor | None = None,
+        tower: TowerInputs | None = None,
     ) -> Tensor:
         """Cross entropy of every supervised token of the row.
 
@@ -179,6 +183,8 @@ class PackedVLM(nn.Module):
             supervised_S: int64 places of the labels that are not -100.
             pictured_M: int64 places of the image tokens. Without these two they are searched for, which waits for the
                 device.
+            tower: what the vision tower is told of the pictures, on the device. Without it, or where it was made for
+                another tower, it is worked out here.
         Returns:
             (S,) losses in fp32 (fp64 for fp64 weights), in the order of the tokens. S may be 0; the result still
             carries a (zero) gradient to every trainable weight.
@@ -193,7 +199,7 @@ class PackedVLM(nn.Module):
             longest = int(image_grid_thw[:, 1:].prod(1).max()) if len(image_grid_thw) else 4
             patches = 4 if pixel_values is None else len(pixel_values)
             self.memory.before_row(patches, longest, input_ids_T.shape[1], max_seqlen, len(supervised_S), kind)
-        embeds, extra = self._embed(input_ids_T, pixel_values, image_grid_thw, pictured_M)
+        embeds, extra = self._embed(input_ids_T, pixel_values, image_grid_thw, pictured_M, tower)
         if self.reads_rows:
             extra["read_S"] = supervised_S
         hidden = self._part(self.parts.llm)(

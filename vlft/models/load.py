@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import warnings
 from collections.abc import Iterator, Mapping
@@ -20,6 +21,7 @@ from torch import nn
 
 from vlft.errors import ModelError
 from vlft.family import Family, Parts, family_of
+from vlft.grids import Layout
 
 META = "vlft.json"
 """Beside a result: what merging it needs to know."""
@@ -75,10 +77,7 @@ def read_json(path: Path) -> dict[str, Any]:
 class PictureFacts:
     """How this checkpoint turns pictures into patches, from its preprocessor_config.json."""
 
-    patch_size: int
-    """Pixels of a patch's side."""
-    merge_size: int
-    """Patches of a merged token's side."""
+    layout: Layout
     temporal_patch_size: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
@@ -89,9 +88,12 @@ class PictureFacts:
     """Largest one."""
 
     @property
-    def factor(self) -> int:
-        """Picture sides are multiples of this many pixels."""
-        return self.patch_size * self.merge_size
+    def patch_size(self) -> int:
+        return self.layout.patch
+
+    @property
+    def merge_size(self) -> int:
+        return self.layout.merge
 
 
 @dataclass(frozen=True)
@@ -121,13 +123,20 @@ def processor_settings(folder: Path) -> dict[str, Any]:
     raise ModelError(f"{folder} has no preprocessor_config.json: copy the checkpoint's processor files beside it.")
 
 
-def _picture_facts(folder: Path, vision: dict[str, Any]) -> PictureFacts:
-    found = processor_settings(folder)
+def _layout(family: Family, vision: dict[str, Any]) -> Layout:
+    # A tower that has windows has them whatever else its section names, and one without ignores the key.
+    window = int(vision.get("window_size", family.window_pixels)) if family.window_pixels else 0
+    learnt = int(vision.get("num_position_embeddings", family.learnt_positions)) if family.learnt_positions else 0
     patch, merge = int(vision.get("patch_size", 14)), int(vision.get("spatial_merge_size", 2))
-    smallest, largest = _limits(found, patch * merge)
+    return Layout(merge, patch, window, math.isqrt(learnt))
+
+
+def _picture_facts(folder: Path, family: Family, vision: dict[str, Any]) -> PictureFacts:
+    found = processor_settings(folder)
+    layout = _layout(family, vision)
+    smallest, largest = _limits(found, layout.factor)
     return PictureFacts(
-        patch_size=patch,
-        merge_size=merge,
+        layout=layout,
         temporal_patch_size=int(vision.get("temporal_patch_size", 2)),
         mean=tuple(found.get("image_mean", (0.48145466, 0.4578275, 0.40821073))),
         std=tuple(found.get("image_std", (0.26862954, 0.26130258, 0.27577711))),
@@ -141,7 +150,7 @@ def picture_facts(checkpoint: Checkpoint) -> PictureFacts:
     """Those of the folder itself: the result of a run has the limits that it was trained with, its base may not."""
     if checkpoint.adapter is None or not any((checkpoint.folder / name).exists() for name in _PROCESSOR_FILES):
         return checkpoint.pictures
-    facts, own = checkpoint.pictures, _limits(processor_settings(checkpoint.folder), checkpoint.pictures.factor)
+    facts, own = checkpoint.pictures, _limits(processor_settings(checkpoint.folder), checkpoint.pictures.layout.factor)
     return replace(facts, min_pixels=own[0], max_pixels=own[1])
 
 
@@ -195,7 +204,7 @@ def open_checkpoint(name: str, *, trust_remote_code: bool = False, weights: bool
     config = read_json(where / "config.json")
     family = family_of(str(config.get("model_type")), str(where))
     try:
-        facts = _picture_facts(where, config.get("vision_config") or {})
+        facts = _picture_facts(where, family, config.get("vision_config") or {})
     except (TypeError, ValueError, AttributeError) as error:
         raise ModelError(
             f"the picture settings of {where} (vision_config in config.json, preprocessor_config.json) cannot be used: "

@@ -85,7 +85,7 @@ def _learnt_share(data: Data) -> float:
 def _row(data: Data, shape: Shape, ids: npt.NDArray[np.int64], learnt: float) -> Row:
     fitted, index = data.fitted, data.index
     lengths = fitted.length[ids]
-    unit = data.options.patch_size
+    unit = data.options.layout.patch
     grids = [(1, h // unit, w // unit) for i in ids.tolist() for w, h in fitted.sizes(index, i)]
     text = int(index.n_tokens[ids].sum())
     supervised = max(1, round(learnt * text))

@@ -10,7 +10,7 @@ later than that does not run. Generation goes through caches and masks: it keeps
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import MethodType
 from typing import Any, get_args
@@ -23,46 +23,9 @@ from vlft.family import Parts
 from vlft.models.attention import NAME
 from vlft.models.kernels.block import Block, Call, compute_dtype, run
 from vlft.models.kernels.foreign import check_activation, foreign, known, norm, own_forward
+from vlft.models.kernels.held import Held
 from vlft.models.kernels.pointwise import Activation
-from vlft.models.kernels.product import Copies, Products, UnsupportedError
-
-
-@dataclass
-class Held:
-    """Copies of parameters, joined and in the compute dtype, that layers use in their place."""
-
-    kind: torch.dtype
-    sources: list[Any]
-    """The parameters and scales at the time, to notice others in their place: adapters come, go and are merged."""
-    trained: Copies
-    """To be made anew for every row: that costs a thousandth of it, and a weight that was changed unseen would be
-    trained against its old value."""
-
-    @classmethod
-    def make(cls, groups: Sequence[Products], kind: torch.dtype, device: torch.device, sources: list[Any]) -> Held:
-        copies = [copy for group in groups for copy in group.hold(kind, device)]
-        cls._copy([copy for copy in copies if not copy[1].requires_grad])
-        return cls(kind, sources, [copy for copy in copies if copy[1].requires_grad])
-
-    def of(self, kind: torch.dtype, sources: list[Any]) -> bool:
-        """Whether they are up to date but for values."""
-        same = kind == self.kind and len(sources) == len(self.sources)
-        return same and all(map(_same, sources, self.sources))
-
-    def refresh(self) -> None:
-        self._copy(self.trained)
-
-    @staticmethod
-    @torch.no_grad()
-    def _copy(copies: Copies) -> None:
-        # One launch for all that lie close; the list's slow way, one each, is taken if a single one does not.
-        for close in (True, False):
-            some = [copy for copy in copies if copy[0].is_contiguous() == close]
-            if some:
-                torch._foreach_copy_([target for target, _, _ in some], [p for _, p, _ in some])
-        for target, _, factor in copies:
-            if factor != 1.0:
-                target.mul_(factor)
+from vlft.models.kernels.product import Products, UnsupportedError
 
 
 @dataclass
@@ -80,17 +43,18 @@ class Installed:
 
     def before_row(self, kind: torch.dtype, device: torch.device) -> None:
         """Bring what layers hold up to date with the parameters; `kind`: compute dtype."""
-        groups = [group for layer in self.layers for group in layer.vlft_block.groups()]  # type: ignore[operator,union-attr]
         if not self.holds:
             if self.held is not None:
-                for group in groups:
+                for group in self._groups():
                     group.drop()
                 self.held = None
             return
-        sources = [source for group in groups for source in group.sources()]
-        if self.held is None or not self.held.of(kind, sources):
-            self.held = Held.make(groups, kind, device, sources)
+        if self.held is None or not self.held.of(kind):
+            self.held = Held.make(self._groups(), kind, device)
         self.held.refresh()
+
+    def _groups(self) -> list[Products]:
+        return [group for layer in self.layers for group in layer.vlft_block.groups()]  # type: ignore[operator,union-attr]
 
     @property
     def layers(self) -> list[nn.Module]:
@@ -115,6 +79,8 @@ class Installed:
             layer.__dict__["vlft_block"] = None
         self.vision = [layer for layer in self.vision if id(layer) not in late]
         self.language = [layer for layer in self.language if id(layer) not in late]
+        if late:
+            self.held = None  # it is of their parameters too
         return list(late.values())
 
     def _leave(self, reason: str) -> bool:
@@ -130,10 +96,6 @@ class Installed:
         said = f"{len(self.layers)} layers as one operation each"
         kept = "; ".join(f"{n} keep transformers' forward: {reason}" for reason, n in self.left.items())
         return f"{said}; {kept}" if kept else said
-
-
-def _same(a: Any, b: Any) -> bool:
-    return a is b or (isinstance(a, (int, float, bool)) and a == b)
 
 
 def install(model: nn.Module, parts: Parts) -> Installed:
