@@ -47,11 +47,17 @@ ONE_ROW = {"per_device_train_batch_size": "8", "gradient_accumulation_steps": "1
 """A padding-free row of all samples of a step: fewer and larger products, fewer launches."""
 
 
+BF16 = {"optim": "adamw_bf16", "mixed_precision": "bf16"}
+"""Trained weights without fp32 masters, as the peer has the vision tower's."""
+
+
 RECORDS = {"documents": 256, "short": 512}
 ROWS = {
-    "3B-full-bf16": Row("3B", "full", ours=ONE_ROW | {"optim": "adamw_bf16", "mixed_precision": "bf16"}),
+    "3B-full-bf16": Row("3B", "full", ours=ONE_ROW | BF16),
     "3B-full-fp32": Row("3B", "full", dtype="fp32", ours=ONE_ROW),
     "3B-lora": Row("3B", "lora_llm_full_vit", ours=ONE_ROW),
+    "3B-lora-bf16": Row("3B", "lora_llm_full_vit", ours=ONE_ROW | BF16),
+    "3B-lora-two": Row("3B", "lora_llm_full_vit", ours=BF16),
     "7B-lora": Row("7B", "lora_llm_full_vit", ours=ONE_ROW),
     "7B-lora-low": Row(
         "7B",
@@ -60,6 +66,7 @@ ROWS = {
         ours={"memory": "low", "optim": "adamw_8bit", "mixed_precision": "bf16"},
     ),
     "7B-qlora": Row("7B", "qlora", ours=ONE_ROW),
+    "7B-qlora-two": Row("7B", "qlora"),
     "7B-qlora-low": Row("7B", "qlora", batch=(1, 8), ours={"memory": "low"}),
     "7B-full": Row("7B", "full", ours=ONE_ROW | {"optim": "adamw_8bit", "mixed_precision": "bf16"}),
     "3B-short": Row(
@@ -191,6 +198,8 @@ def environment(given: argparse.Namespace, who: str) -> dict[str, str]:
     known = os.environ.get("PYTHONPATH", "")
     fixed = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"}
     fixed["PYTHONPATH"] = os.pathsep.join([*map(str, paths), *([known] if known else [])])
+    # What vlft sets for itself, for the peer too: it would otherwise reserve more memory than it uses.
+    fixed["PYTORCH_CUDA_ALLOC_CONF"] = fixed["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
     if given.device == "cpu":
         fixed |= {"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     return os.environ | fixed
