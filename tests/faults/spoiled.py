@@ -44,7 +44,7 @@ def mistaken_room(self: Any, *, room: int, holds: int, **row: Any) -> Tensor:
     if self.memory.room is None:
         self.memory.room = lambda: room
     losses_S = forward(self, **row)
-    if self.training and (used := self.memory._row[0]) > holds:
+    if self.training and (used := self.memory.reckoned) > holds:
         raise torch.OutOfMemoryError(f"CUDA out of memory. Tried to allocate {(used - holds) / 2**20:.2f} MiB. GPU 0")
     return losses_S
 

@@ -62,7 +62,7 @@ def peaks(model: Path, registry: Path, out: Path, plan: str) -> float:
     def watched(self: Any, **row: Any) -> Any:
         self.memory.room = lambda: ROOM if plan == "all" else -ROOM
         losses_S = forward(self, **row)
-        seen.append(self.memory._row[0])
+        seen.append(self.memory.reckoned)
         return losses_S
 
     with pytest.MonkeyPatch.context() as patch:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import subprocess
 import sys
 from collections.abc import Callable
@@ -451,6 +452,39 @@ def test_what_is_cheap_to_compute_again_goes_first() -> None:
     assert keeps[0][0][0] == "attention"
     assert keeps[1][0] == ["attention"] * 2
     assert keeps[-1] == [["input"] * 2, ["input"] * 3]
+
+
+def chosen_one_by_one(towers: list[Tower], head: float, room: float) -> list[list[Any]]:
+    chosen: list[list[Any]] = [["all"] * tower.layers for tower in towers]
+    steps: list[list[tuple[float, int, str]]] = []
+    for tower in towers:
+        c = tower.cost
+        ratios = [(c.again_inner / max(c.inner, 1), "attention"), (c.again_attention / max(c.attention, 1), "input")]
+        steps.append([(ratio, i, keep) for ratio, keep in ratios for i in range(tower.layers)])
+    while peak(towers, chosen, head) > room and any(steps):
+        t = min((t for t, some in enumerate(steps) if some), key=lambda t: steps[t][0][0])
+        _, i, keep = steps[t].pop(0)
+        chosen[t][i] = keep
+    return chosen
+
+
+def test_the_search_finds_what_dropping_one_by_one_does() -> None:
+    """Ratios of few values, so that many are equal; towers without layers; layers without inner values."""
+    draw = random.Random(0)
+    for _ in range(300):
+        towers = [
+            Tower(
+                draw.choice([0, 1, 2, 5]),
+                Cost(draw.choice([0, 7]), draw.choice([0, 40, 60]), draw.choice([0, 50, 100]),
+                     60.0 * draw.randrange(4), 50.0 * draw.randrange(4)),
+                gradients=draw.choice([0, 0, 300]),
+            )
+            for _ in range(draw.choice([1, 2, 2, 3]))
+        ]  # fmt: skip
+        head = draw.choice([0.0, 333.5])
+        most = peak(towers, [["all"] * tower.layers for tower in towers], head)
+        for room in (most, -1.0, *(draw.uniform(0.0, most) for _ in range(6))):
+            assert choose(towers, head, room) == chosen_one_by_one(towers, head, room)
 
 
 def test_gradients_come_as_kept_values_go() -> None:

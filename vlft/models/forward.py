@@ -69,6 +69,7 @@ class PackedVLM(nn.Module):
         # Where a feature level is added behind the last layer, its tokens must still be at their places.
         self.may_read_rows = levels < len(hf.get_submodule(parts.layers))
         self.settled = False
+        self._of_tower: list[dict[str, nn.Parameter | None]] = []
 
     @property
     def hf(self) -> Any:
@@ -83,6 +84,7 @@ class PackedVLM(nn.Module):
     def settle(self) -> None:
         """Once, before the first forward: whoever wanted to put hooks on the model has done so."""
         self.settled = True
+        self._of_tower = [module._parameters for module in self._part(self.parts.vit).modules()]
         if not (late := self.installed.settle()):
             return
         if self.memory is not None:
@@ -92,6 +94,10 @@ class PackedVLM(nn.Module):
             layer.gradient_checkpointing = hasattr(layer, "_gradient_checkpointing_func")  # type: ignore[assignment]
         reasons = "; ".join(self.installed.left)
         warnings.warn(f"{len(late)} layers keep transformers' forward after all: {reasons}.", stacklevel=2)
+
+    def _tower_learns(self) -> bool:
+        # `parameters()` of a frozen tower takes a millisecond, in which the device waits.
+        return any(p is not None and p.requires_grad for some in self._of_tower for p in some.values())
 
     def said(self) -> str:
         """One line for the start of a run: what runs faster, and what is computed again."""
@@ -122,7 +128,7 @@ class PackedVLM(nn.Module):
             inputs = tower_inputs(grid_thw if real else BLANK, self.layout).map(lambda x: to_device(x, like.device))
         # A frozen tower keeps nothing for a backward pass, also where something (Hugging Face's checkpointing, PEFT)
         # has asked that its input have a gradient: that would double its time and take most of a row's memory.
-        learns = torch.is_grad_enabled() and any(p.requires_grad for p in tower.parameters())
+        learns = torch.is_grad_enabled() and self._tower_learns()
         with torch.set_grad_enabled(learns):
             out = tower(pixel_values.to(dtype), return_dict=True, **inputs.arguments)
         levels = list(out.deepstack_features or []) if self.has_deepstack else []

@@ -52,15 +52,19 @@ def cut_patches(
         pictures: uint8 (3, H, W) each; H and W are multiples of patch_size * merge_size.
         table: from `normalisation_table`, on the pictures' device.
     """
-    channel = torch.arange(3, device=table.device).view(1, 3, 1)
-    cut = []
+    # One launch a picture, and three for the row: the host is not yet ahead of the device here.
+    side = patch_size * patch_size
+    cut = torch.empty(sum(x.numel() for x in pictures) // (3 * side), 3, side, dtype=torch.uint8, device=table.device)
+    end = 0
     for picture in pictures:
         _, height, width = picture.shape
         rows, columns = height // patch_size // merge_size, width // patch_size // merge_size
         x = picture.view(3, rows, merge_size, patch_size, columns, merge_size, patch_size)
         # Patches of one merged token lie together: (rows, columns, merge, merge, 3, patch, patch).
-        x = x.permute(1, 4, 2, 5, 0, 3, 6).reshape(-1, 3, patch_size * patch_size)
-        values = table[channel, x.long()]
-        # A still picture fills all temporal slots.
-        cut.append(values.unsqueeze(2).expand(-1, -1, temporal_patch_size, -1).flatten(1))
-    return torch.cat(cut)
+        x = x.permute(1, 4, 2, 5, 0, 3, 6)
+        start, end = end, end + picture.numel() // (3 * side)
+        cut[start:end].view(x.shape).copy_(x)
+    firsts = torch.arange(0, table.numel(), table.shape[1], dtype=torch.int32, device=table.device).view(1, 3, 1)
+    values = table.flatten().index_select(0, (cut.int() + firsts).flatten()).view(cut.shape)
+    # A still picture fills all temporal slots.
+    return values.unsqueeze(2).expand(-1, -1, temporal_patch_size, -1).flatten(1)

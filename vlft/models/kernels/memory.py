@@ -6,9 +6,10 @@ again than other: the order is by arithmetic for each byte. Results are the same
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -22,6 +23,7 @@ CONTEXT = int(0.6e9)
 MARGIN = 0.06
 """Of the memory, for what the allocator cannot use because it lies in pieces, and for libraries' workspaces."""
 TOWERS = ("vision", "language")
+KEEPS: tuple[Keep, ...] = get_args(Keep)
 SHARE = 8
 """A row that did not fit is to keep less by at least one part in so many of what could be spared."""
 LOGITS = 14
@@ -124,9 +126,11 @@ def peak(towers: Sequence[Tower], keeps: Sequence[Sequence[Keep]], head: float) 
     gradients: list[float] = []
     for tower, each in zip(towers, keeps, strict=True):
         cost = tower.cost
-        kept += [cost.kept(keep) for keep in each]
+        of = {keep: cost.kept(keep) for keep in KEEPS}
         # What was dropped is there again while the layer's backward runs.
-        passing += [cost.passing + cost.kept("all") - cost.kept(keep) for keep in each]
+        again = {keep: cost.passing + of["all"] - of[keep] for keep in KEEPS}
+        kept += [of[keep] for keep in each]
+        passing += [again[keep] for keep in each]
         gradients += [tower.gradients] * len(each)
     if not kept:
         return head
@@ -140,18 +144,30 @@ def choose(towers: Sequence[Tower], head: float, room: float) -> list[list[Keep]
 
     The next to go is what costs the least arithmetic for a byte: the vision tower's inner values, as it is narrower.
     """
-    chosen: list[list[Keep]] = [["all"] * tower.layers for tower in towers]
-    steps: list[list[tuple[float, int, Keep]]] = []
-    for tower in towers:
+    order = _order(towers)
+
+    def after(gone: int) -> list[list[Keep]]:
+        chosen: list[list[Keep]] = [["all"] * tower.layers for tower in towers]
+        for t, i, keep in order[:gone]:
+            chosen[t][i] = keep
+        return chosen
+
+    def fits(gone: int) -> bool:
+        return peak(towers, after(gone), head) <= room
+
+    # The GPU waits for this. Mostly all fits; and as no peak rises by what goes, few need to be worked out.
+    return after(0 if fits(0) else bisect_left(range(len(order)), True, lo=1, key=fits))
+
+
+def _order(towers: Sequence[Tower]) -> list[tuple[int, int, Keep]]:
+    """(tower, layer, what it keeps from then on), in the order in which values go."""
+    runs: list[tuple[float, int, int, Keep]] = []
+    for t, tower in enumerate(towers):
         c = tower.cost
-        ratios: list[tuple[float, Keep]] = [(c.again_inner / max(c.inner, 1), "attention")]
-        ratios.append((c.again_attention / max(c.attention, 1), "input"))
-        steps.append([(ratio, i, keep) for ratio, keep in ratios for i in range(tower.layers)])
-    while peak(towers, chosen, head) > room and any(steps):
-        t = min((t for t, some in enumerate(steps) if some), key=lambda t: steps[t][0][0])
-        _, i, keep = steps[t].pop(0)
-        chosen[t][i] = keep
-    return chosen
+        inner, attention = c.again_inner / max(c.inner, 1), c.again_attention / max(c.attention, 1)
+        # The inner values go before the rest, which may be cheaper and then follows at once.
+        runs += [(inner, t, 0, "attention"), (max(inner, attention), t, 1, "input")]
+    return [(t, i, keep) for _, t, _, keep in sorted(runs) for i in range(towers[t].layers)]
 
 
 class Memory:
@@ -179,8 +195,8 @@ class Memory:
         self.room = None if fixed is not None else room
         self.short = 0
         """Bytes of the room that are not really there, as rows that did not fit have taught."""
-        self._row: tuple[float, float, float] = (0.0, 0.0, 0.0)
-        """Of the last row, in bytes: its peak as it was reckoned, the least that it could be, the room for it."""
+        self._row: tuple[list[Tower], float, float] = ([], 0.0, 0.0)
+        """Of the last row: towers, and in bytes all that comes of its logits, and the room for it."""
         self.now: list[list[Keep]] = [list(row) for row in fixed or [["all"] * len(layers) for layers in towers]]
         self._tell()
 
@@ -204,9 +220,14 @@ class Memory:
                 towers.append(Tower(0, Cost(0, 0, 0, 0.0, 0.0), 0))
         head, room = float(LOGITS * supervised * self.vocabulary), self.room() + coming - self.short
         self.now = choose(towers, head, room)
-        least: list[list[Keep]] = [["input"] * tower.layers for tower in towers]
-        self._row = peak(towers, self.now, head), peak(towers, least, head), room
+        self._row = towers, head, room
         self._tell()
+
+    @property
+    def reckoned(self) -> float:
+        """Bytes of the last row's peak."""
+        towers, head, _ = self._row
+        return peak(towers, self.now, head)
 
     def leave(self, layers: Sequence[nn.Module]) -> None:
         """These run their own forward from now on; it asks for no plan."""
@@ -227,13 +248,15 @@ class Memory:
         """
         if self.room is None or all(keep == "input" for tower in self.now for keep in tower):
             return None
-        used, least, room = self._row
+        towers, head, room = self._row
+        used, least = self.reckoned, peak(towers, [["input"] * tower.layers for tower in towers], head)
         return int(max(room - used, 0.0) + max(asked + MARGIN * used, (used - least) / SHARE)) + 1
 
     def _tell(self) -> None:
         for layers, keeps in zip(self.towers, self.now, strict=True):
             for layer, keep in zip(layers, keeps, strict=True):
-                layer.keep = keep  # type: ignore[assignment]
+                if layer.keep != keep:  # a module takes its time to set an attribute
+                    layer.keep = keep  # type: ignore[assignment]
 
     def __str__(self) -> str:
         if again := said(self.now):
