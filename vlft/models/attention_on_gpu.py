@@ -61,6 +61,6 @@ def short_backward(
     d_q, d_k, d_v = (torch.empty_like(x) for x in (q_THD, k_THD, v_THD))
     _backward_kernel[(len(borders) - 1, heads)](
         d_out_THD.contiguous(), q_THD, k_THD, v_THD, d_q, d_k, d_v, borders, scale, heads, size, LONGEST=LONGEST,
-        SIZE=triton.next_power_of_2(size), num_warps=4,
+        SIZE=max(16, triton.next_power_of_2(size)), num_warps=4,
     )  # fmt: skip
     return d_q, d_k, d_v
