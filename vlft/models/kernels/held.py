@@ -16,7 +16,7 @@ _state = attrgetter("disable_adapters", "merged", "active_adapters")
 
 
 class Sources:
-    """What `Products.sources` gives, remembered by the places where it lies.
+    """Parameters, scales and dtypes that held copies are made from, remembered by the places where they lie.
 
     Thousands of attributes of modules take Python milliseconds, in which a GPU waits for a row. The dicts behind them
     are asked instead, in loops that run in C.

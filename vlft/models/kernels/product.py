@@ -259,13 +259,6 @@ class Products:
                 target.mul_(factor)
         return low
 
-    def sources(self) -> Iterator[Any]:
-        """What `hold` makes its copies from and by: where one of these is another, it must be called again."""
-        for p in self.each:
-            yield from (p.base.weight, p.base.bias, p.base.weight.dtype)
-            for adapter in p.adapters():
-                yield from (adapter.a_rD, adapter.b_Or, adapter.scale)
-
     def hold(self, kind: torch.dtype, device: torch.device) -> Copies:
         """Keep joined weights, where they are small, and joined adapters from now on.
 
