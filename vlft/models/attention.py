@@ -4,6 +4,7 @@ Its name contains "flash" on purpose: the vision towers take their variable-leng
 builds no mask for a name that it has no mask function for. What runs behind the name:
 
 * bf16/fp16 on CUDA (Ampere or newer): `torch.nn.attention.varlen.varlen_attn`, one kernel for the whole row;
+  its backward in short windows is `attention_on_gpu.py`;
 * elsewhere: scaled dot-product attention over the segments, those of equal length together. Never a T x T mask.
 
 T tokens (or patches) of a row, H heads, K key-value heads, D head size, S segments.
