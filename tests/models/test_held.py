@@ -13,19 +13,22 @@ from packed_rows import Example, packed_row
 from torch import nn
 
 from vlft.models.forward import PackedVLM
+from vlft.models.kernels.block import Block
 from vlft.models.kernels.held import Sources
-from vlft.models.kernels.product import Products
 from vlft.models.load import open_checkpoint, source_of
 
 TARGETS = r".*(language_model\.layers\..*_proj|visual\.blocks\..*qkv)"
 
 
-def sources(group: Products) -> Iterator[Any]:
+def sources(block: Block) -> Iterator[Any]:
     """What held copies are made from and by, module by module."""
-    for p in group.each:
-        yield from (p.base.weight, p.base.bias, p.base.weight.dtype)
+    for p in (product for group in block.groups() for product in group.each):
+        yield from (p.base.weight, p.base.weight.data_ptr(), p.base.weight.requires_grad, p.base.bias)
+        yield p.base.weight.dtype
         for adapter in p.adapters():
-            yield from (adapter.a_rD, adapter.b_Or, adapter.scale)
+            yield from (adapter.a_rD, adapter.b_Or, adapter.scale, adapter.a_rD.requires_grad)
+    for norm in block.norms():
+        yield from (norm.weight, norm.bias, norm.weight.requires_grad)
 
 
 def packed_model(folder: Path) -> tuple[PackedVLM, dict[str, Any]]:
@@ -40,8 +43,13 @@ def packed_model(folder: Path) -> tuple[PackedVLM, dict[str, Any]]:
     return packed, row
 
 
-def groups_of(packed: PackedVLM) -> list[Products]:
-    return [group for layer in packed.installed.layers for group in layer.vlft_block.groups()]  # type: ignore[operator,union-attr]
+def blocks_of(packed: PackedVLM) -> list[Block]:
+    return [layer.vlft_block for layer in packed.installed.layers]  # type: ignore[misc]
+
+
+def seen(packed: PackedVLM) -> list[Any]:
+    found = [source for block in blocks_of(packed) for source in sources(block)]
+    return [id(one) if isinstance(one, torch.Tensor) else one for one in found]
 
 
 def one(packed: PackedVLM) -> Any:
@@ -84,6 +92,15 @@ def _all_scalings(packed: PackedVLM) -> None:
     one(packed).scaling = {name: scale * 3 for name, scale in one(packed).scaling.items()}
 
 
+def _norm(packed: PackedVLM) -> None:
+    layer: Any = packed.installed.language[1]
+    layer.input_layernorm.weight = replaced(layer.input_layernorm.weight)
+
+
+def _values(packed: PackedVLM) -> None:
+    one(packed).base_layer.weight.data = one(packed).base_layer.weight.data * 1.5
+
+
 def _cast(packed: PackedVLM) -> None:
     one(packed).base_layer.bfloat16()
 
@@ -97,6 +114,10 @@ CHANGES: dict[str, Callable[[PackedVLM], Any]] = {
     "a scale": _scaling,
     "all scales": _all_scalings,
     "a cast in place": _cast,
+    "other values at another place": _values,
+    "another norm's weight": _norm,
+    "frozen": lambda packed: one(packed).requires_grad_(False),
+    "thawed": lambda packed: one(packed).base_layer.requires_grad_(True),
     "merged": lambda packed: one(packed).merge(),
     "switched off": lambda packed: one(packed).enable_adapters(False),
     "another that is active": lambda packed: one(packed).set_adapter("other"),
@@ -114,10 +135,9 @@ def test_each_change_is_noticed_and_its_result_is_that_without_copies(tiny: Call
         assert held is not None
         assert packed(**row).equal(packed(**row))
         assert packed.installed.held is held, "nothing has changed"
-        plain = list(map(id, (source for group in groups_of(packed) for source in sources(group))))
+        plain = seen(packed)
         CHANGES[change](packed)
-        now = list(map(id, (source for group in groups_of(packed) for source in sources(group))))
-        assert plain != now
+        assert plain != seen(packed)
         found = packed(**row)
         assert packed.installed.held is not held
         held = packed.installed.held
@@ -145,10 +165,10 @@ def test_adapters_merged_and_then_switched_off_are_taken_out_of_the_weights(tiny
 
 def test_a_weight_that_lies_nowhere_is_never_the_same(tiny: Callable[..., Path]) -> None:
     packed, _ = packed_model(tiny())
-    groups = groups_of(packed)
-    assert Sources(groups).same()
+    blocks = blocks_of(packed)
+    assert Sources(blocks).same()
     base = one(packed).base_layer
     weight = base.weight
     del base.weight
     base.weight = weight.detach().clone()
-    assert not Sources(groups).same()
+    assert not Sources(blocks).same()

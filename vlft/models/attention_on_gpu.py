@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vlft.models.launch import Launch
+
 LONGEST = 64
 """Patches of a segment."""
 
@@ -49,6 +51,9 @@ def _backward_kernel(
     tl.store(d_q_ptr + place, d_q.to(d_q_ptr.dtype.element_ty), mask=inside)
 
 
+_backward = Launch(_backward_kernel)
+
+
 def short_backward(
     d_out_THD: Tensor, q_THD: Tensor, k_THD: Tensor, v_THD: Tensor, borders: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -59,8 +64,8 @@ def short_backward(
     """
     _, heads, size = q_THD.shape
     d_q, d_k, d_v = (torch.empty_like(x) for x in (q_THD, k_THD, v_THD))
-    _backward_kernel[(len(borders) - 1, heads)](
-        d_out_THD.contiguous(), q_THD, k_THD, v_THD, d_q, d_k, d_v, borders, scale, heads, size, LONGEST=LONGEST,
-        SIZE=max(16, triton.next_power_of_2(size)), num_warps=4,
+    _backward(
+        (borders.shape[0] - 1, heads), (d_out_THD.contiguous(), q_THD, k_THD, v_THD, d_q, d_k, d_v, borders),
+        (scale, heads, size), (LONGEST, max(16, triton.next_power_of_2(size))), 4,
     )  # fmt: skip
     return d_q, d_k, d_v

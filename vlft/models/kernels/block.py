@@ -10,7 +10,6 @@ N tokens or patches, D width, H heads, K key-value heads, C = H + 2K, d head siz
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 from vlft.models.attention import Attended, attend, attend_backward
 from vlft.models.kernels import pointwise
 from vlft.models.kernels.pointwise import Activation
-from vlft.models.kernels.product import Gradients, Products, note
+from vlft.models.kernels.product import Copies, Gradients, Products, note
 
 Keep = Literal["all", "attention", "input"]
 """What a layer keeps for its backward pass: all that is dear, all but the MLP's inner values, or its input alone."""
@@ -35,11 +34,12 @@ class Norm:
 
     @property
     def weight(self) -> nn.Parameter:
-        return self.module.weight  # type: ignore[no-any-return]
+        # Past the module's own search, which takes Python longer than a launch.
+        return self.module._parameters["weight"]  # type: ignore[no-any-return]
 
     @property
     def bias(self) -> nn.Parameter | None:
-        return getattr(self.module, "bias", None)
+        return self.module._parameters.get("bias")  # type: ignore[no-any-return]
 
     def trained(self) -> Iterator[nn.Parameter]:
         yield from (p for p in (self.weight, self.bias) if p is not None and p.requires_grad)
@@ -48,16 +48,23 @@ class Norm:
         return pointwise.norm(x_ND, branch_ND, self.weight, self.bias, self.eps, kind)
 
     def backward(self, d_out_ND: Tensor, x_ND: Tensor, d_more_ND: Tensor, gradients: Gradients) -> Tensor:
-        trained = list(self.trained())
+        weight, bias = self.weight, self.bias
+        learns = weight.requires_grad, bias is not None and bias.requires_grad
         d_x, d_weight, d_bias = pointwise.norm_backward(
-            d_out_ND, x_ND, self.weight, self.bias, self.eps, d_more_ND, trains=bool(trained)
+            d_out_ND, x_ND, weight, bias, self.eps, d_more_ND, trains=any(learns)
         )
-        note(gradients, self.weight, lambda: d_weight)
-        note(gradients, self.bias, lambda: d_bias)
+        _note(gradients, weight, d_weight)
+        _note(gradients, bias, d_bias)
         return d_x
 
 
-@dataclass(frozen=True)
+def _note(gradients: Gradients, p: nn.Parameter | None, gradient: Tensor | None) -> None:
+    if p is not None and p.requires_grad:
+        assert gradient is not None
+        note(gradients, p, gradient)
+
+
+@dataclass(slots=True)
 class Call:
     """What a layer is called with beside its input."""
 
@@ -77,7 +84,7 @@ class Call:
     """int64 places, each once: only these go on after the attention, as behind the last layer nothing else is read"""
 
 
-@dataclass
+@dataclass(slots=True)
 class Kept:
     """From the forward to the backward pass."""
 
@@ -112,10 +119,30 @@ class Block:
     """of a head"""
     scale: float
     causal: bool
+    held: list[nn.Parameter] | None = field(default=None, init=False)
+    """What trains, where that is known not to have changed."""
 
     def trained(self) -> list[nn.Parameter]:
+        if self.held is not None:
+            return self.held
         pieces = (self.norm_1, self.qkv, self.q_norm, self.k_norm, self.out, self.norm_2, self.inner, self.down)
         return [p for piece in pieces if piece is not None for p in piece.trained()]
+
+    def norms(self) -> list[Norm]:
+        return [norm for norm in (self.norm_1, self.q_norm, self.k_norm, self.norm_2) if norm is not None]
+
+    def hold(self, kind: torch.dtype, device: torch.device) -> Copies:
+        """Keep what is looked up in modules; returns the copies that this takes, as `Products.hold` does."""
+        copies = [copy for group in self.groups() for copy in group.hold(kind, device)]
+        self.held = None
+        self.held = self.trained()
+        return copies
+
+    def drop(self) -> None:
+        """Hold nothing any more."""
+        self.held = None
+        for group in self.groups():
+            group.drop()
 
     def groups(self) -> tuple[Products, Products, Products, Products]:
         return self.qkv, self.out, self.inner, self.down
@@ -135,8 +162,8 @@ class Block:
 
     def _attend(self, x_ND: Tensor, call: Call, kept: Kept, *, learns: bool) -> None:
         _, n_ND = self.norm_1.forward(x_ND, None, call.kind)
-        flat, kept.lows["qkv"] = self.qkv.forward(n_ND, call.kind, call.seeds[0])
-        before = flat.view(len(x_ND), -1, self.size)
+        flat, kept.lows["qkv"] = self.qkv.weights(call.kind, x_ND.device).forward(n_ND, call.seeds[0])
+        before = flat.view(x_ND.shape[0], -1, self.size)
         q_weight, k_weight, eps = self._head_norms
         rotated = pointwise.rotate(
             before, call.cos_Nd, call.sin_Nd, self.heads, self.kv_heads, q_weight, k_weight, eps
@@ -148,7 +175,8 @@ class Block:
         """The attention's output into the residual stream; returns the norm of that."""
         assert kept.attended is not None
         attended_ND = _rows(kept.attended.out.flatten(1), call)
-        branch, kept.lows["out"] = self.out.forward(attended_ND, call.kind, call.seeds[1])
+        out = self.out.weights(call.kind, x_ND.device)
+        branch, kept.lows["out"] = out.forward(attended_ND, call.seeds[1])
         kept.middle, m_ND = self.norm_2.forward(_rows(x_ND, call), branch, call.kind)
         return m_ND
 
@@ -156,9 +184,10 @@ class Block:
         self._attend(x_ND, call, kept, learns=learns and call.keep != "input")
         m_ND = self._meet(x_ND, call, kept)
         assert kept.middle is not None
-        kept.inner, kept.lows["inner"] = self.inner.forward(m_ND, call.kind, call.seeds[2])
+        inner, down = (group.weights(call.kind, x_ND.device) for group in (self.inner, self.down))
+        kept.inner, kept.lows["inner"] = inner.forward(m_ND, call.seeds[2])
         active = pointwise.activate(kept.inner, self.activation)
-        out, kept.lows["down"] = self.down.forward(active, call.kind, call.seeds[3])
+        out, kept.lows["down"] = down.forward(active, call.seeds[3])
         out = out.add_(kept.middle) if out.dtype == x_ND.dtype else kept.middle + out
         if call.keep != "all":
             kept.inner = None
@@ -170,32 +199,32 @@ class Block:
     def backward(
         self, x_ND: Tensor, d_out_ND: Tensor, call: Call, kept: Kept, gradients: Gradients, *, wants_input: bool
     ) -> Tensor | None:
-        kind = call.kind
+        kind, seeds = call.kind, call.seeds
         if kept.attended is None:
             self._attend(x_ND, call, kept, learns=True)
             m_ND = self._meet(x_ND, call, kept)
         else:
             assert kept.middle is not None
             _, m_ND = self.norm_2.forward(kept.middle, None, kind)
+        qkv, outer, inner, down = (group.weights(kind, x_ND.device) for group in self.groups())
         if kept.inner is None:
-            kept.inner, kept.lows["inner"] = self.inner.forward(m_ND, kind, call.seeds[2])
+            kept.inner, kept.lows["inner"] = inner.forward(m_ND, seeds[2])
         assert kept.attended is not None
         assert kept.middle is not None
         d_down = d_out_ND.to(kind)
-        low, d_low = kept.lows["down"], self.down.backward_low(d_down, kind)
-        d_active = self.down.backward_input(d_down, d_low, kind, call.seeds[3])
+        low, d_low = kept.lows["down"], down.backward_low(d_down)
+        d_active = down.backward_input(d_down, d_low, seeds[3])
         d_inner, active = pointwise.activate_backward(kept.inner, d_active, self.activation)
-        self.down.backward_weights(active, low, d_down, d_low, kind, call.seeds[3], gradients)
+        down.backward_weights(active, low, d_down, d_low, seeds[3], gradients)
         del active, d_active, d_down
-        d_m = self.inner.backward(m_ND, kept.lows["inner"], d_inner, kind, call.seeds[2], gradients)
+        d_m = inner.backward(m_ND, kept.lows["inner"], d_inner, seeds[2], gradients)
         del d_inner, m_ND
         kept.inner = None
         assert d_m is not None
         d_middle = self.norm_2.backward(d_m, kept.middle, d_out_ND, gradients)
         kept.middle = None
         attended_ND = _rows(kept.attended.out.flatten(1), call)
-        low = kept.lows["out"]
-        d_attended = self.out.backward(attended_ND, low, d_middle.to(kind), kind, call.seeds[1], gradients)
+        d_attended = outer.backward(attended_ND, kept.lows["out"], d_middle.to(kind), seeds[1], gradients)
         assert d_attended is not None
         d_attended, d_middle = _all_rows(d_attended, call, x_ND), _all_rows(d_middle, call, x_ND)
         d_q, d_k, d_v = attend_backward(kept.attended, d_attended.view_as(kept.attended.out))
@@ -203,14 +232,14 @@ class Block:
         d_before, d_q_weight, d_k_weight = pointwise.rotate_backward(
             d_q, d_k, d_v, call.cos_Nd, call.sin_Nd, kept.before, q_weight, k_weight, eps
         )
-        note(gradients, q_weight, lambda: d_q_weight)
-        note(gradients, k_weight, lambda: d_k_weight)
+        _note(gradients, q_weight, d_q_weight)
+        _note(gradients, k_weight, d_k_weight)
         kept.before = kept.attended = None
         _, n_ND = self.norm_1.forward(x_ND, None, kind)
         wants_n = wants_input or any(True for _ in self.norm_1.trained())
-        d_n = self.qkv.backward(
-            n_ND, kept.lows["qkv"], d_before.flatten(1), kind, call.seeds[0], gradients, wants_input=wants_n
-        )
+        d_n = qkv.backward(
+            n_ND, kept.lows["qkv"], d_before.flatten(1), seeds[0], gradients, wants_input=wants_n
+        )  # fmt: skip
         return None if d_n is None else self.norm_1.backward(d_n, x_ND, d_middle, gradients)
 
 
@@ -245,16 +274,29 @@ class _Layer(torch.autograd.Function):
         ctx.block = ctx.call = ctx.x_ND = ctx.kept = ctx.trained = None
         with no_autocast(x_ND.device):
             d_x = block.backward(x_ND, d_out_ND, call, kept, gradients, wants_input=ctx.needs_input_grad[2])
-        return None, None, d_x, *(_as(gradients[p], p) for p in trained)
+        return None, None, d_x, *(_as(gradients[id(p)], p) for p in trained)
 
 
 def _as(gradient: Tensor, p: nn.Parameter) -> Tensor:
-    return gradient.to(p.dtype).view(p.shape)
+    if gradient.dtype != p.dtype:
+        gradient = gradient.to(p.dtype)
+    return gradient if gradient.shape == p.shape else gradient.view(p.shape)
 
 
-def no_autocast(device: torch.device) -> AbstractContextManager[None]:
-    """The dtypes are chosen here; autocast would cast once more."""
-    return torch.autocast(device.type, enabled=False)
+class no_autocast:  # noqa: N801  (a function to those who use it)
+    """The dtypes are chosen here; autocast would cast once more. torch's own context takes as long as two launches."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device.type
+
+    def __enter__(self) -> None:
+        self.was = torch.is_autocast_enabled(self.device)
+        if self.was:
+            torch.set_autocast_enabled(self.device, False)
+
+    def __exit__(self, *_: object) -> None:
+        if self.was:
+            torch.set_autocast_enabled(self.device, True)
 
 
 def run(block: Block, x_ND: Tensor, call: Call) -> Tensor:

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from operator import attrgetter, is_
+from operator import attrgetter, is_, methodcaller
 from typing import Any
 
 import torch
 
-from vlft.models.kernels.product import Copies, Product, Products
+from vlft.models.kernels.block import Block
+from vlft.models.kernels.product import Copies, Product
 
 _dtype = attrgetter("dtype")
+_learns = attrgetter("requires_grad")
+_address = methodcaller("data_ptr")
 _state = attrgetter("disable_adapters", "merged", "active_adapters")
+
+
+_OWN = ("weight", "bias")
 
 
 class Sources:
@@ -22,25 +28,32 @@ class Sources:
     are asked instead, in loops that run in C.
     """
 
-    def __init__(self, groups: Sequence[Products]) -> None:
-        products = [product for group in groups for product in group.each]
+    def __init__(self, blocks: Sequence[Block]) -> None:
+        products = [product for block in blocks for group in block.groups() for product in group.each]
         places = [place for product in products for place in _places(product)]
+        places += [(norm.module._parameters, key) for block in blocks for norm in block.norms() for key in _OWN]
         self._dicts = [d for d, _ in places]
         self._keys = [key for _, key in places]
         self._values = list(map(dict.get, self._dicts, self._keys))
+        self._parameters = [value for value in self._values if isinstance(value, torch.nn.Parameter)]
+        self._learn = list(map(_learns, self._parameters))
         self._weights = [product.base.weight for product in products]
-        self._dtypes = list(map(_dtype, self._weights))  # a module is cast without its parameters being replaced
+        # A module is cast, and moved, without its parameters being replaced.
+        self._dtypes, self._addresses = list(map(_dtype, self._weights)), list(map(_address, self._weights))
         self._wrapped = [product.outer for product in products if product.outer is not product.base]
         self._states = [(off, merged, [*active]) for off, merged, active in map(_state, self._wrapped)]
         self._seen = all(product.base._parameters.get("weight") is product.base.weight for product in products)
         """A weight that a module works out each time it is asked for lies nowhere."""
 
     def same(self) -> bool:
-        """Whether all is where it was: adapters come, go, are switched off, and merged; parameters are replaced."""
+        """Whether all is where it was: adapters come, go, are switched off, and merged; parameters are replaced, frozen
+        and thawed."""
         return (
             self._seen
             and all(map(is_, map(dict.get, self._dicts, self._keys), self._values))
             and list(map(_dtype, self._weights)) == self._dtypes
+            and list(map(_address, self._weights)) == self._addresses
+            and list(map(_learns, self._parameters)) == self._learn
             and list(map(_state, self._wrapped)) == self._states
         )
 
@@ -48,7 +61,7 @@ class Sources:
 def _places(product: Product) -> Iterator[tuple[dict[str, Any], str]]:
     """(dict, key) of each."""
     base, outer = product.base, product.outer
-    yield from ((base._parameters, "weight"), (base._parameters, "bias"))
+    yield from ((base._parameters, name) for name in _OWN)
     if outer is base:
         return
     yield from ((outer._modules, "lora_A"), (outer._modules, "lora_B"), (outer.__dict__, "scaling"))
@@ -76,12 +89,13 @@ class Held:
         self._batches = _batches(self.trained)
 
     @classmethod
-    def make(cls, groups: Sequence[Products], kind: torch.dtype, device: torch.device) -> Held:
-        copies = [copy for group in groups for copy in group.hold(kind, device)]
+    @torch.no_grad()
+    def make(cls, blocks: Sequence[Block], kind: torch.dtype, device: torch.device) -> Held:
+        copies = [copy for block in blocks for copy in block.hold(kind, device)]
         still = [copy for copy in copies if not copy[1].requires_grad]
         _copy(_batches(still), still)
         # After `hold`, which takes merged adapters out of weights where they are switched off.
-        return cls(kind, Sources(groups), [copy for copy in copies if copy[1].requires_grad])
+        return cls(kind, Sources(blocks), [copy for copy in copies if copy[1].requires_grad])
 
     def of(self, kind: torch.dtype) -> bool:
         """Whether they are up to date but for values."""

@@ -45,16 +45,16 @@ class Installed:
         """Bring what layers hold up to date with the parameters; `kind`: compute dtype."""
         if not self.holds:
             if self.held is not None:
-                for group in self._groups():
-                    group.drop()
+                for block in self._blocks():
+                    block.drop()
                 self.held = None
             return
         if self.held is None or not self.held.of(kind):
-            self.held = Held.make(self._groups(), kind, device)
+            self.held = Held.make(self._blocks(), kind, device)
         self.held.refresh()
 
-    def _groups(self) -> list[Products]:
-        return [group for layer in self.layers for group in layer.vlft_block.groups()]  # type: ignore[operator,union-attr]
+    def _blocks(self) -> list[Block]:
+        return [layer.vlft_block for layer in self.layers]  # type: ignore[misc]
 
     @property
     def layers(self) -> list[nn.Module]:

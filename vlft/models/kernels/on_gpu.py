@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from vlft.models.kernels.pointwise import Activation
+from vlft.models.launch import Launch
 
 
 @lru_cache(maxsize=8)
@@ -20,6 +21,20 @@ def _processors(device: torch.device) -> int:
 
 def _warps(block: int) -> int:
     return 4 if block <= 2048 else 8 if block <= 4096 else 16
+
+
+@lru_cache(maxsize=64)
+def _block(width: int) -> tuple[int, int]:
+    """Columns of a program that has a whole row, and its warps."""
+    block = triton.next_power_of_2(width)
+    return block, _warps(block)
+
+
+@lru_cache(maxsize=64)
+def _heads_block(heads: int, size: int) -> tuple[int, int, int]:
+    """Heads and halves of a program that has all heads of a token, and its warps."""
+    block = triton.next_power_of_2(heads), triton.next_power_of_2(size // 2)
+    return *block, _warps(block[0] * block[1])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -49,6 +64,9 @@ def _norm_kernel(
     tl.store(out_ptr + row + columns, x.to(out_ptr.dtype.element_ty), mask=inside)
 
 
+_norm = Launch(_norm_kernel)
+
+
 def norm(
     x_ND: Tensor, branch_ND: Tensor | None, weight_D: Tensor, bias_D: Tensor | None, eps: float, kind: torch.dtype
 ) -> tuple[Tensor, Tensor]:
@@ -57,15 +75,15 @@ def norm(
     total = x_ND if branch_ND is None else torch.empty_like(x_ND)
     out = torch.empty_like(x_ND, dtype=kind)
     branch = x_ND if branch_ND is None else branch_ND.contiguous()
-    block = triton.next_power_of_2(width)
-    _norm_kernel[(rows,)](
-        x_ND, branch, weight_D, weight_D if bias_D is None else bias_D, total, out, eps, width,
-        ADDS=branch_ND is not None, CENTRED=bias_D is not None, BLOCK=block, num_warps=_warps(block),
+    block, warps = _block(width)
+    _norm(
+        (rows,), (x_ND, branch, weight_D, weight_D if bias_D is None else bias_D, total, out), (eps, width),
+        (branch_ND is not None, bias_D is not None, block), warps,
     )  # fmt: skip
     return total, out
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _norm_backward_kernel(
     d_out_ptr, x_ptr, weight_ptr, d_more_ptr, d_x_ptr, d_weight_ptr, d_bias_ptr, eps, rows, width,
     ADDS: tl.constexpr, CENTRED: tl.constexpr, TRAINS: tl.constexpr, BLOCK: tl.constexpr,
@@ -101,6 +119,9 @@ def _norm_backward_kernel(
             tl.store(d_bias_ptr + program * width + columns, d_bias, mask=inside)
 
 
+_norm_backward = Launch(_norm_backward_kernel, changing=[1])
+
+
 def norm_backward(
     d_out_ND: Tensor,
     x_ND: Tensor,
@@ -116,15 +137,20 @@ def norm_backward(
     d_x = torch.empty_like(x_ND)
     # Each program sums its rows' share of the weight's gradient in registers, so that no atomics order the sum anew.
     programs = min(rows, 4 * _processors(x_ND.device)) or 1
-    shares = [torch.empty(programs if trains else 0, width, dtype=torch.float32, device=x_ND.device) for _ in range(2)]
-    block = triton.next_power_of_2(width)
-    _norm_backward_kernel[(programs,)](
-        d_out_ND, x_ND, weight_D, d_out_ND if d_more_ND is None else d_more_ND.contiguous(), d_x, *shares, eps, rows,
-        width, ADDS=d_more_ND is not None, CENTRED=bias_D is not None, TRAINS=trains, BLOCK=block,
-        num_warps=_warps(block),
+    centred = bias_D is not None
+    summed = torch.empty(1 + centred, programs, width, dtype=torch.float32, device=x_ND.device) if trains else None
+    of_weight = d_x if summed is None else summed[0]
+    of_bias = summed[1] if summed is not None and centred else of_weight
+    block, warps = _block(width)
+    _norm_backward(
+        (programs,),
+        (d_out_ND, x_ND, weight_D, d_out_ND if d_more_ND is None else d_more_ND.contiguous(), d_x, of_weight, of_bias),
+        (eps, rows, width), (d_more_ND is not None, centred, trains, block), warps,
     )  # fmt: skip
-    d_weight = shares[0].sum(0) if trains else None
-    return d_x, d_weight, shares[1].sum(0) if trains and bias_D is not None else None
+    if summed is None:
+        return d_x, None, None
+    d_weights = summed.sum(1)
+    return d_x, d_weights[0], d_weights[1] if centred else None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -176,6 +202,9 @@ def _rotate_kernel(
     tl.store(k_ptr + k_place + half, new_high.to(k_ptr.dtype.element_ty), mask=is_k)
 
 
+_rotate = Launch(_rotate_kernel)
+
+
 def rotate(
     qkv_NCd: Tensor,
     cos_Nd: Tensor,
@@ -190,15 +219,15 @@ def rotate(
     q, k, v = (qkv_NCd.new_empty(tokens, n, size) for n in (heads, kv_heads, kv_heads))
     norms = q_weight_d is not None
     weights: Any = (q_weight_d, k_weight_d) if norms else (cos_Nd, cos_Nd)
-    block = triton.next_power_of_2(all_heads), triton.next_power_of_2(size // 2)
-    _rotate_kernel[(tokens,)](
-        qkv_NCd.contiguous(), q, k, v, cos_Nd.contiguous(), sin_Nd.contiguous(), *weights, eps, heads, kv_heads, size,
-        NORMS=norms, HEADS=block[0], HALF=block[1], num_warps=_warps(block[0] * block[1]),
+    *block, warps = _heads_block(all_heads, size)
+    _rotate(
+        (tokens,), (qkv_NCd.contiguous(), q, k, v, cos_Nd.contiguous(), sin_Nd.contiguous(), *weights),
+        (eps, heads, kv_heads, size), (norms, *block), warps,
     )  # fmt: skip
     return q, k, v
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def _rotate_backward_kernel(
     d_q_ptr, d_k_ptr, d_v_ptr, out_ptr, cos_ptr, sin_ptr, x_ptr, q_weight_ptr, k_weight_ptr, d_weight_ptr,
     eps, tokens, heads, kv_heads, size, NORMS: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr,
@@ -260,6 +289,9 @@ def _rotate_backward_kernel(
         tl.store(share + size + half, d_k_high, mask=known)
 
 
+_rotate_backward = Launch(_rotate_backward_kernel, changing=[1])
+
+
 def rotate_backward(
     d_q_NHd: Tensor,
     d_k_NKd: Tensor,
@@ -276,13 +308,14 @@ def rotate_backward(
     norms = qkv_NCd is not None
     out = d_v_NKd.new_empty(tokens, heads + 2 * kv_heads, size)
     programs = min(tokens, 16 * _processors(out.device)) if norms else tokens
-    shares = torch.empty(programs if norms else 0, 2, size, dtype=torch.float32, device=out.device)
+    shares = torch.empty(programs, 2, size, dtype=torch.float32, device=out.device) if norms else out
     saved: Any = (qkv_NCd, q_weight_d, k_weight_d) if norms else (out, cos_Nd, cos_Nd)
-    block = triton.next_power_of_2(heads + 2 * kv_heads), triton.next_power_of_2(size // 2)
-    _rotate_backward_kernel[(programs,)](
-        d_q_NHd.contiguous(), d_k_NKd.contiguous(), d_v_NKd.contiguous(), out, cos_Nd.contiguous(), sin_Nd.contiguous(),
-        *saved, shares, eps, tokens, heads, kv_heads, size, NORMS=norms, HEADS=block[0], HALF=block[1],
-        num_warps=_warps(block[0] * block[1]),
+    *block, warps = _heads_block(heads + 2 * kv_heads, size)
+    _rotate_backward(
+        (programs,),
+        (d_q_NHd.contiguous(), d_k_NKd.contiguous(), d_v_NKd.contiguous(), out, cos_Nd.contiguous(),
+         sin_Nd.contiguous(), *saved, shares),
+        (eps, tokens, heads, kv_heads, size), (norms, *block), warps,
     )  # fmt: skip
     if not norms:
         return out, None, None
@@ -320,15 +353,16 @@ def _activate_kernel(x_ptr, out_ptr, columns, KIND: tl.constexpr, BLOCK: tl.cons
     tl.store(out_ptr + row * columns + column, x.to(out_ptr.dtype.element_ty), mask=inside)
 
 
+_activate = Launch(_activate_kernel)
+
+
 def activate(inner_NI: Tensor, kind: Activation) -> Tensor:
     rows, columns = inner_NI.shape
     if kind == "silu_gated":
         columns //= 2
     out = inner_NI.new_empty(rows, columns)
-    block = min(_PIECE, triton.next_power_of_2(columns))
-    _activate_kernel[(rows, triton.cdiv(columns, block))](
-        inner_NI, out, columns, KIND=_KINDS[kind], BLOCK=block, num_warps=4
-    )
+    block = min(_PIECE, _block(columns)[0])
+    _activate((rows, -(-columns // block)), (inner_NI, out), (columns,), (_KINDS[kind], block), 4)
     return out
 
 
@@ -363,12 +397,13 @@ def _activate_backward_kernel(x_ptr, d_ptr, columns, KIND: tl.constexpr, BLOCK: 
     tl.store(d_place, out.to(d_ptr.dtype.element_ty), mask=inside)
 
 
+_activate_backward = Launch(_activate_backward_kernel)
+
+
 def activate_backward(inner_NI: Tensor, d_out_NI: Tensor, kind: Activation) -> tuple[Tensor, Tensor]:
     rows, columns = d_out_NI.shape
-    block = min(_PIECE, triton.next_power_of_2(columns))
-    _activate_backward_kernel[(rows, triton.cdiv(columns, block))](
-        inner_NI, d_out_NI, columns, KIND=_KINDS[kind], BLOCK=block, num_warps=4
-    )
+    block = min(_PIECE, _block(columns)[0])
+    _activate_backward((rows, -(-columns // block)), (inner_NI, d_out_NI), (columns,), (_KINDS[kind], block), 4)
     return inner_NI, d_out_NI
 
 
@@ -386,8 +421,11 @@ def _drop(x_ptr, out_ptr, place, size, digits, least, factor):
     tl.store(out_ptr + place, x.to(out_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["seed_low", "seed_high"])
-def _dropout_kernel(x_ptr, out_ptr, size, least, factor, seed_low, seed_high, STRIDE: tl.constexpr):
+@triton.jit(do_not_specialize=["units", "seed_low", "seed_high"])
+def _dropout_kernel(
+    x_ptr, out_ptr, units, least, factor, seed_low, seed_high, UNIT: tl.constexpr, STRIDE: tl.constexpr
+):  # fmt: skip
+    size = units.to(tl.int64) * UNIT  # a multiple of a vector's, as the compiler sees, so that it loads vectors
     program = tl.program_id(0)
     column = tl.arange(0, STRIDE)
     # Philox of 7 rounds passes BigCrush (Salmon et al. 2011); each of its four words gives two values of 16 bits.
@@ -406,12 +444,18 @@ def _dropout_kernel(x_ptr, out_ptr, size, least, factor, seed_low, seed_high, ST
     _drop(x_ptr, out_ptr, place + 7 * STRIDE, size, four >> 16, least, factor)
 
 
+_dropout = Launch(_dropout_kernel, changing=[0, 3, 4])
+
+
 def dropout(x_ND: Tensor, probability: float, seed: int, *, in_place: bool = False) -> Tensor:
     x_ND = x_ND.contiguous()
     out = x_ND if in_place else torch.empty_like(x_ND)
     least = round(probability * 65536)
-    _dropout_kernel[(triton.cdiv(x_ND.numel(), 8 * _STRIDE),)](
-        x_ND, out, x_ND.numel(), least, 65536 / (65536 - least), seed & 0x7FFFFFFF, (seed >> 31) & 0x7FFFFFFF,
-        STRIDE=_STRIDE, num_warps=4,
+    size = x_ND.numel()
+    unit = 1 if size % 16 else 16
+    _dropout(
+        (-(-size // (8 * _STRIDE)),), (x_ND, out),
+        (size // unit, least, 65536 / (65536 - least), seed & 0x7FFFFFFF, (seed >> 31) & 0x7FFFFFFF),
+        (unit, _STRIDE), 4,
     )  # fmt: skip
     return out

@@ -5,12 +5,15 @@ filled up or dequantised anyway) or little (narrow ones): fewer and larger produ
 one product down, one up. Joined on the way, a matrix is dropped after its use: sharding engines put other tensors into
 the modules for the time of a forward and a backward. Where weights stay at their place, `Products.hold` keeps it.
 
+`Products` are the modules; `Weights` are their tensors, ready to be multiplied with, for one pass or for as long as
+they stay: a row runs through a hundred layers, and a look at every module on the way costs the host milliseconds.
+
 N tokens or patches, D columns of the input, O columns of the outputs end to end, R ranks of all adapters.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
@@ -20,7 +23,8 @@ from torch import Tensor, nn
 
 from vlft.models.kernels import pointwise
 
-Gradients = dict[nn.Parameter, Tensor]
+Gradients = dict[int, Tensor]
+"""By the parameter's `id`: its own hash is a function of Python's."""
 
 ALIGNED = 64
 """Columns that a width is filled up to on a GPU, in passing.
@@ -68,10 +72,7 @@ class Product:
             _check_adapters(module)
         self.columns = int(self.base.in_features)
         self.rows = int(self.base.out_features)
-
-    @property
-    def plain(self) -> bool:
-        return type(self.base) is nn.Linear
+        self.plain = type(self.base) is nn.Linear
 
     @property
     def dropouts(self) -> set[float]:
@@ -124,36 +125,68 @@ def _check_adapters(module: Any) -> None:
         raise UnsupportedError("an unknown dropout before an adapter")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Piece:
     """One product of a group: of one module, or of all joined. In the compute dtype."""
 
     start: int
     """its first column in the group's output"""
+    stop: int
     weight_OD: Tensor
+    weight_DO: Tensor
+    """the same, transposed"""
     bias_O: Tensor | None
+    whole: bool
+    """There is no other."""
 
-    def of(self, out_NO: Tensor) -> Tensor:
-        """Its columns."""
-        rows = len(self.weight_OD)
-        return out_NO if rows == out_NO.shape[1] else out_NO[:, self.start : self.start + rows]
+    @classmethod
+    def of(cls, start: int, weight_OD: Tensor, bias_O: Tensor | None, width: int) -> Piece:
+        """`width`: columns of the group's output."""
+        rows = weight_OD.shape[0]
+        return cls(start, start + rows, weight_OD, weight_OD.t(), bias_O, whole=rows == width)
+
+    def columns(self, out_NO: Tensor) -> Tensor:
+        """Its own."""
+        return out_NO if self.whole else out_NO[:, self.start : self.stop]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where one adapter lies among those of a group."""
+
+    adapter: Adapter
+    outputs: slice
+    """of its module"""
+    ranks: slice
+    scale: float
+    """that its gradient must still be multiplied with"""
+
+
 class LowRank:
     """The adapters of a group: x A^T B^T times `scale`. In the compute dtype."""
 
-    adapters: list[tuple[int, Adapter]]
-    """with the first column of its module's output"""
-    a_RD: Tensor
-    b_OR: Tensor
-    """block diagonal: outputs end to end against ranks end to end"""
-    scale: float
-    """of all adapters alike; 1 where they differ, and `b_OR` has them"""
+    def __init__(self, adapters: Sequence[tuple[int, Adapter]], a_RD: Tensor, b_OR: Tensor, scale: float) -> None:
+        """
+        Args:
+            adapters: with the first column of its module's output.
+            b_OR: block diagonal: outputs end to end against ranks end to end.
+            scale: of all adapters alike; 1 where they differ, and `b_OR` has them.
+        """
+        self.a_RD, self.b_OR, self.scale = a_RD, b_OR, scale
+        self.a_DR, self.b_RO = a_RD.t(), b_OR.t()
+        firsts = _starts([one.a_rD.shape[0] for _, one in adapters])
+        self.places = [
+            Place(
+                one, slice(start, start + one.b_Or.shape[0]), slice(first, first + one.a_rD.shape[0]),
+                1.0 if scale == one.scale else one.scale,
+            )
+            for (start, one), first in zip(adapters, firsts, strict=True)
+        ]  # fmt: skip
+        self.trains_a = any(one.a_rD.requires_grad for _, one in adapters)
 
     def down(self, x_ND: Tensor) -> Tensor:
         """(N, R)."""
-        return _scaled(x_ND, self.a_RD.t(), self.scale)
+        return _scaled(x_ND, self.a_DR, self.scale)
 
     def down_again(self, d_out_NO: Tensor) -> Tensor:
         """(N, R): the gradient of what `down` gave, once more times `scale`."""
@@ -166,28 +199,23 @@ class LowRank:
         Args:
             dropped_ND: the adapters' input; low_NR: what `down` gave; d_low_NR: what `down_again` gave.
         """
-        firsts = _starts([len(adapter.a_rD) for _, adapter in self.adapters])
-        d_a = d_low_NR.t() @ dropped_ND if any(a.a_rD.requires_grad for _, a in self.adapters) else None
-        d_b = d_out_NO.t() @ low_NR if any(a.b_Or.requires_grad for _, a in self.adapters) else None
-        for (start, adapter), first in zip(self.adapters, firsts, strict=True):
-            ranks = slice(first, first + len(adapter.a_rD))
-            own = 1.0 if self.scale == adapter.scale else adapter.scale
-            if d_a is not None:
-                note(gradients, adapter.a_rD, lambda r=ranks, p=adapter.a_rD: d_a[r, : p.shape[1]])
-            if d_b is not None:
-                rows = slice(start, start + len(adapter.b_Or))
-                note(gradients, adapter.b_Or, lambda r=ranks, o=rows, s=own: _times(d_b[o, r], s))
+        d_a = _of_weight(d_low_NR, dropped_ND, self.places[0].adapter.a_rD) if self.trains_a else None
+        for place in self.places:
+            a, b = place.adapter.a_rD, place.adapter.b_Or
+            if d_a is not None and a.requires_grad:
+                own = d_a[place.ranks]
+                note(gradients, a, own if own.shape == a.shape else own[:, : a.shape[1]])
+            if b.requires_grad:
+                # Each by itself, though one product could give all: a piece of that would have to be copied out again.
+                d_b = _of_weight(d_out_NO[:, place.outputs], low_NR[:, place.ranks], b)
+                note(gradients, b, d_b if place.scale == 1.0 else d_b * place.scale)
 
 
 def _scaled(x: Tensor, y: Tensor, scale: float) -> Tensor:
     if scale == 1.0:
         return x @ y
-    out = x.new_empty(len(x), y.shape[1])
+    out = x.new_empty(x.shape[0], y.shape[1])
     return torch.addmm(out, x, y, beta=0.0, alpha=scale, out=out)
-
-
-def _times(x: Tensor, factor: float) -> Tensor:
-    return x if factor == 1.0 else x * factor
 
 
 def _starts(widths: Sequence[int]) -> list[int]:
@@ -196,6 +224,127 @@ def _starts(widths: Sequence[int]) -> list[int]:
 
 Copies = list[tuple[Tensor, Tensor, float]]
 """(where, from what, factor)"""
+
+
+@dataclass(frozen=True, slots=True)
+class Trained:
+    """A module of a group whose weight or bias trains."""
+
+    outputs: slice
+    """its columns of the output, with those that fill it up"""
+    rows: int
+    columns: int
+    """of the parameter"""
+    weight: nn.Parameter | None
+    bias: nn.Parameter | None
+
+    def gradients(self, x_ND: Tensor, d_out_NO: Tensor, gradients: Gradients) -> None:
+        d_out = d_out_NO[:, self.outputs]
+        if self.weight is not None:
+            found = _of_weight(d_out, x_ND, self.weight)
+            whole = found.shape == self.weight.shape
+            note(gradients, self.weight, found if whole else found[: self.rows, : self.columns])
+        if self.bias is not None:
+            found = d_out.sum(0)
+            note(gradients, self.bias, found if found.shape == self.bias.shape else found[: self.rows])
+
+
+class Weights:
+    """The tensors of a group in the compute dtype, and the products with them."""
+
+    def __init__(
+        self, group: Products, kind: torch.dtype, device: torch.device, pieces: list[Piece] | None, low: LowRank | None
+    ) -> None:
+        """
+        Args:
+            pieces: None: large, and to be cast or dequantised, so made anew for each product and dropped after it.
+        """
+        self.group, self.kind, self.device, self.low = group, kind, device, low
+        self._pieces = pieces
+        widths = group.widths(device)
+        self.width = sum(widths)
+        self.trained = [
+            Trained(slice(start, start + width), p.rows, p.columns, _learning(p.base.weight), _learning(p.base.bias))
+            for start, width, p in zip(_starts(widths), widths, group.each, strict=True)
+        ]
+        self.trained = [one for one in self.trained if one.weight is not None or one.bias is not None]
+
+    @property
+    def pieces(self) -> list[Piece]:
+        return self.group.fresh_pieces(self.kind, self.device) if self._pieces is None else self._pieces
+
+    def forward(self, x_ND: Tensor, seed: int | None) -> tuple[Tensor, Tensor | None]:
+        """(N, O), and the adapters' (N, R) in between, which the backward pass takes if there is any.
+
+        Args:
+            x_ND: in the compute dtype.
+            seed: of the adapters' dropout; None drops nothing. One mask serves all modules of this input.
+        """
+        out = x_ND.new_empty(x_ND.shape[0], self.width)
+        low = self.low
+        low_NR = None if low is None else low.down(self._dropped(x_ND, seed))
+        for piece in self.pieces:
+            part = piece.columns(out)
+            if low is None or low_NR is None:
+                _product(piece.bias_O, x_ND, piece.weight_DO, part)
+                continue
+            # The adapters first: they write what the large product then reads on its way, instead of a pass of its own.
+            _product(piece.bias_O, low_NR, piece.columns(low.b_RO), part)
+            part.addmm_(x_ND, piece.weight_DO)
+        return out, low_NR
+
+    def backward_low(self, d_out_NO: Tensor) -> Tensor | None:
+        """(N, R): the gradient that reaches the adapters' inner side; both other backwards take it."""
+        return None if self.low is None else self.low.down_again(d_out_NO)
+
+    def backward_input(self, d_out_NO: Tensor, d_low_NR: Tensor | None, seed: int | None) -> Tensor:
+        """The gradient of x (N, D)."""
+        d_x = None
+        if self.low is not None and d_low_NR is not None:
+            d_x = d_low_NR @ self.low.a_RD
+            if seed is not None:
+                d_x = pointwise.dropout(d_x, self.group.dropout, seed, in_place=True)
+        for piece in self.pieces:
+            part = piece.columns(d_out_NO)
+            d_x = part @ piece.weight_OD if d_x is None else d_x.addmm_(part, piece.weight_OD)
+        assert d_x is not None
+        return d_x
+
+    def backward_weights(
+        self,
+        x_ND: Tensor,
+        low_NR: Tensor | None,
+        d_out_NO: Tensor,
+        d_low_NR: Tensor | None,
+        seed: int | None,
+        gradients: Gradients,
+    ) -> None:
+        """The gradients of what trains. `low_NR`: from the forward pass."""
+        for one in self.trained:
+            one.gradients(x_ND, d_out_NO, gradients)
+        if self.low is not None:
+            assert low_NR is not None
+            assert d_low_NR is not None
+            self.low.gradients(self._dropped(x_ND, seed), low_NR, d_out_NO, d_low_NR, gradients)
+
+    def backward(
+        self,
+        x_ND: Tensor,
+        low_NR: Tensor | None,
+        d_out_NO: Tensor,
+        seed: int | None,
+        gradients: Gradients,
+        *,
+        wants_input: bool = True,
+    ) -> Tensor | None:
+        """The gradient of x (N, D), and those of what trains into `gradients`."""
+        d_low = self.backward_low(d_out_NO)
+        self.backward_weights(x_ND, low_NR, d_out_NO, d_low, seed, gradients)
+        return self.backward_input(d_out_NO, d_low, seed) if wants_input else None
+
+    def _dropped(self, x_ND: Tensor, seed: int | None) -> Tensor:
+        """The adapters' input. Drawn again in the backward pass: a mask that is kept costs a byte for each value."""
+        return x_ND if seed is None else pointwise.dropout(x_ND, self.group.dropout, seed)
 
 
 class Products:
@@ -211,8 +360,7 @@ class Products:
         """
         self.each = [Product(module) for module in modules]
         self.fills_up, self.filled_up = fills_up, filled_up
-        self._piece: Piece | None = None
-        self._low: LowRank | None = None
+        self._held: Weights | None = None
         if len({p.columns for p in self.each}) > 1:
             raise UnsupportedError("products of one input with different widths")
         dropouts = set().union(*(p.dropouts for p in self.each))
@@ -224,8 +372,6 @@ class Products:
         for product in self.each:
             yield from product.trained()
 
-    # -- weights -----------------------------------------------------------------------------------------------------
-
     def columns(self, device: torch.device) -> int:
         """Of the input."""
         own = self.each[0].columns
@@ -235,65 +381,73 @@ class Products:
         """Columns of each module's result."""
         return [aligned(p.rows, device) if self.fills_up else p.rows for p in self.each]
 
-    def pieces(self, kind: torch.dtype, device: torch.device) -> list[Piece]:
-        if self._piece is not None and self._piece.weight_OD.dtype == kind:
-            return [self._piece]
-        columns, widths = self.columns(device), self.widths(device)
-        if not self._joins(kind, columns, widths):
-            starts = _starts(widths)
-            return [Piece(at, p.base.weight, p.base.bias) for at, p in zip(starts, self.each, strict=True)]
-        piece, copies = self._joined(kind, columns, device, widths)
+    def weights(self, kind: torch.dtype, device: torch.device) -> Weights:
+        """What is held, or what the modules have now: `kind` is the compute dtype."""
+        if self._held is not None and self._held.kind == kind:
+            return self._held
+        low, copies = self._joined_adapters(kind, device)
+        for target, p, factor in copies:
+            target.copy_(p)
+            if factor != 1.0:
+                target.mul_(factor)
+        return Weights(self, kind, device, self._as_they_are(kind, device), low)
+
+    def hold(self, kind: torch.dtype, device: torch.device) -> Copies:
+        """Keep `weights` from now on, with joined weights where they are small, and joined adapters.
+
+        Returns:
+            Copies to be made now, and again whenever the parameters that they are from have changed.
+        """
+        self.drop()
+        copies: Copies = []
+        pieces, widths = self._as_they_are(kind, device), self.widths(device)
+        small = sum(widths) * self.columns(device) * kind.itemsize <= HELD
+        if pieces is None and small and all(p.plain for p in self.each):
+            piece, joined = self._joined(kind, device)
+            pieces = [piece]
+            for product, weight, bias in joined:
+                copies.append((weight, product.base.weight, 1.0))
+                if bias is not None:
+                    copies.append((bias, product.base.bias, 1.0))
+        low, more = self._joined_adapters(kind, device)
+        self._held = Weights(self, kind, device, pieces, low)
+        return copies + more
+
+    def drop(self) -> None:
+        """Hold nothing any more."""
+        self._held = None
+
+    def _as_they_are(self, kind: torch.dtype, device: torch.device) -> list[Piece] | None:
+        """The modules' own weights, where they can be multiplied with as they are and are not better joined."""
+        widths = self.widths(device)
+        if any(not p.plain or p.base.weight.dtype != kind for p in self.each):
+            return None
+        if self.columns(device) != self.each[0].columns or any(
+            w != p.rows for w, p in zip(widths, self.each, strict=True)
+        ):
+            return None
+        if len(self.each) > 1 and min(p.rows for p in self.each) < NARROW:
+            return None
+        return [
+            Piece.of(start, p.base.weight, p.base.bias, sum(widths))
+            for start, p in zip(_starts(widths), self.each, strict=True)
+        ]
+
+    def fresh_pieces(self, kind: torch.dtype, device: torch.device) -> list[Piece]:
+        """All joined, cast or dequantised just now."""
+        piece, copies = self._joined(kind, device)
         for product, weight, bias in copies:
             product.write(weight)
             if bias is not None:
                 bias.copy_(product.base.bias)
         return [piece]
 
-    def low_rank(self, kind: torch.dtype, device: torch.device) -> LowRank | None:
-        if self._low is not None and self._low.a_RD.dtype == kind:
-            return self._low
-        low, copies = self._joined_adapters(kind, device)
-        for target, p, factor in copies:
-            target.copy_(p)
-            if factor != 1.0:
-                target.mul_(factor)
-        return low
-
-    def hold(self, kind: torch.dtype, device: torch.device) -> Copies:
-        """Keep joined weights, where they are small, and joined adapters from now on.
-
-        Returns:
-            Copies to be made now, and again whenever the parameters that they are from have changed.
-        """
-        self._piece, copies = None, []
-        columns = self.columns(device)
-        widths = self.widths(device)
-        small = sum(widths) * columns * kind.itemsize <= HELD
-        if small and all(p.plain for p in self.each) and self._joins(kind, columns, widths):
-            self._piece, joined = self._joined(kind, columns, device, widths)
-            for product, weight, bias in joined:
-                copies.append((weight, product.base.weight, 1.0))
-                if bias is not None:
-                    copies.append((bias, product.base.bias, 1.0))
-        self._low, more = self._joined_adapters(kind, device)
-        return copies + more
-
-    def drop(self) -> None:
-        """Hold nothing any more."""
-        self._piece = self._low = None
-
-    def _joins(self, kind: torch.dtype, columns: int, widths: Sequence[int]) -> bool:
-        if any(not p.plain or p.base.weight.dtype != kind for p in self.each):
-            return True
-        if columns != self.each[0].columns or any(w != p.rows for w, p in zip(widths, self.each, strict=True)):
-            return True
-        return len(self.each) > 1 and min(p.rows for p in self.each) < NARROW
-
     def _joined(
-        self, kind: torch.dtype, columns: int, device: torch.device, widths: Sequence[int]
+        self, kind: torch.dtype, device: torch.device
     ) -> tuple[Piece, list[tuple[Product, Tensor, Tensor | None]]]:
         """One piece for all, and where each module's weight and bias go in it."""
-        full = columns == self.each[0].columns and list(widths) == [p.rows for p in self.each]
+        columns, widths = self.columns(device), self.widths(device)
+        full = columns == self.each[0].columns and widths == [p.rows for p in self.each]
         make: Any = torch.empty if full else torch.zeros
         weight = make(sum(widths), columns, dtype=kind, device=device)
         biased = any(p.base.bias is not None for p in self.each)
@@ -303,112 +457,28 @@ class Products:
             rows = slice(start, start + p.rows)
             own = bias[rows] if bias is not None and p.base.bias is not None else None
             copies.append((p, weight[rows] if columns == p.columns else weight[rows, : p.columns], own))
-        return Piece(0, weight, bias), copies
+        return Piece.of(0, weight, bias, sum(widths)), copies
 
     def _joined_adapters(self, kind: torch.dtype, device: torch.device) -> tuple[LowRank | None, Copies]:
-        """What `low_rank` gives, and what must be copied into it."""
+        """Room for the adapters, and what must be copied into it."""
         columns, widths = self.columns(device), self.widths(device)
         adapters = [(at, one) for at, p in zip(_starts(widths), self.each, strict=True) for one in p.adapters()]
         if not adapters:
             return None, []
-        ranks = [len(adapter.a_rD) for _, adapter in adapters]
+        ranks = [adapter.a_rD.shape[0] for _, adapter in adapters]
         a = torch.zeros(sum(ranks), columns, dtype=kind, device=device)
         b = torch.zeros(sum(widths), sum(ranks), dtype=kind, device=device)
         scales = {adapter.scale for _, adapter in adapters}
         copies: Copies = []
         for (start, adapter), first, rank in zip(adapters, _starts(ranks), ranks, strict=True):
             copies.append((a[first : first + rank, : adapter.a_rD.shape[1]], adapter.a_rD, 1.0))
-            target = b[start : start + len(adapter.b_Or), first : first + rank]
+            target = b[start : start + adapter.b_Or.shape[0], first : first + rank]
             copies.append((target, adapter.b_Or, 1.0 if len(scales) == 1 else adapter.scale))
         return LowRank(adapters, a, b, scales.pop() if len(scales) == 1 else 1.0), copies
 
-    # -- products ----------------------------------------------------------------------------------------------------
 
-    def forward(self, x_ND: Tensor, kind: torch.dtype, seed: int | None) -> tuple[Tensor, Tensor | None]:
-        """(N, O), and the adapters' (N, R) in between, which the backward pass takes if there is any.
-
-        Args:
-            x_ND: in the compute dtype `kind`.
-            seed: of the adapters' dropout; None drops nothing. One mask serves all modules of this input.
-        """
-        device = x_ND.device
-        out = x_ND.new_empty(len(x_ND), sum(self.widths(device)))
-        low = self.low_rank(kind, device)
-        low_NR = None if low is None else low.down(self._dropped(x_ND, seed))
-        for piece in self.pieces(kind, device):
-            part, weight_T = piece.of(out), piece.weight_OD.t()
-            if low is None or low_NR is None:
-                _product(piece.bias_O, x_ND, weight_T, part)
-                continue
-            # The adapters first: they write what the large product then reads on its way, instead of a pass of its own.
-            rows = slice(piece.start, piece.start + len(piece.weight_OD))
-            _product(piece.bias_O, low_NR, low.b_OR[rows].t(), part)
-            part.addmm_(x_ND, weight_T)
-        return out, low_NR
-
-    def backward_low(self, d_out_NO: Tensor, kind: torch.dtype) -> Tensor | None:
-        """(N, R): the gradient that reaches the adapters' inner side; both other backwards take it."""
-        low = self.low_rank(kind, d_out_NO.device)
-        return None if low is None else low.down_again(d_out_NO)
-
-    def backward_input(self, d_out_NO: Tensor, d_low_NR: Tensor | None, kind: torch.dtype, seed: int | None) -> Tensor:
-        """The gradient of x (N, D)."""
-        d_x = None
-        low = self.low_rank(kind, d_out_NO.device)
-        if low is not None and d_low_NR is not None:
-            d_x = d_low_NR @ low.a_RD
-            if seed is not None:
-                d_x = pointwise.dropout(d_x, self.dropout, seed, in_place=True)
-        for piece in self.pieces(kind, d_out_NO.device):
-            part = piece.of(d_out_NO)
-            d_x = part @ piece.weight_OD if d_x is None else d_x.addmm_(part, piece.weight_OD)
-        assert d_x is not None
-        return d_x
-
-    def backward_weights(
-        self,
-        x_ND: Tensor,
-        low_NR: Tensor | None,
-        d_out_NO: Tensor,
-        d_low_NR: Tensor | None,
-        kind: torch.dtype,
-        seed: int | None,
-        gradients: Gradients,
-    ) -> None:
-        """The gradients of what trains. `low_NR`: from the forward pass."""
-        device = x_ND.device
-        for start, width, p in zip(_starts(self.widths(device)), self.widths(device), self.each, strict=True):
-            weight, bias = p.base.weight, p.base.bias
-            trains = weight.requires_grad
-            if trains or (bias is not None and bias.requires_grad):
-                part = d_out_NO[:, start : start + width]
-                note(gradients, weight, lambda d=part, p=p: _of_weight(d, x_ND, p.base.weight)[: p.rows, : p.columns])
-                note(gradients, bias, lambda d=part, p=p: d.sum(0)[: p.rows])
-        low = self.low_rank(kind, device)
-        if low is not None:
-            assert low_NR is not None
-            assert d_low_NR is not None
-            low.gradients(self._dropped(x_ND, seed), low_NR, d_out_NO, d_low_NR, gradients)
-
-    def backward(
-        self,
-        x_ND: Tensor,
-        low_NR: Tensor | None,
-        d_out_NO: Tensor,
-        kind: torch.dtype,
-        seed: int | None,
-        gradients: Gradients,
-        *,
-        wants_input: bool = True,
-    ) -> Tensor | None:
-        """The gradient of x (N, D), and those of what trains into `gradients`."""
-        d_low = self.backward_low(d_out_NO, kind)
-        self.backward_weights(x_ND, low_NR, d_out_NO, d_low, kind, seed, gradients)
-        return self.backward_input(d_out_NO, d_low, kind, seed) if wants_input else None
-
-    def _dropped(self, x_ND: Tensor, seed: int | None) -> Tensor:
-        """The adapters' input. Drawn again in the backward pass: a mask that is kept costs a byte for each value."""
-        return x_ND if seed is None else pointwise.dropout(x_ND, self.dropout, seed)
+def _learning(p: nn.Parameter | None) -> nn.Parameter | None:
+    return p if p is not None and p.requires_grad else None
 
 
 def _product(bias_O: Tensor | None, x_ND: Tensor, weight_DO: Tensor, out_NO: Tensor) -> None:
@@ -418,12 +488,10 @@ def _product(bias_O: Tensor | None, x_ND: Tensor, weight_DO: Tensor, out_NO: Ten
         torch.addmm(bias_O, x_ND, weight_DO, out=out_NO)
 
 
-def note(gradients: Gradients, p: nn.Parameter | None, gradient: Callable[..., Any]) -> None:
-    """Work out a gradient and add it to what is there, if the parameter trains."""
-    if p is None or not p.requires_grad:
-        return
-    found = gradient()
-    gradients[p] = gradients[p] + found if p in gradients else found
+def note(gradients: Gradients, p: nn.Parameter, gradient: Tensor) -> None:
+    """Add a gradient to what is there: one module may be called by several."""
+    before = gradients.get(id(p))
+    gradients[id(p)] = gradient if before is None else before + gradient
 
 
 def _of_weight(d_out_NO: Tensor, x_ND: Tensor, p: nn.Parameter) -> Tensor:

@@ -1,0 +1,71 @@
+"""Launches of Triton kernels without Triton's search for the compiled form, which costs the host more than the launch.
+
+A row launches some thousand kernels. For each, Triton binds arguments, asks every one how it specialises, joins the
+answers into a string and looks that up: about 25 microseconds, several times what the driver takes. A layer asks for
+the same few forms again and again, so that a short key serves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from functools import lru_cache
+from operator import attrgetter, methodcaller
+from typing import Any
+
+import triton
+from torch import Tensor
+
+_dtype = attrgetter("dtype")
+_address = methodcaller("data_ptr")
+
+
+@lru_cache(maxsize=1)
+def _knows_launcher() -> bool:
+    """Whether this Triton's compiled kernels are called as here; another one's are left to its own call."""
+    major, minor = (int(part) for part in triton.__version__.split(".")[:2])
+    return (3, 6) <= (major, minor) < (3, 10)
+
+
+class Launch:
+    """A Triton kernel whose arguments are pointers, then numbers, then constants."""
+
+    def __init__(self, kernel: Any, changing: Sequence[int] = ()) -> None:
+        """
+        Args:
+            kernel: under `triton.jit`.
+            changing: which of the numbers change from call to call. The kernel must not be specialised on their
+                values (`do_not_specialize`); all others, and all constants, are part of the key.
+        """
+        self.kernel = kernel
+        self.changing = frozenset(changing)
+        self._known: dict[Hashable, tuple[Any, Any, Any]] = {}
+
+    def __call__(
+        self,
+        grid: tuple[int, ...],
+        pointers: tuple[Tensor, ...],
+        numbers: tuple[float, ...],
+        constants: tuple[Hashable, ...],
+        num_warps: int,
+    ) -> None:
+        """Launch it on the device of the first pointer, which must be the current one.
+
+        Args:
+            constants: in the order of the kernel's signature.
+        """
+        place = pointers[0].get_device()
+        steady = numbers if not self.changing else tuple(n for i, n in enumerate(numbers) if i not in self.changing)
+        key = (place, num_warps, steady, constants, *map(_dtype, pointers))
+        found = self._known.get(key)
+        # Compiled forms differ by whether addresses are multiples of 16 and whether a number needs 64 bits. Those in
+        # `_known` are of the usual case; any other goes the long way.
+        usual = not any(address & 15 for address in map(_address, pointers)) and max(numbers, default=0) < 2**31
+        if found is None or not usual:
+            compiled = self.kernel[grid](*pointers, *numbers, *constants, num_warps=num_warps)
+            if usual and compiled is not None and _knows_launcher():
+                self._known[key] = (compiled.run, compiled.function, compiled.packed_metadata)
+            return
+        run, function, packed = found
+        x, y, z = (*grid, 1, 1)[:3]
+        stream = triton.runtime.driver.active.get_current_stream(place)
+        run(x, y, z, stream, function, packed, None, None, None, *pointers, *numbers, *constants)
