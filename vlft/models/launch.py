@@ -7,9 +7,9 @@ the same few forms again and again, so that a short key serves.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
-from functools import lru_cache
-from operator import attrgetter, methodcaller
+from collections.abc import Hashable
+from functools import lru_cache, reduce
+from operator import attrgetter, methodcaller, or_
 from typing import Any
 
 import triton
@@ -27,26 +27,26 @@ def _knows_launcher() -> bool:
 
 
 class Launch:
-    """A Triton kernel whose arguments are pointers, then numbers, then constants."""
+    """A Triton kernel whose arguments are pointers, then numbers that change from call to call, then others, then
+    constants.
 
-    def __init__(self, kernel: Any, changing: Sequence[int] = ()) -> None:
-        """
-        Args:
-            kernel: under `triton.jit`.
-            changing: which of the numbers change from call to call. The kernel must not be specialised on their
-                values (`do_not_specialize`); all others, and all constants, are part of the key.
-        """
+    The kernel must not be specialised on the values of those that change (`do_not_specialize`); all others are part of
+    the key.
+    """
+
+    def __init__(self, kernel: Any) -> None:
+        """`kernel`: under `triton.jit`."""
         self.kernel = kernel
-        self.changing = frozenset(changing)
         self._known: dict[Hashable, tuple[Any, Any, Any]] = {}
 
     def __call__(
         self,
-        grid: tuple[int, ...],
+        grid: tuple[int, int],
         pointers: tuple[Tensor, ...],
         numbers: tuple[float, ...],
         constants: tuple[Hashable, ...],
         num_warps: int,
+        changing: tuple[int, ...] = (),
     ) -> None:
         """Launch it on the device of the first pointer, which must be the current one.
 
@@ -54,18 +54,18 @@ class Launch:
             constants: in the order of the kernel's signature.
         """
         place = pointers[0].get_device()
-        steady = numbers if not self.changing else tuple(n for i, n in enumerate(numbers) if i not in self.changing)
-        key = (place, num_warps, steady, constants, *map(_dtype, pointers))
+        key = (place, num_warps, numbers, constants, *map(_dtype, pointers))
         found = self._known.get(key)
         # Compiled forms differ by whether addresses are multiples of 16 and whether a number needs 64 bits. Those in
         # `_known` are of the usual case; any other goes the long way.
-        usual = not any(address & 15 for address in map(_address, pointers)) and max(numbers, default=0) < 2**31
+        usual = not reduce(or_, map(_address, pointers)) & 15 and max(changing, default=0) < 2**31
         if found is None or not usual:
-            compiled = self.kernel[grid](*pointers, *numbers, *constants, num_warps=num_warps)
+            compiled = self.kernel[grid](*pointers, *changing, *numbers, *constants, num_warps=num_warps)
             if usual and compiled is not None and _knows_launcher():
                 self._known[key] = (compiled.run, compiled.function, compiled.packed_metadata)
             return
         run, function, packed = found
-        x, y, z = (*grid, 1, 1)[:3]
         stream = triton.runtime.driver.active.get_current_stream(place)
-        run(x, y, z, stream, function, packed, None, None, None, *pointers, *numbers, *constants)
+        run(
+            *grid, 1, stream, function, packed, None, None, None, *pointers, *changing, *numbers, *constants
+        )  # fmt: skip

@@ -77,7 +77,7 @@ def norm(
     branch = x_ND if branch_ND is None else branch_ND.contiguous()
     block, warps = _block(width)
     _norm(
-        (rows,), (x_ND, branch, weight_D, weight_D if bias_D is None else bias_D, total, out), (eps, width),
+        (rows, 1), (x_ND, branch, weight_D, weight_D if bias_D is None else bias_D, total, out), (eps, width),
         (branch_ND is not None, bias_D is not None, block), warps,
     )  # fmt: skip
     return total, out
@@ -85,7 +85,7 @@ def norm(
 
 @triton.jit(do_not_specialize=["rows"])
 def _norm_backward_kernel(
-    d_out_ptr, x_ptr, weight_ptr, d_more_ptr, d_x_ptr, d_weight_ptr, d_bias_ptr, eps, rows, width,
+    d_out_ptr, x_ptr, weight_ptr, d_more_ptr, d_x_ptr, d_weight_ptr, d_bias_ptr, rows, eps, width,
     ADDS: tl.constexpr, CENTRED: tl.constexpr, TRAINS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0).to(tl.int64)
@@ -119,7 +119,7 @@ def _norm_backward_kernel(
             tl.store(d_bias_ptr + program * width + columns, d_bias, mask=inside)
 
 
-_norm_backward = Launch(_norm_backward_kernel, changing=[1])
+_norm_backward = Launch(_norm_backward_kernel)
 
 
 def norm_backward(
@@ -143,9 +143,9 @@ def norm_backward(
     of_bias = summed[1] if summed is not None and centred else of_weight
     block, warps = _block(width)
     _norm_backward(
-        (programs,),
+        (programs, 1),
         (d_out_ND, x_ND, weight_D, d_out_ND if d_more_ND is None else d_more_ND.contiguous(), d_x, of_weight, of_bias),
-        (eps, rows, width), (d_more_ND is not None, centred, trains, block), warps,
+        (eps, width), (d_more_ND is not None, centred, trains, block), warps, changing=(rows,),
     )  # fmt: skip
     if summed is None:
         return d_x, None, None
@@ -221,7 +221,7 @@ def rotate(
     weights: Any = (q_weight_d, k_weight_d) if norms else (cos_Nd, cos_Nd)
     *block, warps = _heads_block(all_heads, size)
     _rotate(
-        (tokens,), (qkv_NCd.contiguous(), q, k, v, cos_Nd.contiguous(), sin_Nd.contiguous(), *weights),
+        (tokens, 1), (qkv_NCd.contiguous(), q, k, v, cos_Nd.contiguous(), sin_Nd.contiguous(), *weights),
         (eps, heads, kv_heads, size), (norms, *block), warps,
     )  # fmt: skip
     return q, k, v
@@ -230,7 +230,7 @@ def rotate(
 @triton.jit(do_not_specialize=["tokens"])
 def _rotate_backward_kernel(
     d_q_ptr, d_k_ptr, d_v_ptr, out_ptr, cos_ptr, sin_ptr, x_ptr, q_weight_ptr, k_weight_ptr, d_weight_ptr,
-    eps, tokens, heads, kv_heads, size, NORMS: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr,
+    tokens, eps, heads, kv_heads, size, NORMS: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0).to(tl.int64)
     half = size // 2
@@ -289,7 +289,7 @@ def _rotate_backward_kernel(
         tl.store(share + size + half, d_k_high, mask=known)
 
 
-_rotate_backward = Launch(_rotate_backward_kernel, changing=[1])
+_rotate_backward = Launch(_rotate_backward_kernel)
 
 
 def rotate_backward(
@@ -312,10 +312,10 @@ def rotate_backward(
     saved: Any = (qkv_NCd, q_weight_d, k_weight_d) if norms else (out, cos_Nd, cos_Nd)
     *block, warps = _heads_block(heads + 2 * kv_heads, size)
     _rotate_backward(
-        (programs,),
+        (programs, 1),
         (d_q_NHd.contiguous(), d_k_NKd.contiguous(), d_v_NKd.contiguous(), out, cos_Nd.contiguous(),
          sin_Nd.contiguous(), *saved, shares),
-        (eps, tokens, heads, kv_heads, size), (norms, *block), warps,
+        (eps, heads, kv_heads, size), (norms, *block), warps, changing=(tokens,),
     )  # fmt: skip
     if not norms:
         return out, None, None
@@ -423,7 +423,7 @@ def _drop(x_ptr, out_ptr, place, size, digits, least, factor):
 
 @triton.jit(do_not_specialize=["units", "seed_low", "seed_high"])
 def _dropout_kernel(
-    x_ptr, out_ptr, units, least, factor, seed_low, seed_high, UNIT: tl.constexpr, STRIDE: tl.constexpr
+    x_ptr, out_ptr, units, seed_low, seed_high, least, factor, UNIT: tl.constexpr, STRIDE: tl.constexpr
 ):  # fmt: skip
     size = units.to(tl.int64) * UNIT  # a multiple of a vector's, as the compiler sees, so that it loads vectors
     program = tl.program_id(0)
@@ -444,7 +444,7 @@ def _dropout_kernel(
     _drop(x_ptr, out_ptr, place + 7 * STRIDE, size, four >> 16, least, factor)
 
 
-_dropout = Launch(_dropout_kernel, changing=[0, 3, 4])
+_dropout = Launch(_dropout_kernel)
 
 
 def dropout(x_ND: Tensor, probability: float, seed: int, *, in_place: bool = False) -> Tensor:
@@ -454,8 +454,7 @@ def dropout(x_ND: Tensor, probability: float, seed: int, *, in_place: bool = Fal
     size = x_ND.numel()
     unit = 1 if size % 16 else 16
     _dropout(
-        (-(-size // (8 * _STRIDE)),), (x_ND, out),
-        (size // unit, least, 65536 / (65536 - least), seed & 0x7FFFFFFF, (seed >> 31) & 0x7FFFFFFF),
-        (unit, _STRIDE), 4,
+        (-(-size // (8 * _STRIDE)), 1), (x_ND, out), (least, 65536 / (65536 - least)), (unit, _STRIDE), 4,
+        changing=(size // unit, seed & 0x7FFFFFFF, (seed >> 31) & 0x7FFFFFFF),
     )  # fmt: skip
     return out
