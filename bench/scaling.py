@@ -71,6 +71,8 @@ SPEEDS = ("samples_per_s", "s_per_step", "mfu", "peak_gib", "reserved_gib", "fir
 """What a line has of a process."""
 FULL_ROW = 8
 """Samples of a forward on one GPU."""
+TRIES = 3
+"""Of a launch whose rows do not fit at first."""
 FEW_SECONDS = 60.0
 """In less no row is begun."""
 GONE_SECONDS = 120.0
@@ -132,6 +134,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--launch_limit", type=float, default=150, help="seconds of one launch")
     made.add_argument("--within", type=float, default=560, help="seconds of everything")
     made.add_argument("--root", type=Path, default=workload.default_root(), help="models and data, made once")
+    made.add_argument("--runs", type=Path, help="where runs write checkpoints (3B full: 45 GB); else below --root")
     made.add_argument("--out", type=Path, default=Path("runs/bench"))
     return made
 
@@ -281,7 +284,7 @@ class Table:
         self.failed = False
         """Something of this row."""
         self.registry = bench.data_of(bench.Row("", ""), given)
-        self.output = given.root / "scaling-out"
+        self.output = (given.runs or given.root) / "scaling-out"
         self._kept = given.root / "alone.json"
         self.known: dict[str, Any] = json.loads(self._kept.read_text()) if self._kept.exists() else {}
 
@@ -325,6 +328,21 @@ class Table:
             with (self.given.out / "scaling-log.txt").open("a") as whole:
                 whole.write(f"==== {running.command}\n{running.log.read_text(errors='replace')[-100_000:]}\n")
 
+    @contextlib.contextmanager
+    def timed(self, spread: Spread, processes: int, words: list[str]) -> Iterator[Launch]:
+        """A launch behind its timed steps. One whose rows did not fit is begun again, as a queue would."""
+        for left in range(TRIES)[::-1]:
+            with self.launch(spread, processes, words) as running:
+                try:
+                    running.wait_for(running.timed)
+                except NotDoneError:
+                    if not left or not (self.output / "budget.json").exists():
+                        raise
+                    words = [*words, "--resume_from_checkpoint", "latest"]  # there is none: from the start
+                    continue
+                yield running
+                return
+
 
 def _short(value: Any) -> Any:
     if isinstance(value, list):
@@ -345,9 +363,8 @@ def run_row(name: str, spread: Spread, table: Table) -> None:
     more = {"save_steps": str(given.steps)} if "course" in spread.parts else {}
     with (
         table.part(**facts, part="train"),
-        table.launch(spread, n, table.words(spread, (spread.batch, 1), **more)) as run,
+        table.timed(spread, n, table.words(spread, (spread.batch, 1), **more)) as run,
     ):
-        run.wait_for(run.timed)
         table.say(**facts, part="speed", **speed_of(run, speed, spread, given))
         if "course" in spread.parts:
             run.wait_for((checkpoint / "state.json").exists)
@@ -376,8 +393,7 @@ def alone(spread: Spread, batch: tuple[int, int], table: Table) -> dict[str, Any
     shutil.rmtree(table.output, ignore_errors=True)
     found: dict[str, Any] = {}
     try:
-        with table.launch(single, 1, table.words(single, batch, **more)) as running:
-            running.wait_for(running.timed)
+        with table.timed(single, 1, table.words(single, batch, **more)) as running:
             running.wait_for(lambda: running.done(given.steps + given.more))
             line = next(line["line"] for line in running.noted(0) if "line" in line)
             found = {"curve": running.curve(), "reference": more.get("optim", "the same optimizer")} | _common(running)
