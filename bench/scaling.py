@@ -25,12 +25,13 @@ Lines go to stdout and OUT/scaling.jsonl (--out), what the programs said to OUT/
 names the rows that are left. bench/table.py --scaling makes docs/distributed.md's table of the lines.
 
 The plan for a machine with two GPUs, in order of worth. Seconds are guesses, nothing of it was measured: models and
-data 50, a launch 45, one that writes or reads a checkpoint of `full` (45 GB) 80, the end of ranks whose partner was
-killed 35. Each comes behind `. bench/device.sh;` and ends by itself after --within, 560 s:
+data 30 to 50, a launch 45, one that writes or reads a checkpoint of `full` (45 GB) 80, one GPU with two rows a step 60,
+the end of ranks whose partner was killed 35. A call begins with `. bench/device.sh; s="python3 bench/scaling.py --out
+$OUT"`, wants `.whl` carried, and ends by itself, since no launch outlasts --within:
 
-    python3 bench/scaling.py --out $OUT --rows 3B-lora-ddp,3B-lora-ddp-4,7B-full-zero3,7B-full-fsdp2  # 50+90+170+100+50
-    python3 bench/scaling.py --out $OUT --rows 3B-full-zero2,3B-full-fsdp2                            # 30+340+270
-    python3 bench/scaling.py --out $OUT --rows 7B-qlora-ddp,3B-full-zero3                             # 50+230+280
+    $s --rows 3B-lora-ddp,3B-lora-ddp-4,7B-full-zero3,7B-full-fsdp2                             # 50+90+170+100+50 = 460
+    $s --rows 3B-full-zero2,3B-full-fsdp2 --parts speed; $s --rows 3B-full-fsdp2 --parts course --within 370  # 175+355
+    $s --rows 3B-full-zero2 --parts course; $s --rows 7B-qlora-ddp --parts speed --within 180                 # 370+110
 
 On a machine that is still warm the models are there, and so is what one GPU did. All 50 steps: `--steps 50`, about 20 s
 more a launch.
@@ -73,6 +74,7 @@ FULL_ROW = 8
 """Samples of a forward on one GPU."""
 TRIES = 3
 """Of a launch whose rows do not fit at first."""
+LATE = "not done after"
 FEW_SECONDS = 60.0
 """In less no row is begun."""
 GONE_SECONDS = 120.0
@@ -121,17 +123,18 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--rows", default=",".join(ROWS), help="which, in this order: " + ", ".join(ROWS))
     made.add_argument("--parts", help="speed, course, or both with a comma, instead of those of the rows")
     made.add_argument("--gpus", type=int, default=0, help="processes; 0: all GPUs, or 2 on a CPU")
-    made.add_argument("--steps", type=int, default=20, help="steps to the checkpoint; those behind --warm are timed")
-    made.add_argument("--warm", type=int, default=6, help="steps that are not timed")
-    made.add_argument("--more", type=int, default=5, help="steps after a resume, at least 3")
+    made.add_argument("--steps", type=int, default=16, help="steps to the checkpoint; those behind --warm are timed")
+    made.add_argument("--warm", type=int, default=5, help="steps that are not timed")
+    made.add_argument("--more", type=int, default=4, help="steps after a resume, at least 3")
     made.add_argument("--batch", type=int, help="samples of a GPU in a step, instead of those of the rows")
     made.add_argument("--size", help="another size for every row: " + ", ".join(workload.SIZES))
     made.add_argument("--option", nargs="*", action="extend", default=[], help="options of vlft, key=value")
+    made.add_argument("--deepspeed", type=Path, help="another DeepSpeed file for the rows of zero2 or zero3")
     made.add_argument("--workers", type=int, default=8)
     made.add_argument("--records", type=int, default=0, help="of the data set; 0: 256")
     made.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    made.add_argument("--limit", type=float, default=420, help="seconds of one row with all its launches")
-    made.add_argument("--launch_limit", type=float, default=150, help="seconds of one launch")
+    made.add_argument("--limit", type=float, default=450, help="seconds of one row with all its launches")
+    made.add_argument("--launch_limit", type=float, default=180, help="seconds of one launch")
     made.add_argument("--within", type=float, default=560, help="seconds of everything")
     made.add_argument("--root", type=Path, default=workload.default_root(), help="models and data, made once")
     made.add_argument("--runs", type=Path, help="where runs write checkpoints (3B full: 45 GB); else below --root")
@@ -201,7 +204,7 @@ class Launch:
             if code is not None and not what():
                 raise NotDoneError(f"exit {code}\n{self._said()}")
             if time.monotonic() > self.until:
-                raise NotDoneError(f"not done after {time.monotonic() - self.began:.0f} s\n{self._said()}")
+                raise NotDoneError(f"{LATE} {time.monotonic() - self.began:.0f} s\n{self._said()}")
             time.sleep(0.1)
 
     def _said(self) -> str:
@@ -312,7 +315,7 @@ class Table:
         given = self.given
         ours = {"per_device_train_batch_size": str(batch[0]), "gradient_accumulation_steps": str(batch[1])}
         ours |= {"output_dir": str(self.output), **({} if spread.strategy == "full" else {"lora_dropout": "0"})}
-        ours |= {"deepspeed": spread.layout} if spread.layout.startswith("zero") else {}
+        ours |= {"deepspeed": str(given.deepspeed or spread.layout)} if spread.layout.startswith("zero") else {}
         row = bench.Row(spread.size, STRATEGIES[spread.strategy], ours=ours | more)
         # One step more than any launch does: it would be followed by another save.
         return bench.words_of(row, given, self.registry, given.steps + given.more + 1)
@@ -381,10 +384,12 @@ def run_row(name: str, spread: Spread, table: Table) -> None:
 def alone(spread: Spread, batch: tuple[int, int], table: Table) -> dict[str, Any]:
     """What one GPU does with these samples of a forward, forwards of a step: its line, with the curve.
 
-    `error` is in it where it could not; that is not tried again.
+    `error` is in it where it could not, which is not tried again.
     """
     given = table.given
-    key = f"{spread.size} {spread.strategy} {batch} {given.steps} {given.warm} {given.more} {spread.alone}"
+    key = (
+        f"{spread.size} {spread.strategy} {batch} {given.steps} {given.warm} {given.more} {spread.alone} {given.option}"
+    )
     if key in table.known:
         return dict(table.known[key])
     single = replace(spread, layout="ddp")
@@ -401,9 +406,10 @@ def alone(spread: Spread, batch: tuple[int, int], table: Table) -> dict[str, Any
     except NotDoneError as error:
         found = {"error": str(error)}
     table.say(**facts, **{name: value for name, value in found.items() if name != "curve"})
-    # Through JSON, which makes text of the numbers of steps, at once: the same now and from the file.
-    table.keep(key, json.loads(json.dumps(found)))
-    return dict(table.known[key])
+    found = json.loads(json.dumps(found))  # text of the numbers of steps: the same now and from the file
+    if not found.get("error", "").startswith(LATE):
+        table.keep(key, found)
+    return found
 
 
 def speed_of(running: Launch, one: dict[str, Any] | None, spread: Spread, given: argparse.Namespace) -> dict[str, Any]:
