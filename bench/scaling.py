@@ -334,14 +334,14 @@ class Table:
     @contextlib.contextmanager
     def timed(self, spread: Spread, processes: int, words: list[str]) -> Iterator[Launch]:
         """A launch behind its timed steps. One whose rows did not fit is begun again, as a queue would."""
-        for left in range(TRIES)[::-1]:
-            with self.launch(spread, processes, words) as running:
+        resume = ["--resume_from_checkpoint", "latest"]  # there is none: from the start, with what budget.json says
+        for tried in range(TRIES):
+            with self.launch(spread, processes, [*words, *(resume if tried else [])]) as running:
                 try:
                     running.wait_for(running.timed)
                 except NotDoneError:
-                    if not left or not (self.output / "budget.json").exists():
+                    if tried + 1 == TRIES or not (self.output / "budget.json").exists():
                         raise
-                    words = [*words, "--resume_from_checkpoint", "latest"]  # there is none: from the start
                     continue
                 yield running
                 return
