@@ -20,6 +20,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -130,11 +131,25 @@ def run_vlft(row: Row, given: argparse.Namespace) -> dict[str, Any]:
     registry = data_of(row, given)
     recorder = Recorder(given.steps, given.warm, device=given.device, profile=given.profile_path)
     kept: dict[str, Any] = {}
+    watch(recorder, lambda job, _: kept.update(job=job))
+    train.save_checkpoint = lambda _: None
+    train.hand_over = lambda _: None
+    shutil.rmtree(given.root / "vlft-out", ignore_errors=True)
+    words = words_of(row, given, registry, recorder.total)
+    train.main(parse(words))
+    return vlft_line(kept["job"], recorder, row, words)
+
+
+def watch(recorder: Recorder, after: Callable[[Any, Any], None]) -> None:
+    """Note every step that vlft makes in this process from now on; `after` hears of (job, step) at its end."""
+    from vlft import train
+
     real = train.train_step
+    watched: list[Any] = []
 
     def measured(job: Any, step: Any) -> dict[str, Any]:
-        if not kept:
-            kept["job"] = job
+        if not watched:
+            watched.append(job)
             watch_update(job, recorder)
         recorder.begin()
         for one in step.rows:
@@ -143,15 +158,10 @@ def run_vlft(row: Row, given: argparse.Namespace) -> dict[str, Any]:
                 recorder.work(lengths, one.image_grid_thw.tolist(), one.supervised if recorder.timing else 0)
         line = real(job, step)
         recorder.end()
+        after(job, step)
         return line
 
     train.train_step = measured
-    train.save_checkpoint = lambda _: None
-    train.hand_over = lambda _: None
-    shutil.rmtree(given.root / "vlft-out", ignore_errors=True)
-    words = words_of(row, given, registry, recorder.total)
-    train.main(parse(words))
-    return vlft_line(kept["job"], recorder, row, words)
 
 
 def watch_update(job: Any, recorder: Recorder) -> None:
@@ -168,17 +178,21 @@ def watch_update(job: Any, recorder: Recorder) -> None:
 def vlft_line(job: Any, recorder: Recorder, row: Row, words: list[str]) -> dict[str, Any]:
     lines = [json.loads(line) for line in job.folder.metrics.read_text().splitlines()]
     perf = [line["perf"] for line in lines if line["kind"] == "train"][recorder.warm : recorder.warm + recorder.steps]
-    rank = int(getattr(job.run.options, "lora_rank", 0) or 0) if row.strategy != "full" else 0
-    found = recorder.line(job.source.config, job.meter.counts, MODES[row.strategy], rank)
+    found = process_line(job, recorder, row.strategy)
     found["data_wait_s"] = float(f"{sum(p['data_wait_seconds'] for p in perf) / max(1, len(perf)):.4g}")
     found["own_mfu"] = float(f"{sum(p.get('mfu', 0.0) for p in perf) / max(1, len(perf)):.4g}")
     config = job.run.config
     found["batch"] = [config.per_device_train_batch_size, config.gradient_accumulation_steps]
-    found["budget"] = str(job.budget)
-    found["memory"] = str(job.packed.memory)
     found["loss"] = [line["loss"] for line in lines if line["kind"] == "train"][-1]
     found["command"] = " ".join(words)
     return found
+
+
+def process_line(job: Any, recorder: Recorder, strategy: str) -> dict[str, Any]:
+    """What this process did and needed."""
+    rank = int(getattr(job.run.options, "lora_rank", 0) or 0) if strategy != "full" else 0
+    found = recorder.line(job.source.config, job.meter.counts, MODES[strategy], rank)
+    return found | {"budget": str(job.budget), "memory": str(job.memory)}
 
 
 def data_of(row: Row, given: argparse.Namespace) -> Path:

@@ -13,9 +13,9 @@ from runs import environment
 BENCH = Path(__file__).resolve().parents[1] / "bench"
 
 
-def run(script: str, *words: object) -> list[str]:
+def run(script: str, *words: object, limit: float = 200) -> list[str]:
     line = [sys.executable, str(BENCH / script), *map(str, words)]
-    done = subprocess.run(line, capture_output=True, text=True, env=environment(), timeout=200, check=False)
+    done = subprocess.run(line, capture_output=True, text=True, env=environment(), timeout=limit, check=False)
     assert not done.returncode, f"{done.stdout}\n{done.stderr[-3000:]}"
     return done.stdout.splitlines()
 
@@ -92,3 +92,58 @@ def test_an_unknown_row_of_predictions_is_told(tmp_path: Path) -> None:
     line = [sys.executable, str(BENCH / "planning.py"), "--rows", "9B-lora"]
     done = subprocess.run(line, capture_output=True, text=True, env=environment(), check=False)
     assert "unknown rows: 9B-lora; there are 3B-full" in done.stderr
+
+
+@pytest.mark.slow
+def test_two_processes_train_lose_one_and_go_on(tmp_path: Path) -> None:
+    tiny = ("--size", "tiny", "--device", "cpu", "--records", 12, "--workers", 0, "--root", tmp_path / "root")
+    steps = ("--steps", 3, "--warm", 1, "--more", 3, "--batch", 2, "--out", tmp_path / "out")
+    said = run("scaling.py", "--rows", "3B-lora-ddp-4", "--parts", "speed,course", *tiny, *steps, limit=400)
+    *lines, last = said
+    found = {(line["part"], line.get("gpus")): line for line in map(json.loads, lines)}
+    assert last.startswith("left: none;"), last
+    assert list(found) == [("one GPU", 1), ("speed", 2), ("train", None), ("kill", None), ("resume", 2), ("resume", 1)]
+    speed = found["speed", 2]
+    assert (speed["kind"], 1 <= speed["balance"] < 2) == ("MULTI_CPU", True)
+    assert speed["efficiency"] == pytest.approx(speed["samples_per_s"] / 2 / speed["one_gpu"], rel=1e-3)
+    assert 0 < found["kill", None]["others_ended_s"] < 60
+    for part, gpus, compared in (("train", None, 3), ("resume", 2, 3), ("resume", 1, 3)):
+        line = found[part, gpus]
+        assert (line["against"], line["steps"], line["same_samples"]) == ("one GPU", compared, True)
+        assert line["largest_difference"] < 1e-5
+    assert (found["resume", 2]["exit"], found["resume", 2]["result"]) == (0, ["adapter_model.safetensors"])
+    page = tmp_path / "page.md"
+    page.write_text("a\n<!-- scaling -->\n<!-- /scaling -->\nb\n")
+    run("table.py", "--scaling", tmp_path / "out/scaling.jsonl", "--into", page)
+    table = page.read_text()
+    assert "| 3B-lora-ddp-4, 2 a GPU | 2 |" in table
+    assert "| 3B-lora-ddp-4 | 2 | one GPU | 3 steps: " in table
+    assert "| one rank | " in table
+    assert (table[:2], table[-2:]) == ("a\n", "b\n")
+
+
+def test_a_gpu_that_could_not_is_no_reference(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Curves of layouts are then held against each other; what failed is named under the table."""
+    monkeypatch.syspath_prepend(str(BENCH))
+    from argparse import Namespace
+
+    from scaling import ROWS, Table, held_against
+    from table import read_scaling, scaling_table
+
+    table = Table.__new__(Table)
+    table.given, table.known, table._kept = Namespace(gpus=2, steps=2), {}, tmp_path / "alone.json"
+    steps = {n: {"loss": 3.0 - n, "samples": 4, "supervised_tokens": 9, "images": 4} for n in (1, 2)}
+    other = {n: line | {"loss": line["loss"] + n / 100} for n, line in steps.items()}
+    first = held_against(steps, {"error": "out of memory"}, ROWS["3B-full-zero2"], table)
+    second = held_against(other, {"error": "out of memory"}, ROWS["3B-full-fsdp2"], table)
+    assert (first["against"], first["largest_difference"]) == ("zero2", 0)
+    assert (second["against"], second["steps"], second["same_samples"]) == ("zero2", 2, True)
+    assert (second["largest_difference"], second["mean_difference"]) == pytest.approx((0.02, 0.015))
+    lines = [
+        {"row": "3B-full-fsdp2", "world": 2, "part": "train", **second},
+        {"row": "3B-full-fsdp2", "world": 2, "part": "resume", "gpus": 1, "error": "exit 9"},
+    ]
+    (tmp_path / "lines.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    found = scaling_table(read_scaling([tmp_path / "lines.jsonl"]))
+    assert "| 3B-full-fsdp2 | 2 | zero2 | 2 steps: 2.0e-02, 1.5e-02 |  |  | on 1: failed |" in found
+    assert found.endswith("Failed: 3B-full-fsdp2 (resume).\n")

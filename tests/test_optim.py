@@ -63,6 +63,14 @@ def test_rates_follow_the_part_and_decay_spares_vectors() -> None:
     assert set_rates(optimizer, 0.5) == {"llm": 5e-4, "vit": 2.5e-3, "head": 5e-4}
 
 
+def test_a_model_that_goes_to_the_gpu_later_has_one_kernel_for_its_step() -> None:
+    """Where it will be cut up it lies on the CPU when its optimizer is built; torch's own choice for FSDP is a loop."""
+    model, groups = nn.Linear(2, 2), [ParamGroup("all", ("weight", "bias"), "llm")]
+    for device, fused in ((torch.device("cuda"), True), (torch.device("cpu"), False), (None, False)):
+        optimizer = build_optimizer(model, groups, {"llm": 1e-3}, 0.1, device=device)
+        assert {bool(group["fused"]) for group in optimizer.param_groups} == {fused}
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Without masters
 

@@ -164,7 +164,7 @@ def setup(run: Run, engine: Engine) -> Job:
     check_groups(model, groups, config.tuning_strategy, source.parts, run.rates, source.tied_head)
     check_optimizer(config, engine)
     cast(model, source.compute_dtype, masters=not engine.keeps_masters and config.optim == "adamw")
-    optimizer = build_optimizer(model, groups, run.rates, config.weight_decay, config.optim)
+    optimizer = build_optimizer(model, groups, run.rates, config.weight_decay, config.optim, engine.device)
     table = part_table(model, groups, source.parts, run.rates, source.tied_head)
     meter = Meter(model, source.parts, source.config, engine.device, engine.precision)
     saved = checkpoints.load_weights(resume, model) if resume else {}

@@ -239,8 +239,9 @@ class Engine:
         for bucket in _buckets([p.grad for p in self._parameters if p.grad is not None]):
             flat = torch.cat([g.flatten() for g in bucket])
             torch.distributed.all_reduce(flat)
-            for gradient, part in zip(bucket, torch.split(flat, [g.numel() for g in bucket]), strict=True):
-                gradient.copy_(part.view_as(gradient))
+            parts = torch.split(flat, [g.numel() for g in bucket])
+            # All in one launch: the device waits for the host here.
+            torch._foreach_copy_(bucket, [part.view_as(g) for g, part in zip(bucket, parts, strict=True)])
         return True
 
     def update(self) -> Update:
@@ -272,7 +273,7 @@ class Engine:
         self.optimizer.step()
         optimizer.grad_scale = optimizer.found_inf = None
         self.optimizer.zero_grad()
-        found = _read(whole, norms)
+        found = read_norms(whole, norms)
         if not math.isfinite(found[0]):
             step_was_left_out(optimizer)
         return found
@@ -288,7 +289,7 @@ class Engine:
             return 0.0, dict.fromkeys(norms, 0.0)
         having = [p for p in self._parameters if p.grad is not None]
         clip_grads_with_norm_(having, self.max_grad_norm or float("inf"), whole)
-        return _read(whole, norms)
+        return read_norms(whole, norms)
 
     def _norms(self) -> tuple[Tensor | None, dict[Part, Tensor | None]]:
         """Of the whole gradient and of every part's, on the device; None where there is none."""
@@ -399,7 +400,7 @@ def _local_bytes(p: Tensor) -> int:
     return here.numel() * here.element_size()
 
 
-def _read(whole: Tensor, norms: Mapping[Part, Tensor | None]) -> tuple[float, dict[Part, float]]:
+def read_norms(whole: Tensor, norms: Mapping[Part, Tensor | None]) -> tuple[float, dict[Part, float]]:
     """The norms as numbers, after one wait for the device."""
     zero = torch.zeros_like(whole)
     total, *each = torch.stack([whole, *(zero if norm is None else norm for norm in norms.values())]).tolist()

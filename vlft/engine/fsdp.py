@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from vlft.engine.alarm import Alarm
-from vlft.engine.base import MOMENTS, Engine, alone, norms_of
+from vlft.engine.base import MOMENTS, Engine, alone, norms_of, read_norms
 from vlft.errors import ConfigError
 from vlft.family import Part
 
@@ -78,19 +78,33 @@ class FsdpEngine(Engine):
         if self.alarm is not None:
             self.alarm.ring(exit_code)
 
+    @torch.no_grad()
     def _clip(self) -> tuple[float, dict[Part, float]]:
-        norms = self._part_norms()
-        norm = torch.nn.utils.clip_grad_norm_(self._parameters, self.max_grad_norm or float("inf"))
-        return float(_whole(norm)), norms
+        """The base's, on the shards that lie here: with gradients, every operation on DTensors costs the host a turn
+        through their dispatcher for each tensor, while the device waits.
+        """
+        whole, norms = self._norms()
+        if whole is None:
+            return 0.0, dict.fromkeys(norms, 0.0)
+        factor = (self.max_grad_norm or float("inf")) / (whole + 1e-6)
+        here = [_local(p.grad) for p in self._parameters if p.grad is not None]
+        torch._foreach_mul_(here, factor.clamp(max=1.0).to(here[0].device, torch.float32))
+        return read_norms(whole, norms)
 
-    def _part_norms(self) -> dict[Part, float]:
+    @torch.no_grad()
+    def _norms(self) -> tuple[Tensor | None, dict[Part, Tensor | None]]:
         """From the shards that lie here, with one all-reduce of a square for each part."""
-        squares: dict[Part, float | Tensor] = dict.fromkeys(self._parts, 0.0)
+        names = tuple(dict.fromkeys(self._parts))
         having = [(part, p.grad) for part, p in zip(self._parts, self._parameters, strict=True) if p.grad is not None]
+        alike: dict[tuple[Part, int], list[Tensor]] = {}
         for (part, gradient), norm in zip(having, norms_of([_local(g) for _, g in having]), strict=True):
-            squares[part] = squares[part] + norm.double().square() / _copies(gradient, self.world_size)
-        total = self.sums([float(square) for square in squares.values()])
-        return {part: square**0.5 for part, square in zip(squares, total, strict=True)}
+            alike.setdefault((part, _copies(gradient, self.world_size)), []).append(norm)
+        squares = torch.zeros(len(names), dtype=torch.float64, device=self.device)
+        for (part, copies), some in alike.items():
+            squares[names.index(part)] += torch.stack(some).double().square().sum() / copies
+        if self.world_size > 1:
+            torch.distributed.all_reduce(squares)
+        return squares.sum().sqrt() if having else None, dict(zip(names, squares.sqrt().unbind(), strict=True))
 
     def gradient(self, p: nn.Parameter) -> Tensor | None:
         return None if p.grad is None else _whole(p.grad)
@@ -119,7 +133,7 @@ class FsdpEngine(Engine):
                 if f"step/{name}" not in saved:
                     continue
                 step = saved[f"step/{name}"]
-                state = {"step": step.to(self.device) if group.get("fused") else step}
+                state = {"step": step.to(p.device) if group.get("fused") else step}
                 for moment in MOMENTS[:2]:
                     whole = saved[f"{moment}/{name}"].to(self.device)
                     cut = isinstance(p, DTensor)

@@ -33,10 +33,15 @@ def build_optimizer(
     rates: Mapping[Part, float],
     weight_decay: float,
     kind: Kind = "adamw",
+    device: torch.device | None = None,
 ) -> Optimizer:
     """AdamW (Loshchilov and Hutter 2019) with decoupled decay on matrices only: norms and biases never decay.
 
     Each torch group carries `names`, `part` and `peak_lr`.
+
+    Args:
+        device: where steps will be made; None: where the parameters are now. A model that will be cut up is loaded on
+            the CPU, and what torch itself chooses for FSDP's parameters is a loop of single operations.
     """
     by_name = dict(model.named_parameters())
     torch_groups: list[dict[str, Any]] = []
@@ -59,7 +64,7 @@ def build_optimizer(
                 )
     if kind != "adamw":
         return RoundedAdamW(torch_groups, "bf16" if kind == "adamw_bf16" else "8bit")
-    fused = all(p.device.type == "cuda" for g in torch_groups for p in g["params"])
+    fused = all((device or p.device).type == "cuda" for g in torch_groups for p in g["params"])
     return AdamW(torch_groups, fused=fused)
 
 
