@@ -133,7 +133,13 @@ def train_steps(job: Any, run: Any, warm: int, total: int) -> tuple[float, float
     from vlft.meter import peak_memory_gib
     from vlft.setup import data_options
 
-    cuda, outside, seconds = job.engine.device.type == "cuda", 0.0, 0.0
+    cuda, outside = job.engine.device.type == "cuda", 0.0
+
+    def now() -> float:
+        if cuda:
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
     batch = global_batch(run.config, 1)
     job.data = prepare_data(data_options(run, job.engine, job.source.checkpoint, batch, job.data.options.policy))
     job.done_steps, job.total_steps, job.budget, job.trial = 0, total, Budget(), Budget()
@@ -141,15 +147,14 @@ def train_steps(job: Any, run: Any, warm: int, total: int) -> tuple[float, float
     if cuda:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
+    began = 0.0
     for step in job.steps:
-        if cuda:
-            torch.cuda.synchronize()
-        began = time.perf_counter()
+        if step.number == warm:
+            began = now()
+            job.steps.waited()
         train.train_step(job, step)
-        if cuda:
-            torch.cuda.synchronize()
-        seconds += time.perf_counter() - began if step.number >= warm else 0.0
         job.done_steps += 1
+    seconds = now() - began - job.steps.waited()
     more = {"budget": str(job.budget), "memory": str(job.packed.memory)}
     if not cuda:
         return seconds / (total - warm), peak_memory_gib(job.engine.device) * 2**30, more

@@ -168,9 +168,9 @@ def watch_update(job: Any, recorder: Recorder) -> None:
     """Note dtypes between the first backward and its update."""
     real = job.engine.update
 
-    def update() -> Any:
+    def update(**how: Any) -> Any:
         recorder.dtypes(job.model, job.optimizer)
-        return real()
+        return real(**how)
 
     job.engine.update = update
 

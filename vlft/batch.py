@@ -5,12 +5,15 @@ The one place where data (bytes), vision (pictures) and models (arguments) meet.
 
 from __future__ import annotations
 
+import time
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 
 from vlft.augmentation.policy import Policy
 from vlft.data.collate import Row
+from vlft.data.loader import Step
 from vlft.models.load import PictureFacts
 from vlft.vision.augment import augment_row
 from vlft.vision.patches import cut_patches, normalisation_table, split_pictures
@@ -51,3 +54,65 @@ class ToInputs:
             row.moves,
         )
         return cut_patches(shown, self.table, p.patch_size, p.merge_size, p.temporal_patch_size)
+
+
+class Feed:
+    """The steps of a run, in order; the next one can be fetched, and its first row moved, while the device is at work.
+
+    Otherwise the device waits between two steps until the host has done so.
+    """
+
+    def __init__(self, steps: Iterator[Step], inputs: ToInputs) -> None:
+        self._steps, self._inputs = steps, inputs
+        self._next: Step | None = None
+        self._failed: Exception | None = None
+        self._ready: tuple[Row, dict[str, Any]] | None = None
+        self._waited = 0.0
+
+    def __iter__(self) -> Iterator[Step]:
+        return self
+
+    def __next__(self) -> Step:
+        """
+        Raises:
+            StopIteration: there is none.
+            DataError: as the loader does, also where `look_ahead` met it.
+        """
+        if self._failed is not None:
+            raise self._failed
+        step = self._fetch() if self._next is None else self._next
+        self._next = None
+        return step
+
+    def _fetch(self) -> Step:
+        began = time.monotonic()
+        try:
+            return next(self._steps)
+        finally:
+            self._waited += time.monotonic() - began
+
+    def look_ahead(self) -> None:
+        """Fetch the step after the one that was taken last, and bring its first row to the device."""
+        try:
+            self._next = self._fetch()
+        except StopIteration:
+            return
+        except Exception as error:
+            # It belongs to the next step: this one must be written down, and saved where that is due, before.
+            self._failed = error
+            return
+        row = self._next.rows[0]
+        try:
+            self._ready = row, self._inputs(row, True)
+        except torch.OutOfMemoryError:
+            self._ready = None  # made where it is needed, once this step has let go of its memory
+
+    def inputs(self, row: Row) -> dict[str, Any]:
+        """Of a row of the step that was taken last; once."""
+        ready, self._ready = self._ready, None
+        return ready[1] if ready is not None and ready[0] is row else self._inputs(row, True)
+
+    def waited(self) -> float:
+        """Seconds in which steps were fetched since this was asked."""
+        found, self._waited = self._waited, 0.0
+        return found

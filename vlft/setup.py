@@ -6,7 +6,7 @@ Whatever can be wrong with options, data, model, strategy or checkpoint is found
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -16,7 +16,7 @@ from torch import nn
 from vlft import card, evaluate, export
 from vlft import checkpoint as checkpoints
 from vlft.augmentation.policy import Policy, read_policy
-from vlft.batch import ToInputs
+from vlft.batch import Feed, ToInputs
 from vlft.config import (
     Run,
     RunConfig,
@@ -29,7 +29,6 @@ from vlft.config import (
     resolved_yaml,
 )
 from vlft.data.budget import Budget
-from vlft.data.loader import Step
 from vlft.data.prepare import Data, DataOptions, prepare_data
 from vlft.engine import Engine, seed_start
 from vlft.errors import CheckpointError, ConfigError, StrategyError, VlftError
@@ -97,12 +96,12 @@ class Job:
     """Of slow saves."""
     stopping: bool = False
     """All ranks agree to end after this step."""
-    steps: Iterator[Step] = field(init=False)
+    steps: Feed = field(init=False)
 
     def open_steps(self) -> None:
         """(Re)start the loader, at the step after the last one done, with the budget that holds now."""
         self.memory.short = self.trial.short
-        self.steps = self.data.steps(self.done_steps, self.total_steps, self.costs, self.trial)
+        self.steps = Feed(self.data.steps(self.done_steps, self.total_steps, self.costs, self.trial), self.inputs)
 
     @property
     def eval_on_start(self) -> bool:

@@ -56,11 +56,10 @@ def fit(job: Job) -> None:
                 recovery.stop(job)
         job.open_steps()
         while job.done_steps < job.total_steps:
-            asked = time.monotonic()
-            step = next(job.steps)
             began = time.monotonic()
+            step = next(job.steps)
             line = train_step(job, step)
-            line["perf"] = performance(job, step, line, began, waited=began - asked)
+            line["perf"] = performance(job, step, line, began)
             job.done_steps = step.number + 1
             job.journal.metrics(line)
             saved = job.stopping or job.done_steps % config.save_steps == 0 or job.done_steps == job.total_steps
@@ -92,7 +91,7 @@ def train_step(job: Job, step: Step) -> dict[str, Any]:
     if supervised:
         if not job.proof.done:
             job.proof.before_update(reached_pictures=images > 0)
-        update = engine.update()
+        update = engine.update(meanwhile=job.steps.look_ahead)
     # The losses are read only now: to read waits for the device, which would then have nothing to do until the update.
     losses = [losses_S.cpu() for losses_S in losses]
     if failed:
@@ -130,7 +129,7 @@ def forward_backward(job: Job, step: Step, supervised: float) -> tuple[list[Tens
     for i, row in enumerate(step.rows):
         seed_row(job.run.config.seed, step.number, job.engine.rank * len(step.rows) + i)
         try:
-            losses_S = job.packed(**job.inputs(row, True))
+            losses_S = job.packed(**job.steps.inputs(row))
             total = recovery.poisoned(losses_S.sum())
             job.engine.backward(total / supervised, last=i == len(step.rows) - 1)
         except torch.OutOfMemoryError as error:
@@ -142,9 +141,10 @@ def forward_backward(job: Job, step: Step, supervised: float) -> tuple[list[Tens
     return losses, None
 
 
-def performance(job: Job, step: Step, line: dict[str, Any], began: float, waited: float) -> dict[str, float]:
+def performance(job: Job, step: Step, line: dict[str, Any], began: float) -> dict[str, float]:
     work = job.engine.sums(job.meter.work(step.rows))
-    seconds = time.monotonic() - began
+    waited = job.steps.waited()
+    seconds = time.monotonic() - began - waited
     return job.meter.perf(work, job.engine.world_size, line["tokens"], line["samples"], seconds, waited)
 
 

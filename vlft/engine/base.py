@@ -244,11 +244,17 @@ class Engine:
             torch._foreach_copy_(bucket, [part.view_as(g) for g, part in zip(bucket, parts, strict=True)])
         return True
 
-    def update(self) -> Update:
-        """Clip and step, unless a gradient is not finite; gradients are cleared."""
+    def update(self, meanwhile: Callable[[], None] = lambda: None) -> Update:
+        """Clip and step, unless a gradient is not finite; gradients are cleared.
+
+        Args:
+            meanwhile: called once, before the host waits for the device.
+        """
         inner = getattr(self.optimizer, "optimizer", self.optimizer)
         ahead = self.steps_ahead and self.accelerator.scaler is None and scales_gradients(inner)
-        norm, norms = self._step_ahead(inner) if ahead else self._clip()
+        if not ahead:
+            meanwhile()
+        norm, norms = self._step_ahead(inner, meanwhile) if ahead else self._clip()
         scaler = self.accelerator.scaler
         scale = scaler.get_scale() if scaler is not None else 1.0
         applied = scaler is not None or math.isfinite(norm)
@@ -259,13 +265,14 @@ class Engine:
             self.optimizer.zero_grad()
         return Update(applied, norm, norms, scaling=not applied and scale > 1.0)
 
-    def _step_ahead(self, optimizer: Any) -> tuple[float, dict[Part, float]]:
+    def _step_ahead(self, optimizer: Any, meanwhile: Callable[[], None]) -> tuple[float, dict[Part, float]]:
         """`_clip` and the step without a look at the norm in between: the device never waits for the host.
 
         The step divides the gradients itself, and leaves everything as it is where their norm is not finite.
         """
         whole, norms = self._norms()
         if whole is None:
+            meanwhile()
             return 0.0, dict.fromkeys(norms, 0.0)
         limit = self.max_grad_norm or float("inf")
         optimizer.grad_scale = ((whole + 1e-6) / limit).clamp(min=1.0).float()
@@ -273,6 +280,7 @@ class Engine:
         self.optimizer.step()
         optimizer.grad_scale = optimizer.found_inf = None
         self.optimizer.zero_grad()
+        meanwhile()
         found = read_norms(whole, norms)
         if not math.isfinite(found[0]):
             step_was_left_out(optimizer)

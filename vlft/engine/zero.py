@@ -190,8 +190,9 @@ class ZeroEngine(Engine):
     def reduce(self, fits: bool) -> bool:
         return fits  # DeepSpeed did it within the last backward
 
-    def update(self) -> Update:
+    def update(self, meanwhile: Callable[[], None] = lambda: None) -> Update:
         engine: Any = self.model
+        meanwhile()
         scale = float(self.zero.loss_scaler.cur_scale) if self.precision == "fp16" else 1.0
         self._heard.clear()
         engine.step()
