@@ -21,6 +21,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from vlft import compiler
+
 BLOCK = 256
 DOUBLING = 8
 """Codes to a factor of two."""
@@ -155,10 +157,10 @@ def update(job: Job, grad_scale: Tensor | None = None) -> None:
 
 @lru_cache(maxsize=1)
 def _on_gpu() -> Any:
-    try:
-        from vlft.optim import on_gpu
-    except ImportError:
+    if compiler.trouble():
         return None
+    from vlft.optim import on_gpu
+
     return on_gpu
 
 
