@@ -196,6 +196,22 @@ def _update(
     )  # fmt: skip
 
 
+@triton.jit
+def _add_up_kernel(total_ptr, more_ptr, size, seed, BLOCK: tl.constexpr):
+    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = place < size
+    x = tl.load(total_ptr + place, mask=inside, other=0.0).to(tl.float32)
+    x += tl.load(more_ptr + place, mask=inside, other=0.0).to(tl.float32)
+    exact = (x - x) == 0.0  # neither infinite nor NaN, which other digits could turn into a number
+    x = tl.where(exact, _bits_rounded(x, tl.randint(seed, place.to(tl.int32))), x)
+    tl.store(total_ptr + place, x.to(total_ptr.dtype.element_ty), mask=inside)
+
+
+def add_up(total: Tensor, more: Tensor, seed: int) -> None:
+    size, block = total.numel(), 1024
+    _add_up_kernel[(triton.cdiv(size, block),)](total, more, size, seed % 2**31, BLOCK=block, num_warps=4)
+
+
 def _aligned(x: Tensor) -> Tensor:
     x = x.contiguous()
     return x if x.data_ptr() % 16 == 0 else x.clone()
