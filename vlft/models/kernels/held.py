@@ -12,7 +12,7 @@ import torch
 from vlft.models.kernels.product import Copies, Product, Products
 
 _dtype = attrgetter("dtype")
-_state = attrgetter("disable_adapters", "merged", "active_adapters")
+_state = attrgetter("disable_adapters", "merged_adapters", "active_adapters")
 
 
 class Sources:
@@ -31,7 +31,7 @@ class Sources:
         self._weights = [product.base.weight for product in products]
         self._dtypes = list(map(_dtype, self._weights))  # a module is cast without its parameters being replaced
         self._wrapped = [product.outer for product in products if product.outer is not product.base]
-        self._states = [(off, merged, [*active]) for off, merged, active in map(_state, self._wrapped)]
+        self._states = [(off, [*merged], [*active]) for off, merged, active in map(_state, self._wrapped)]
         self._seen = all(product.base._parameters.get("weight") is product.base.weight for product in products)
         """A weight that a module works out each time it is asked for lies nowhere."""
 
