@@ -82,7 +82,7 @@ def _adding_up(before: dict[nn.Parameter, Tensor]) -> Iterator[None]:
 
     for p in before:
         p.grad = None
-    hooks = [p.register_post_accumulate_grad_hook(join) for p in before]
+    hooks = [p.register_post_accumulate_grad_hook(join) for p in before]  # type: ignore[no-untyped-call]
     try:
         yield
     finally:

@@ -175,7 +175,7 @@ def add_up(total: Tensor, more: Tensor, seed: int) -> None:
         return
     generator = torch.Generator(total.device).manual_seed(seed)
     flat = total.view(-1) if total.is_contiguous() else total.flatten()
-    for piece, other in zip(flat.split(PIECE), more.flatten().split(PIECE), strict=True):
+    for piece, other in zip(torch.split(flat, PIECE), torch.split(more.flatten(), PIECE), strict=True):
         x = piece.float() + other.float()
         up_or_down = rounded(x, torch.rand(x.shape, generator=generator, device=x.device))
         # The digits that are added could turn a NaN, which must be found, into a number.
