@@ -70,3 +70,14 @@ def test_the_core_names_no_strategy() -> None:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Constant) and isinstance(node.value, str):
                 assert node.value not in names, f"{path.relative_to(ROOT)}:{node.lineno} names {node.value}"
+
+
+def test_the_page_names_every_room_and_the_layers_of_the_contract() -> None:
+    page, contract = (ROOT / "docs" / "architecture.md").read_text(), (ROOT / ".importlinter").read_text()
+    layers = contract.split("\nlayers =\n", 1)[1].split("\n\n", 1)[0]
+    assert "\n".join(line.strip() for line in layers.splitlines()) in page
+    rooms = [folder for folder in (ROOT / "vlft").iterdir() if (folder / "__init__.py").exists()]
+    assert len(rooms) > 8
+    missing = [room.name for room in rooms if f"{room.name}/" not in page]
+    missing += [one.name for one in (ROOT / "vlft" / "models" / "kernels").glob("[a-z]*.py") if one.name not in page]
+    assert not missing

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from vlft.boxes import Box, iou, parse
+from vlft.boxes import CONVENTIONS, Box, ends, iou, parse
+from vlft.family import FAMILIES
 
 
 @pytest.mark.parametrize(
@@ -32,6 +33,11 @@ def test_parse(text: str, boxes: list[Box]) -> None:
 
 def test_a_long_hostile_text_takes_no_time() -> None:
     assert parse("[1," * 20_000 + "{" * 20_000 + "(1,2),(" * 20_000) == []
+
+
+def test_every_family_s_convention_has_its_ends() -> None:
+    assert {family.box_convention for family in FAMILIES.values()} == set(CONVENTIONS)
+    assert [ends(convention, (640, 480)) for convention in CONVENTIONS] == [(1000, 1000), (640, 480)]
 
 
 def test_iou() -> None:

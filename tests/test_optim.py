@@ -13,12 +13,14 @@ from runs import command, final_weights, metrics, train, write_data
 from torch import Tensor, nn
 
 from vlft import ParamGroup
+from vlft.engine.base import Engine
 from vlft.errors import ConfigError
 from vlft.optim import build_optimizer, schedule, set_rates, step_was_left_out
 from vlft.optim.rounded import (
     BLOCK,
     RoundedAdamW,
     States,
+    add_up,
     decode_m,
     decode_v,
     encode_m,
@@ -200,8 +202,94 @@ for states in ("bf16", "8bit"):
         on_gpu.update(jobs, torch.tensor(float("nan")), torch.tensor(1.0))
         assert all(torch.equal(w, v[0]) for w, v in zip(weights, values))
         assert not any(t.any() for state in kept for t in state.values())
+total, more = torch.ones(3001).to(torch.bfloat16), torch.full((3001,), 0.001).to(torch.bfloat16)
+for row in range(400):
+    on_gpu.add_up(total, more, row)
+assert abs(float(total.double().mean()) - 1 - 400 * float(more[0])) < 0.003
+total, more = torch.randn(2, 3001).to(torch.bfloat16)
+exact = total.double() + more.double()
+on_gpu.add_up(total, more, 5)
+assert float((total.double() - exact).norm() / exact.norm()) < 0.003
+for value in (float("nan"), float("inf"), -float("inf")):
+    total = torch.ones(300).to(torch.bfloat16)
+    on_gpu.add_up(total, torch.full_like(total, value), 1)
+    assert not total.isfinite().any()
 print("equal")
 """
+
+
+def engine_of(*weights: nn.Parameter) -> Engine:
+    engine = Engine("no", 1.0)
+    engine.prepare(nn.ParameterList(weights), torch.optim.SGD([{"params": [*weights], "part": "llm"}]))
+    return engine
+
+
+def test_many_small_gradients_of_a_step_do_not_stand_still() -> None:
+    """Each is less than half a digit of the first; to the nearest, their sum would be the first alone."""
+    torch.manual_seed(0)
+    w = nn.Parameter(torch.zeros(4000, dtype=torch.bfloat16))
+    engine = engine_of(w)
+    for row in range(401):
+        engine.backward((w * (0.001 if row else 1.0)).sum(), last=row == 400)
+    assert w.grad is not None
+    assert w.grad.dtype == torch.bfloat16
+    step = float(torch.tensor(0.001).to(torch.bfloat16))
+    assert float(w.grad.double().mean()) == pytest.approx(1 + 400 * step, rel=0.002)
+
+
+def test_a_step_s_gradient_in_rows_is_that_of_one_row_but_for_bf16s_noise() -> None:
+    torch.manual_seed(0)
+    rows = torch.randn(16, 40_000).to(torch.bfloat16)
+    w = nn.Parameter(torch.zeros(40_000, dtype=torch.bfloat16))
+    seldom, never = (nn.Parameter(torch.ones(3, dtype=torch.bfloat16)) for _ in range(2))
+    masters = nn.Parameter(torch.zeros(40_000))
+    engine = engine_of(w, seldom, never, masters)
+    for row, x in enumerate(rows):
+        loss = (w * x).sum() + (masters * x.float()).sum() + (seldom.sum() if row == 3 else 0.0)
+        engine.backward(loss, last=row == 15)
+    exact = rows.double().sum(0)
+    assert w.grad is not None
+    assert masters.grad is not None
+    error = w.grad.double() - exact
+    assert float(error.norm() / exact.norm()) < 0.008
+    assert abs(float((error * exact).sum() / exact.square().sum())) < 0.0002  # to either side
+    assert float((masters.grad.double() - exact).norm() / exact.norm()) < 1e-6
+    assert torch.equal(seldom.grad, torch.ones(3, dtype=torch.bfloat16))  # type: ignore[arg-type]
+    assert never.grad is None
+
+
+def test_a_row_that_fails_on_its_way_leaves_gradients_that_can_be_dropped() -> None:
+    class Fails(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: Any, d: Tensor) -> Tensor:
+            raise torch.OutOfMemoryError("full")
+
+    a, b = (nn.Parameter(torch.ones(8, dtype=torch.bfloat16)) for _ in range(2))
+    engine = engine_of(a, b)
+    engine.backward(a.sum() + b.sum(), last=False)
+    with pytest.raises(torch.OutOfMemoryError):
+        engine.backward(a.sum() + Fails.apply(b).sum(), last=True)  # type: ignore[no-untyped-call]
+    assert a.grad is not None
+    assert b.grad is not None
+    assert not a._post_accumulate_grad_hooks
+    assert not engine.reduce(fits=False)
+    assert a.grad is None
+    engine.backward(2 * a.sum() + b.sum(), last=True)
+    assert torch.equal(a.grad, torch.full_like(a, 2.0))
+
+
+def test_what_is_not_finite_stays_so_when_it_is_added_up() -> None:
+    for value in (torch.nan, torch.inf, -torch.inf):
+        total = torch.ones(512, dtype=torch.bfloat16)
+        add_up(total, torch.full_like(total, value), 1)
+        assert torch.equal(total, torch.full_like(total, value)) or bool(total.isnan().all())
+    bits = torch.full((512,), 0x7FFF, dtype=torch.int16).view(torch.bfloat16)  # a GPU's NaN
+    add_up(bits, torch.ones_like(bits), 1)
+    assert bits.isnan().all()
 
 
 @pytest.mark.parametrize("states", ["bf16", "8bit"])

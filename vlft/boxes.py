@@ -48,6 +48,10 @@ def places(text: str) -> list[tuple[float, ...]]:
     return [numbers for _, numbers in sorted(found)]
 
 
+CONVENTIONS = ("relative1000", "resized_pixels")
+"""What the numbers of a box count: thousandths of a picture, or its pixels at the size that the model sees."""
+
+
 def ends(convention: str, size: tuple[int, int]) -> tuple[int, int]:
     """The largest x and y on a picture of this (width, height), by `Family.box_convention`."""
     return (1000, 1000) if convention == "relative1000" else size

@@ -6,14 +6,14 @@ Whatever can be wrong with options, data, model, strategy or checkpoint is found
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
 from torch import nn
 
-from vlft import card, evaluate, export
+from vlft import card, compiler, evaluate, export
 from vlft import checkpoint as checkpoints
 from vlft.augmentation.policy import Policy, read_policy
 from vlft.batch import Feed, ToInputs
@@ -198,10 +198,12 @@ def setup(run: Run, engine: Engine) -> Job:
     engine.on_main(trackers.start)
     open_folder(job)
     job.judge_best()
+    kernels = kernels_sentence(engine.device, engine.gather)
     if engine.is_main:
         counts = dataset_table(read_json(folder.data)["datasets"])
         chosen = [best_sentence(best)] if best else []
-        for note in (*run.notes, *data.summary, counts, *chosen, wrapped.said(), start_sentence(job), render(table)):
+        runs = (wrapped.said(), *kernels, start_sentence(job))
+        for note in (*run.notes, *data.summary, counts, *chosen, *runs, render(table)):
             job.journal.say(note)
     return job
 
@@ -314,6 +316,13 @@ def check_optimizer(config: RunConfig, engine: Engine) -> None:
             f"--optim {config.optim} keeps trained weights in bf16, but --mixed_precision is "
             f"{engine.precision}; give --mixed_precision bf16, or use adamw."
         )
+
+
+def kernels_sentence(device: torch.device, gather: Callable[[list[str]], list[str]]) -> list[str]:
+    """Whether some process's kernels do not compile: a line, or none. Collective: machines may differ."""
+    if device.type != "cuda":
+        return []
+    return [compiler.said(why) for why in gather([compiler.trouble()]) if why][:1]
 
 
 def check_memory(config: RunConfig, device: torch.device) -> None:

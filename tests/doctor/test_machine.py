@@ -51,6 +51,7 @@ GRAPHICS = (replace(H100, capability=(7, 5), name="T4"),)
         (dict(gpus=GRAPHICS, architectures=("sm_75",)), {}, ("warning", "varlen")),
         (dict(varlen=False), {}, ("error", "varlen")),
         (dict(bitsandbytes_error="no library"), {}, ("warning", "bitsandbytes")),
+        (dict(triton_error="RuntimeError: no C compiler"), {}, ("warning", "triton")),
         (dict(gpus=(H100, replace(H100, name="A100"))), {}, ("warning", "mixed_gpus")),
         (dict(gpus=(replace(H100, free=40 * GIB),)), {}, ("warning", "gpu_memory")),
         (dict(memory=8 * GIB), {}, ("warning", "memory")),

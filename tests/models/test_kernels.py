@@ -204,6 +204,8 @@ def test_the_kernels_of_a_gpu_in_tritons_interpreter() -> None:
         "import sys, pytest\n"
         "from vlft.models.kernels import on_gpu, pointwise\n"
         "from vlft.models import attention, attention_on_gpu\n"
+        "from vlft import compiler\n"
+        "compiler.trouble = lambda: ''\n"
         "plain = attention.attend\n"
         "def attend(*args, **kwargs):\n"
         "    found = plain(*args, **kwargs)\n"

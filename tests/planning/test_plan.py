@@ -7,6 +7,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +19,15 @@ from vlft.commands import COMMANDS, parse_command, read_plan
 from vlft.errors import ConfigError
 from vlft.models.flops import Shape
 from vlft.models.forward import PackedVLM
-from vlft.models.kernels.memory import Cost, Sizes
-from vlft.models.load import open_checkpoint, source_of
+from vlft.models.kernels.memory import MARGIN, Cost, Sizes
+from vlft.models.load import load_config, open_checkpoint, source_of
 from vlft.planning import advice, gpus
 from vlft.planning.estimate import Estimate, estimate
 from vlft.planning.gpus import GIB
 from vlft.planning.load import histogram
-from vlft.planning.memory import NF4, static_of, towers_of
+from vlft.planning.memory import NF4, PIECES, memory_of, static_of, towers_of
 from vlft.planning.skeleton import SkeletonSource, prepared
+from vlft.planning.time import HOST
 
 STRATEGIES = ("full", "partial_llm_full_vit", "vit_only", "lora", "lora_llm_full_vit", "qlora")
 BIG = {
@@ -146,7 +148,7 @@ def test_a_longer_row_takes_more_and_what_is_computed_again_takes_less(seven: Pa
     assert low.memory.peak <= eight.memory.peak  # the step itself may be the worst moment
     assert low.memory.kept < eight.memory.kept / 4
     assert low.time.again > eight.time.again == 0
-    assert low.time.step > eight.time.step
+    assert low.time.device > eight.time.device
     assert eight.time.step < 8 * one.time.step
 
 
@@ -169,6 +171,35 @@ def test_a_size_is_what_is_planned_for(seven: Path) -> None:
     assert not plan(seven, *more, "--memory", "10GB").fits
     assert plan(seven, *more, "--memory", "400GiB").gpu == whole.gpu
     assert plan(seven, *more, "--memory", "all").memory.keeps == (["all"] * 32, ["all"] * 28)
+
+
+def test_what_auto_leaves_alone_is_left_in_the_plan_too(seven: Path) -> None:
+    """`room_on_gpu` keeps a margin for what lies in pieces; a plan that fills the card says more than is ever kept."""
+    found = plan(seven, "lora_llm_full_vit")
+    shape = Shape.of(load_config(open_checkpoint(str(seven / "model"), weights=False)))
+    row = replace(found.steps.largest, tokens=16_000, patches=60_000)
+    for room in (50e9, 60e9, 70e9):
+        memory = memory_of(found.static, shape, row, rows=1, compute=2, room=room)
+        assert memory.again > 0
+        assert 0.97 * (1 - MARGIN) * room < memory.peak / PIECES <= (1 - MARGIN) * room
+
+
+@pytest.mark.parametrize(("dropout", "times"), [("0.05", 10), ("0", 4)])
+def test_what_adapters_move(seven: Path, dropout: str, times: int) -> None:
+    """They are narrow: their arithmetic is a hundredth of a step's, and what they read and write an eighth of it."""
+    found = plan(seven, "lora", "--lora_dropout", dropout)
+    inputs, outputs = 3 * 3584 + 18944, 3584 + 2 * 512 + 3584 + 2 * 18944 + 3584
+    assert found.static.adapted == (0.0, 28 * (times * inputs + 4 * outputs))
+    assert 0.03 < found.time.adapters / found.time.products < 0.4
+    full = plan(seven, "full")
+    assert full.static.adapted == (0.0, 0.0)
+    assert full.time.adapters == 0.0
+
+
+def test_a_row_costs_the_host_its_layers(seven: Path) -> None:
+    one, eight = (plan(seven, "lora", "--gradient_accumulation_steps", n) for n in ("1", "8"))
+    assert one.time.step == one.time.host == pytest.approx(60 * HOST)  # rows of a few tokens
+    assert eight.time.host == pytest.approx(8 * one.time.host, rel=0.2)  # an epoch's last step may have fewer
 
 
 def test_a_policy_that_moves_pictures_takes_its_room(seven: Path, tmp_path: Path) -> None:

@@ -220,7 +220,7 @@ def inside(box: boxes.Box, sizes: Sequence[tuple[int, int]], convention: str) ->
         sizes: (width, height) of each picture.
         convention: `Family.box_convention`.
     """
-    ends = [(1000.0, 1000.0)] if convention == "relative1000" else [(float(w), float(h)) for w, h in sizes]
+    ends = [boxes.ends(convention, size) for size in sizes or [(0, 0)]]  # thousandths ask for no picture
     return any(
         all(-_SLACK * w - 1 <= x <= w * (1 + _SLACK) + 1 for x in (box.x1, box.x2))
         and all(-_SLACK * h - 1 <= y <= h * (1 + _SLACK) + 1 for y in (box.y1, box.y2))

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from vlft import compiler
 from vlft.doctor import collective
 from vlft.doctor.findings import Finding, Grade
 from vlft.doctor.versions import installed, known_bad, out_of_range, requirement_names
@@ -66,6 +67,8 @@ class Machine:
     varlen: bool = True
     """PyTorch's variable-length flash attention is there."""
     bitsandbytes_error: str = ""
+    triton_error: str = ""
+    """Why Triton's kernels cannot run here."""
     precision: str = "no"
     precision_error: str = ""
     processors: int = 1
@@ -129,7 +132,8 @@ def look(precision: str | None, folders: Sequence[tuple[str, Path]]) -> Machine:
         versions["nccl"] = ".".join(map(str, nccl.version()))
     return Machine(
         versions, torch.version.cuda, Path("/proc/driver/nvidia/version").exists(), error, gpus,
-        tuple(torch.cuda.get_arch_list()) if gpus else (), _has_varlen(), _bitsandbytes(bool(gpus)), chosen, refused,
+        tuple(torch.cuda.get_arch_list()) if gpus else (), _has_varlen(), _bitsandbytes(bool(gpus)),
+        compiler.trouble() if gpus else "", chosen, refused,
         os.cpu_count() or 1, free_memory(), shared.total if shared else 0, shared.free if shared else 0,
         tuple(disk(what, folder) for what, folder in folders),
     )  # fmt: skip
@@ -288,6 +292,12 @@ def check_kernels(machine: Machine, plan: Plan) -> Iterator[Finding]:
             "install a version that was built for this CUDA, see python -m bitsandbytes."
         )
         yield _warn("bitsandbytes", text)
+    if machine.triton_error:
+        text = (
+            f"Triton cannot compile kernels here ({machine.triton_error}), so that training runs plain PyTorch "
+            "functions in their place and takes longer; install a C compiler (gcc, or name one in CC) and triton."
+        )
+        yield _warn("triton", text)
 
 
 def check_gpu_memory(machine: Machine, plan: Plan) -> Iterator[Finding]:

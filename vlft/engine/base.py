@@ -28,6 +28,7 @@ from torch.optim import Optimizer
 from vlft.errors import ConfigError, VlftError
 from vlft.family import Part
 from vlft.optim import scales_gradients, step_was_left_out
+from vlft.optim.rounded import add_up
 
 T = TypeVar("T")
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")
@@ -62,6 +63,33 @@ def choose_precision(wanted: str | None) -> str:
     if wanted == "bf16" and gpu and not torch.cuda.is_bf16_supported():
         raise ConfigError("--mixed_precision bf16 is not supported by this GPU; use fp16 or no.")
     return wanted
+
+
+@contextmanager
+def _adding_up(before: dict[nn.Parameter, Tensor]) -> Iterator[None]:
+    """Inside, a backward pass adds to these gradients with stochastic rounding (`vlft.optim.rounded.add_up` says why).
+
+    A row's own gradient of a parameter lives until the pass has left it, as when autograd adds: nothing more is held.
+    """
+    seed = int(torch.randint(2**31, ()))  # of the CPU's generator, which a row seeds
+    places = {p: place for place, p in enumerate(before)}
+
+    def join(p: nn.Parameter) -> None:
+        if (total := before.pop(p, None)) is not None:
+            if p.grad is not None:
+                add_up(total, p.grad, seed + 0x9E3779B1 * places[p])
+            p.grad = total
+
+    for p in before:
+        p.grad = None
+    hooks = [p.register_post_accumulate_grad_hook(join) for p in before]  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for p in [*before]:  # of which this row has none
+            join(p)
 
 
 class Engine:
@@ -210,7 +238,12 @@ class Engine:
 
     def backward(self, loss: Tensor, *, last: bool) -> None:  # noqa: ARG002  (sharded engines need it)
         """Add a row's gradient. `loss`: its share of the step's loss; `last`: no other row follows."""
-        self.accelerator.backward(loss)
+        before = {p: p.grad for p in self._parameters if p.dtype == torch.bfloat16 and p.grad is not None}
+        if not before:
+            self.accelerator.backward(loss)
+            return
+        with _adding_up(before):
+            self.accelerator.backward(loss)
 
     def reduce(self, fits: bool) -> bool:
         """After the last row: sum the ranks' gradients, if it did fit on all of them; otherwise drop them.

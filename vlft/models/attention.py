@@ -24,6 +24,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
+from vlft import compiler
+
 NAME = "vlft_flash_varlen"
 
 
@@ -151,9 +153,7 @@ def attend(
 
 @lru_cache(maxsize=1)
 def _short() -> Any:
-    try:
-        import triton  # noqa: F401
-    except ImportError:
+    if compiler.trouble():
         return None
     from vlft.models import attention_on_gpu
 

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vlft.models.launch import Launch
+from vlft.compiler.launch import Launch
 
 LONGEST = 64
 """Patches of a segment."""

@@ -68,7 +68,7 @@ class PackedVLM(nn.Module):
         levels = len(getattr(hf.config.vision_config, "deepstack_visual_indexes", None) or ())
         # Where a feature level is added behind the last layer, its tokens must still be at their places.
         self.may_read_rows = levels < len(hf.get_submodule(parts.layers))
-        self.settled = False
+        self._lying: kernels.Lying | None = None
         self._of_tower: list[dict[str, nn.Parameter | None]] = []
 
     @property
@@ -82,8 +82,8 @@ class PackedVLM(nn.Module):
         return self.may_read_rows and self.installed.reads_rows
 
     def settle(self) -> None:
-        """Once, before the first forward: whoever wanted to put hooks on the model has done so."""
-        self.settled = True
+        """Before the first forward, when whoever wanted to put hooks on the model has done so; and as adapters come."""
+        self._lying = kernels.Lying([self._part(self.parts.vit), self._part(self.parts.llm)])
         self._of_tower = [module._parameters for module in self._part(self.parts.vit).modules()]
         if not (late := self.installed.settle()):
             return
@@ -195,7 +195,7 @@ class PackedVLM(nn.Module):
             (S,) losses in fp32 (fp64 for fp64 weights), in the order of the tokens. S may be 0; the result still
             carries a (zero) gradient to every trainable weight.
         """
-        if not self.settled:
+        if self._lying is None or not self._lying.same():
             self.settle()
         if supervised_S is None:
             supervised_S = (labels_T[0] != IGNORE).nonzero()[:, 0]

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vlft.compiler.launch import Launch
 from vlft.optim.rounded import BLOCK, Job
 
 _ROWS, _TURNS = 4, 4
@@ -194,6 +195,25 @@ def _update(
         UNIT=unit, ROUNDS=weight.itemsize == 2, SCALES=grad_scale is not None, CHECKS=found_inf is not None,
         ROWS=_ROWS, TURNS=_TURNS, WIDTH=BLOCK, num_warps=4,
     )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["seed"])
+def _add_up_kernel(total_ptr, more_ptr, seed, size, BLOCK: tl.constexpr):
+    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = place < size
+    x = tl.load(total_ptr + place, mask=inside, other=0.0).to(tl.float32)
+    x += tl.load(more_ptr + place, mask=inside, other=0.0).to(tl.float32)
+    exact = (x - x) == 0.0  # neither infinite nor NaN, which other digits could turn into a number
+    x = tl.where(exact, _bits_rounded(x, tl.randint(seed, place.to(tl.int32))), x)
+    tl.store(total_ptr + place, x.to(total_ptr.dtype.element_ty), mask=inside)
+
+
+_add_up = Launch(_add_up_kernel)
+
+
+def add_up(total: Tensor, more: Tensor, seed: int) -> None:
+    size, block = total.numel(), 1024
+    _add_up((-(-size // block), 1), (total, more), (size,), (block,), 4, changing=(seed % 2**31,))
 
 
 def _aligned(x: Tensor) -> Tensor:

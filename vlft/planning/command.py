@@ -73,7 +73,8 @@ def shown(e: Estimate) -> str:
     ]  # fmt: skip
     seconds = [
         ("products", t.products), ("attention", t.attention), ("computed again", t.again),
-        ("norms, activations, casts", t.moving), ("optimizer", t.optimizer), ("a step", t.step),
+        ("norms, activations, casts", t.moving), ("adapters", t.adapters), ("optimizer", t.optimizer),
+        ("the host, beside all these", t.host), ("a step", t.step),
     ]  # fmt: skip
     samples = e.steps.samples_per_epoch / e.steps.steps_per_epoch
     epoch = t.step * e.steps.steps_per_epoch

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -10,7 +11,7 @@ from vlft.config import MemoryPlan
 from vlft.family import PARTS, Part, Parts
 from vlft.models.flops import Shape
 from vlft.models.kernels.block import Keep
-from vlft.models.kernels.memory import CONTEXT, LOGITS, Cost, Sizes, Tower, choose, fixed_by, peak
+from vlft.models.kernels.memory import CONTEXT, LOGITS, MARGIN, Cost, Sizes, Tower, choose, fixed_by, peak
 from vlft.models.load import is_quantised
 from vlft.planning.load import Row
 from vlft.proof import logical_size
@@ -43,6 +44,8 @@ class Static:
     """of one layer of the vision tower and of the language model"""
     learning: tuple[int, int]
     """layers of either that learn"""
+    adapted: tuple[float, float] = (0.0, 0.0)
+    """numbers that the adapters read and write for a patch and for a token, in all layers, forward and backward"""
 
     @property
     def weights(self) -> float:
@@ -104,8 +107,33 @@ def static_of(model: nn.Module, parts: Parts, tied: bool, optimizer: str, comput
         parts=[PartSize(part, int(at[0]), int(at[1]), at[2]) for part, at in numbers.items() if at[0]],
         gradients=trained * gradient, states=trained * states, largest=largest * gradient,
         layer_gradients=tuple(gradient * max(each.values(), default=0) for each in layer),  # type: ignore[arg-type]
-        learning=(shape.vit_depth - first, shape.layers),
+        learning=(shape.vit_depth - first, shape.layers), adapted=adapted_by(model, parts),
     )  # fmt: skip
+
+
+_OF_ONE_INPUT = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "gate_proj": "inner", "up_proj": "inner"}
+"""Products that are run together, with one dropout (`vlft.models.kernels.product`)."""
+
+
+def adapted_by(model: nn.Module, parts: Parts) -> tuple[float, float]:
+    """What `Static.adapted` says.
+
+    Adapters are so narrow that memory is their limit. With D columns of a group's input and O of its output, forward:
+    A reads D, B writes O, and the base's product, which is added to that, reads O. Backward: O is read for the
+    gradient between A and B and for B's, D for A's, and the input's gradient is written before the base's product
+    is added to it. Dropout reads and writes D at three places, as no mask is kept.
+    """
+    groups: dict[tuple[str, str], list[Any]] = {}
+    for name, module in model.named_modules():
+        if getattr(module, "lora_A", None) and hasattr(module, "base_layer"):
+            parent, _, own = name.rpartition(".")
+            groups.setdefault((parent, _OF_ONE_INPUT.get(own, own)), []).append(module)
+    found = [0.0, 0.0]
+    for (parent, _), some in groups.items():
+        drops = any(getattr(dropout, "p", 0.0) for module in some for dropout in module.lora_dropout.values())
+        columns = some[0].base_layer.in_features * (10 if drops else 4)
+        found[parts.vit not in parent] += columns + 4 * sum(module.base_layer.out_features for module in some)
+    return found[0], found[1]
 
 
 def towers_of(static: Static, shape: Shape, row: Row, compute: int, *, gradients: bool) -> list[Tower]:
@@ -150,7 +178,7 @@ def memory_of(
     buffers = CONTEXT + pixels + positions + features
     logits = float(LOGITS * row.supervised * shape.vocabulary)
     before = static.weights + static.states + (static.gradients - coming) + static.largest + buffers
-    free = room / PIECES - before
+    free = room * (1 - MARGIN) - before  # what `--memory auto` leaves alone (`room_on_gpu`)
     if plan == "auto" or isinstance(plan, int):
         keeps = choose(towers, logits, free)
     else:

@@ -1,4 +1,5 @@
-"""Seconds of a step on one GPU: products, attention, what only moves memory, the optimizer, and the host's launches."""
+"""Seconds of a step on one GPU: products, attention, what only moves memory, adapters, the optimizer, and the
+host."""
 
 from __future__ import annotations
 
@@ -9,11 +10,10 @@ from vlft.planning.gpus import Gpu
 from vlft.planning.memory import NF4, Memory, Static
 
 PRODUCTS, ATTENTION, BANDWIDTH = 0.72, 0.35, 0.8
-"""Shares of the peaks that are reached. Assumed from vlft/models/peaks.py's H100; measured ones: docs/planning.md."""
-LAUNCH = 8e-6
-"""Seconds of the host for one kernel."""
-KERNELS = 45
-"""Of one layer, forward and backward."""
+"""Shares of the peaks that are reached: assumptions. docs/planning.md says what comes of them."""
+HOST = 0.35 / 68
+"""Seconds of the host for one layer and row, forward and backward: a row of 32 + 36 layers took it 0.35 s on the
+machine of docs/performance.md (2026-11-24), where two rows a step took 0.71 s whatever the GPU did."""
 
 
 @dataclass(frozen=True)
@@ -24,14 +24,20 @@ class Time:
     attention: float
     again: float
     moving: float
+    adapters: float
+    """what they move; their arithmetic is among the products"""
     optimizer: float
-    launches: float
-    """of the host, beside all the others"""
+    host: float
+    """beside all the others"""
+
+    @property
+    def device(self) -> float:
+        """of the GPU"""
+        return self.products + self.attention + self.again + self.moving + self.adapters + self.optimizer
 
     @property
     def step(self) -> float:
-        device = self.products + self.attention + self.again + self.moving + self.optimizer
-        return max(device, self.launches)
+        return max(self.device, self.host)
 
 
 _PAIRS = ("causal_pairs", "frame_pairs", "window_pairs")
@@ -74,12 +80,14 @@ def time_of(
         moved += rows * 2 * 6.0 * trained  # fp32 weights are cast for the forward and for the backward
     packed = sum(part.bytes / NF4 for part in static.parts if part.bytes < 0.6 * part.parameters)
     moved += rows * 2 * packed * (NF4 + 2)
+    adapted = 2.0 * (amounts["patches"] * static.adapted[0] + amounts["tokens"] * static.adapted[1])
     states = 2 * static.states + 2 * static.weights * (trained / max(sum(p.parameters for p in static.parts), 1))
     return Time(
         products=products / (PRODUCTS * gpu.peak),
         attention=attention / (ATTENTION * gpu.peak),
         again=memory.again * row_share * rows / (PRODUCTS * gpu.peak),
         moving=moved / (BANDWIDTH * gpu.bandwidth),
+        adapters=adapted / (BANDWIDTH * gpu.bandwidth),
         optimizer=(states + 2 * static.gradients) / (BANDWIDTH * gpu.bandwidth),
-        launches=LAUNCH * KERNELS * (shape.layers + shape.vit_depth) * rows,
+        host=HOST * (shape.layers + shape.vit_depth) * rows,
     )

@@ -601,10 +601,10 @@ def _judged(answer: Answer, reference: str) -> Answer:
 
 def _marks(answer: Answer, picture: Picture, convention: str) -> list[Mark]:
     """Boxes of an answer that have an area on this picture."""
-    scale = {"relative1000": (picture.width / 1000, picture.height / 1000), "resized_pixels": (1.0, 1.0)}
-    if convention not in scale:
+    if convention not in boxes.CONVENTIONS:
         return []
-    across, down = scale[convention]
+    right, low = boxes.ends(convention, (picture.width, picture.height))
+    across, down = picture.width / right, picture.height / low
     found = [b for b in boxes.parse(answer.text) if b.area]
     marks = []
     for box in found:

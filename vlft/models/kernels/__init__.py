@@ -11,7 +11,8 @@ What they compute is transformers' own: `--reference` runs that instead, and tes
 """
 
 from vlft.models.kernels.block import Keep, compute_dtype
+from vlft.models.kernels.foreign import Lying
 from vlft.models.kernels.install import Installed, install
 from vlft.models.kernels.memory import Memory, memory_for, room_on_gpu
 
-__all__ = ["Installed", "Keep", "Memory", "compute_dtype", "install", "memory_for", "room_on_gpu"]
+__all__ = ["Installed", "Keep", "Lying", "Memory", "compute_dtype", "install", "memory_for", "room_on_gpu"]

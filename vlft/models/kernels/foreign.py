@@ -7,7 +7,9 @@ leaves the layer its own forward.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
+from itertools import chain
 from typing import Any
 
 from torch import nn
@@ -39,6 +41,38 @@ def foreign(layer: nn.Module) -> str | None:
         if not own_forward(module):
             return f"another forward on {place}"
     return None
+
+
+def stale(layer: Any) -> str | None:
+    """What of the modules that the layer's operation was made of has changed so that it would compute another thing."""
+    inside = {module for name, module in layer.named_modules() if not name.endswith("base_layer")}
+    for group in layer.vlft_block.groups():
+        if any(p.outer not in inside or getattr(p.outer, "base_layer", p.outer) is not p.base for p in group.each):
+            return "another module than at the start"
+        try:
+            group.check()
+        except UnsupportedError as error:
+            return str(error)
+    return None
+
+
+class Lying:
+    """Which modules lie in some others: adapters come and go. Asked for every row, so in loops that run in C."""
+
+    def __init__(self, roots: Sequence[nn.Module]) -> None:
+        named = [(name, module) for root in roots for name, module in root.named_modules() if module._modules]
+        # Of what PEFT puts around a product only the place where every adapter has something.
+        self._dicts = [
+            module._modules for name, module in named
+            if name.endswith("lora_dropout") or not ("lora_" in name or hasattr(module, "base_layer"))
+        ]  # fmt: skip
+        self._held = self._now()
+
+    def _now(self) -> list[nn.Module | None]:
+        return list(chain.from_iterable(map(dict.values, self._dicts)))
+
+    def same(self) -> bool:
+        return self._now() == self._held
 
 
 def own_forward(module: nn.Module) -> bool:

@@ -15,7 +15,7 @@ from vlft.models.kernels.product import Copies, Product
 _dtype = attrgetter("dtype")
 _learns = attrgetter("requires_grad")
 _address = methodcaller("data_ptr")
-_state = attrgetter("disable_adapters", "merged", "active_adapters")
+_state = attrgetter("disable_adapters", "merged_adapters", "active_adapters")
 
 
 _OWN = ("weight", "bias")
@@ -41,7 +41,7 @@ class Sources:
         # A module is cast, and moved, without its parameters being replaced.
         self._dtypes, self._addresses = list(map(_dtype, self._weights)), list(map(_address, self._weights))
         self._wrapped = [product.outer for product in products if product.outer is not product.base]
-        self._states = [(off, merged, [*active]) for off, merged, active in map(_state, self._wrapped)]
+        self._states = [(off, [*merged], [*active]) for off, merged, active in map(_state, self._wrapped)]
         self._seen = all(product.base._parameters.get("weight") is product.base.weight for product in products)
         """A weight that a module works out each time it is asked for lies nowhere."""
 

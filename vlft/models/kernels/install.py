@@ -3,8 +3,9 @@
 `install` looks at what a module of transformers' Qwen-VL holds, not at which of its classes it is, so that one set of
 rules serves Qwen2-VL, Qwen2.5-VL and Qwen3-VL. Modules keep their parameters and names; hooks of a layer run. A layer
 that holds something unknown, or hooks on modules inside (`foreign.py`), keeps its own forward, and the summary at the
-start of a run says how many and why. `settle` looks once more at the first forward; what is hooked inside a layer
-later than that does not run. Generation goes through caches and masks: it keeps transformers' forward too.
+start of a run says how many and why. `settle` looks once more at the first forward, and whenever modules inside have
+come or gone since (adapters); what is hooked inside a layer later than the first forward does not run. Generation goes
+through caches and masks: it keeps transformers' forward too.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from torch.nn import functional as F
 from vlft.family import Parts
 from vlft.models.attention import NAME
 from vlft.models.kernels.block import Block, Call, compute_dtype, run
-from vlft.models.kernels.foreign import check_activation, foreign, known, norm, own_forward
+from vlft.models.kernels.foreign import check_activation, foreign, known, norm, own_forward, stale
 from vlft.models.kernels.held import Held
 from vlft.models.kernels.pointwise import Activation
 from vlft.models.kernels.product import Products, UnsupportedError
@@ -73,7 +74,8 @@ class Installed:
         Returns:
             These layers; `left` says why.
         """
-        late = {id(layer): layer for layer in self.layers if (reason := foreign(layer)) and self._leave(reason)}
+        reasons = ((layer, foreign(layer) or stale(layer)) for layer in self.layers)
+        late = {id(layer): layer for layer, reason in reasons if reason and self._leave(reason)}
         for layer in late.values():
             # What may have been put over the layer's forward stays: it calls the one that asks this.
             layer.__dict__["vlft_block"] = None

@@ -10,8 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vlft.compiler.launch import Launch
 from vlft.models.kernels.pointwise import Activation
-from vlft.models.launch import Launch
 
 
 @lru_cache(maxsize=8)

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from vlft import compiler
+
 Activation = Literal["silu_gated", "gelu", "gelu_pytorch_tanh", "quick_gelu"]
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -24,9 +26,7 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 @lru_cache(maxsize=1)
 def _on_gpu() -> Any:
-    try:
-        import triton  # noqa: F401
-    except ImportError:
+    if compiler.trouble():
         return None
     from vlft.models.kernels import on_gpu
 

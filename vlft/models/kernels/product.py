@@ -361,6 +361,18 @@ class Products:
         self.each = [Product(module) for module in modules]
         self.fills_up, self.filled_up = fills_up, filled_up
         self._held: Weights | None = None
+        self.dropout = 0.0
+        self.check()
+
+    def check(self) -> None:
+        """Of adapters that are there now: others may come after this was made.
+
+        Raises:
+            UnsupportedError: as at the start.
+        """
+        for product in self.each:
+            if product.outer is not product.base:
+                _check_adapters(product.outer)
         if len({p.columns for p in self.each}) > 1:
             raise UnsupportedError("products of one input with different widths")
         dropouts = set().union(*(p.dropouts for p in self.each))
