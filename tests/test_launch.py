@@ -1,0 +1,83 @@
+"""A launch by its short key is the one that Triton's own search would have made."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+SCRIPT = """
+import hollow_gpu
+hollow_gpu.install()
+import torch
+from vlft.compiler.launch import Launch
+from vlft.models import attention_on_gpu
+from vlft.models.kernels import on_gpu
+from vlft.optim import on_gpu as optim
+
+direct, searched = 0, 0
+real = Launch.__call__
+
+def twice(self, *args, **kwargs):
+    # Once as it is, once with nothing known.
+    global direct, searched
+    known = dict(self._known)
+    real(self, *args, **kwargs)
+    direct += self._known == known and bool(known)
+    searched += self._known != known
+    mine = hollow_gpu.LAUNCHES[-1]
+    self._known.clear()
+    real(self, *args, **kwargs)
+    self._known |= known
+    assert hollow_gpu.LAUNCHES[-1] == mine, (hollow_gpu.LAUNCHES[-1], mine)
+
+Launch.__call__ = twice
+
+def row(n, kind, width, shift=0):
+    # `shift` numbers behind an aligned place.
+    return torch.zeros(n * width + shift, dtype=kind)[shift:].view(n, width)
+
+for kind in (torch.bfloat16, torch.float32):
+    for n in (1, 7, 16):
+        for width in (32, 24):
+            for shift in (0, 1):
+                x, d = row(n, kind, width, shift), row(n, kind, width)
+                weight = torch.ones(width)
+                on_gpu.norm(x, None, weight, None, 1e-6, kind)
+                on_gpu.norm(x, d, weight, weight, 1e-5, kind)
+                for trains in (False, True):
+                    on_gpu.norm_backward(d, x, weight, None, 1e-6, d, trains=trains)
+                    on_gpu.norm_backward(d, x, weight, weight, 1e-6, None, trains=trains)
+                on_gpu.dropout(x, 0.05, 2**40 + n)
+                on_gpu.activate(x, "gelu")
+                optim.add_up(x.view(-1), d.view(-1), n)
+                if width % 2 == 0:
+                    on_gpu.activate(x, "silu_gated")
+                    on_gpu.activate_backward(x, d[:, : width // 2].contiguous(), "silu_gated")
+    for n in (1, 16, 33):
+        q, k = torch.zeros(n, 4, 8, dtype=kind), torch.zeros(n, 2, 8, dtype=kind)
+        cos, head = torch.zeros(n, 8), torch.ones(8)
+        qkv = torch.zeros(n, 8, 8, dtype=kind)
+        for weights in ((None, None), (head, head)):
+            on_gpu.rotate(qkv, cos, cos, 4, 2, *weights, 1e-6)
+            on_gpu.rotate_backward(q, k, k, cos, cos, qkv if weights[0] is not None else None, *weights, 1e-6)
+        attention_on_gpu.short_backward(q, q, q, q, torch.tensor([0, n], dtype=torch.int32), 0.1)
+
+print(direct, searched, "forms", len({form for form, _ in hollow_gpu.LAUNCHES}))
+assert direct > 50, "the short way is taken"
+assert searched > 20
+"""
+
+
+def test_every_kernel_is_launched_in_the_form_and_with_what_triton_would_choose(tmp_path: Path) -> None:
+    """Of all sizes, and from addresses that no vector can be loaded from, in changing order."""
+    paths = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    environment = {**os.environ, "PYTHONPATH": paths, "TRITON_CACHE_DIR": str(tmp_path)}
+    environment.pop("TRITON_INTERPRET", None)
+    done = subprocess.run([sys.executable, "-c", SCRIPT], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
