@@ -76,7 +76,7 @@ assert searched > 20
 
 def test_every_kernel_is_launched_in_the_form_and_with_what_triton_would_choose(tmp_path: Path) -> None:
     """Of all sizes, and from addresses that no vector can be loaded from, in changing order."""
-    paths = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    paths = os.pathsep.join([str(Path(__file__).parents[1] / "bench"), *sys.path])
     environment = {**os.environ, "PYTHONPATH": paths, "TRITON_CACHE_DIR": str(tmp_path)}
     environment.pop("TRITON_INTERPRET", None)
     done = subprocess.run([sys.executable, "-c", SCRIPT], env=environment, capture_output=True, text=True, check=False)

@@ -280,18 +280,22 @@ class Weights:
             x_ND: in the compute dtype.
             seed: of the adapters' dropout; None drops nothing. One mask serves all modules of this input.
         """
-        out = x_ND.new_empty(x_ND.shape[0], self.width)
         low = self.low
         low_NR = None if low is None else low.down(self._dropped(x_ND, seed))
-        for piece in self.pieces:
-            part = piece.columns(out)
-            if low is None or low_NR is None:
-                _product(piece.bias_O, x_ND, piece.weight_DO, part)
-                continue
-            # The adapters first: they write what the large product then reads on its way, instead of a pass of its own.
-            _product(piece.bias_O, low_NR, piece.columns(low.b_RO), part)
-            part.addmm_(x_ND, piece.weight_DO)
+        pieces = self.pieces
+        if pieces[0].whole:
+            return self._forward_piece(pieces[0], x_ND, low_NR, None), low_NR
+        out = x_ND.new_empty(x_ND.shape[0], self.width)
+        for piece in pieces:
+            self._forward_piece(piece, x_ND, low_NR, piece.columns(out))
         return out, low_NR
+
+    def _forward_piece(self, piece: Piece, x_ND: Tensor, low_NR: Tensor | None, into: Tensor | None) -> Tensor:
+        if self.low is None or low_NR is None:
+            return _product(piece.bias_O, x_ND, piece.weight_DO, into)
+        # The adapters first: they write what the large product then reads on its way, instead of a pass of its own.
+        out = _product(piece.bias_O, low_NR, piece.columns(self.low.b_RO), into)
+        return out.addmm_(x_ND, piece.weight_DO)
 
     def backward_low(self, d_out_NO: Tensor) -> Tensor | None:
         """(N, R): the gradient that reaches the adapters' inner side; both other backwards take it."""
@@ -493,11 +497,11 @@ def _learning(p: nn.Parameter | None) -> nn.Parameter | None:
     return p if p is not None and p.requires_grad else None
 
 
-def _product(bias_O: Tensor | None, x_ND: Tensor, weight_DO: Tensor, out_NO: Tensor) -> None:
+def _product(bias_O: Tensor | None, x_ND: Tensor, weight_DO: Tensor, out_NO: Tensor | None) -> Tensor:
+    """Into `out_NO`, if it is there."""
     if bias_O is None:
-        torch.mm(x_ND, weight_DO, out=out_NO)
-    else:
-        torch.addmm(bias_O, x_ND, weight_DO, out=out_NO)
+        return torch.mm(x_ND, weight_DO, out=out_NO)
+    return torch.addmm(bias_O, x_ND, weight_DO, out=out_NO)
 
 
 def note(gradients: Gradients, p: nn.Parameter, gradient: Tensor) -> None:

@@ -1,6 +1,7 @@
 """A GPU that is not there: Triton compiles for it as for an H100, and launches go nowhere but into a list.
 
-For tests of how kernels are launched, not of what they compute. `install` is for a process of its own.
+For what the host does, not for what is computed: tests of how kernels are launched, and bench/host.py. `install` is for
+a process of its own.
 """
 
 from __future__ import annotations
