@@ -19,7 +19,7 @@ def words(model: Path, registry: Path, out: Path, strategy: str, **more: Any) ->
 @pytest.mark.parametrize(
     "strategy", ["full", "lora_llm_full_vit", pytest.param("partial_llm_full_vit", marks=pytest.mark.slow), "qlora"]
 )
-@pytest.mark.parametrize("layout", ["ZeRO-2", "ZeRO-3"])
+@pytest.mark.parametrize("layout", [pytest.param("ZeRO-2", marks=pytest.mark.slow), "ZeRO-3"])
 def test_two_processes_end_with_the_weights_of_one(
     tiny: Callable[..., Path], tmp_path: Path, strategy: str, layout: str
 ) -> None:
@@ -28,7 +28,10 @@ def test_two_processes_end_with_the_weights_of_one(
     assert gap < matrix.LIMIT
 
 
-@pytest.mark.parametrize("layout", matrix.LAYOUTS)
+@pytest.mark.parametrize(
+    "layout",
+    [name if name == "ZeRO-3" else pytest.param(name, marks=pytest.mark.slow) for name in matrix.LAYOUTS],
+)
 def test_ranks_without_pictures_or_samples(tiny: Callable[..., Path], tmp_path: Path, layout: str) -> None:
     """Text alone on one rank, five pictures on another, nothing on two of three at an epoch's end: no hang."""
     gap = matrix.run_cell(tiny(), tmp_path, "full", layout, Case(3, 1, 1, mixed=True))
