@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from vlft.compiler.launch import Launch
 from vlft.models import attention_on_gpu
 from vlft.models.kernels import on_gpu
 from vlft.optim import on_gpu as optim
+from vlft.optim import rounded
 
 direct, searched = 0, 0
 real = Launch.__call__
@@ -68,6 +70,16 @@ for kind in (torch.bfloat16, torch.float32):
             on_gpu.rotate_backward(q, k, k, cos, cos, qkv if weights[0] is not None else None, *weights, 1e-6)
         attention_on_gpu.short_backward(q, q, q, q, torch.tensor([0, n], dtype=torch.int32), 0.1)
 
+for states in ("bf16", "8bit"):
+    for kind in (torch.bfloat16, torch.float32):
+        for size in (5000, 4999):
+            w = torch.nn.Parameter(torch.ones(size, dtype=torch.bfloat16))
+            optimizer = rounded.RoundedAdamW([w], states)
+            facts = rounded.facts(optimizer.param_groups[0], 1)
+            job = rounded.Job(w.data, torch.ones(size, dtype=kind), optimizer._fresh(w), facts, 3)
+            optim.update([job], torch.tensor(1.0), torch.tensor(0.0))
+            optim.update([job], None)
+
 print(direct, searched, "forms", len({form for form, _ in hollow_gpu.LAUNCHES}))
 assert direct > 50, "the short way is taken"
 assert searched > 20
@@ -75,9 +87,22 @@ assert searched > 20
 
 
 def test_every_kernel_is_launched_in_the_form_and_with_what_triton_would_choose(tmp_path: Path) -> None:
-    """Of all sizes, and from addresses that no vector can be loaded from, in changing order."""
+    """Of all sizes, and from addresses that no vector can be loaded from, in changing order. None computes in fp64."""
     paths = os.pathsep.join([str(Path(__file__).parents[1] / "bench"), *sys.path])
     environment = {**os.environ, "PYTHONPATH": paths, "TRITON_CACHE_DIR": str(tmp_path)}
     environment.pop("TRITON_INTERPRET", None)
     done = subprocess.run([sys.executable, "-c", SCRIPT], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    compiled = [*tmp_path.rglob("*.ptx")]
+    assert len(compiled) > 40
+    assert [path.stem for path in compiled if ".f64" in path.read_text()] == []
+
+
+KERNELS = [path for path in (Path(__file__).parents[1] / "vlft").rglob("*.py") if "@triton.jit" in path.read_text()]
+
+
+@pytest.mark.parametrize("path", KERNELS, ids=lambda path: str(path.relative_to(path.parents[2])))
+def test_no_constant_of_a_kernel_is_one_of_fp64(path: Path) -> None:
+    """Below the smallest normal number of fp32 it is one to Triton 3.6, and takes what it meets along."""
+    numbers = [node.value for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Constant)]
+    assert [x for x in numbers if isinstance(x, float) and 0.0 < abs(x) < 2.0**-126] == []

@@ -26,6 +26,9 @@ from vlft import compiler
 BLOCK = 256
 DOUBLING = 8
 """Codes to a factor of two."""
+SMALLEST = 2e-38
+"""That a block's scale is taken for where all of it is zero: above the smallest normal number of fp32. A constant below is
+one of fp64 to Triton 3.6, which then computes all that follows in fp64, logarithms too."""
 M_CODES, V_CODES = 127, 255
 """The largest code of |m|, whose sign takes a bit, and of v. m: a range of 2^16, below which zero; v: of 2^32."""
 
@@ -220,7 +223,7 @@ def _code(share: Tensor, random: Tensor, largest: int) -> Tensor:
 def encode_m(m: Tensor, random: Tensor) -> tuple[Tensor, Tensor]:
     """(N, BLOCK) first moments to codes (sign in the highest bit) and (N,) scales."""
     scale = m.abs().amax(1)
-    share = m.abs() / scale.clamp(min=1e-38).unsqueeze(1)
+    share = m.abs() / scale.clamp(min=SMALLEST).unsqueeze(1)
     # The last code is zero. A share below the smallest is that one or zero, by chance.
     smallest = 2.0 ** (-(M_CODES - 1) / DOUBLING)
     small = share < smallest
@@ -238,7 +241,7 @@ def decode_m(codes: Tensor, scale: Tensor) -> Tensor:
 def encode_v(v: Tensor, random: Tensor) -> tuple[Tensor, Tensor]:
     """(N, BLOCK) second moments to codes and (N,) scales. None becomes zero: Adam divides by its root."""
     scale = v.amax(1)
-    share = (v / scale.clamp(min=1e-38).unsqueeze(1)).clamp(min=2.0 ** (-V_CODES / DOUBLING))
+    share = (v / scale.clamp(min=SMALLEST).unsqueeze(1)).clamp(min=2.0 ** (-V_CODES / DOUBLING))
     return _code(share, random, V_CODES).to(torch.uint8), scale
 
 
