@@ -27,8 +27,9 @@ BLOCK = 256
 DOUBLING = 8
 """Codes to a factor of two."""
 SMALLEST = 2e-38
-"""That a block's scale is taken for where all of it is zero: above the smallest normal number of fp32. A constant below is
-one of fp64 to Triton 3.6, which then computes all that follows in fp64, logarithms too."""
+"""That a block's scale is taken for where all of it is zero: above the smallest normal number of fp32.
+
+A constant below is one of fp64 to Triton 3.6, which then computes all that follows in fp64, logarithms too."""
 M_CODES, V_CODES = 127, 255
 """The largest code of |m|, whose sign takes a bit, and of v. m: a range of 2^16, below which zero; v: of 2^32."""
 
