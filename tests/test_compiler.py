@@ -55,7 +55,7 @@ def test_a_first_launch_that_fails_is_no_end(monkeypatch: pytest.MonkeyPatch) ->
     """As Triton says it on a machine without a compiler."""
     pytest.importorskip("triton")
     error = RuntimeError("Failed to find C compiler.\n Please specify via CC environment variable.")
-    monkeypatch.setattr(compiler, "launch", failing(error))
+    monkeypatch.setattr(compiler, "try_one", failing(error))
     assert compiler.trouble().startswith("RuntimeError: Failed to find C compiler. Please specify")
     assert [one() for one in ASKED[1:]] == [None, None, None]
 
@@ -67,7 +67,7 @@ def test_it_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
         asked.append(1)
         return 2.0
 
-    monkeypatch.setattr(compiler, "launch", launch)
+    monkeypatch.setattr(compiler, "try_one", launch)
     assert compiler.trouble() == ""
     for one in ASKED:
         one()
@@ -75,7 +75,7 @@ def test_it_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_wrong_sum_is_trouble(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compiler, "launch", lambda: 1.0)
+    monkeypatch.setattr(compiler, "try_one", lambda: 1.0)
     assert compiler.trouble() == "a kernel that adds 1 to 1 gave 1.0"
 
 
@@ -89,7 +89,7 @@ def test_without_a_compiler_what_another_machine_compiled_does_not_count(
         seen.append(os.environ.get("TRITON_CACHE_DIR"))
         return 2.0
 
-    monkeypatch.setattr(compiler, "launch", launch)
+    monkeypatch.setattr(compiler, "try_one", launch)
     monkeypatch.delenv("TRITON_CACHE_DIR", raising=False)
     if before:
         monkeypatch.setenv("TRITON_CACHE_DIR", before)
@@ -107,20 +107,20 @@ def test_the_start_of_a_run_says_so_once(monkeypatch: pytest.MonkeyPatch) -> Non
         return [*items, "of another machine"]
 
     gpu, cpu = torch.device("cuda"), torch.device("cpu")
-    monkeypatch.setattr(compiler, "launch", lambda: 2.0)
+    monkeypatch.setattr(compiler, "try_one", lambda: 2.0)
     assert kernels_sentence(cpu, gather) == []
     assert kernels_sentence(gpu, list) == []
     (line,) = kernels_sentence(gpu, gather)
     assert "(of another machine)" in line
     compiler.trouble.cache_clear()
-    monkeypatch.setattr(compiler, "launch", failing(OSError("no ptxas")))
+    monkeypatch.setattr(compiler, "try_one", failing(OSError("no ptxas")))
     (line,) = kernels_sentence(gpu, gather)
     assert line.startswith("Triton cannot compile kernels here (OSError: no ptxas): norms, ")
     assert "\n" not in line
 
 
 def test_windows_then_go_backward_by_flash(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compiler, "launch", failing(RuntimeError("no compiler")))
+    monkeypatch.setattr(compiler, "try_one", failing(RuntimeError("no compiler")))
     monkeypatch.setattr(
         torch.ops.aten, "_flash_attention_backward", lambda d, q, k, v, *_, **__: (q + d, k + d, v + d), raising=False
     )
@@ -129,3 +129,12 @@ def test_windows_then_go_backward_by_flash(monkeypatch: pytest.MonkeyPatch) -> N
     flash = (torch.zeros(2, 16), None, None, borders, 8, 0.3, False)
     found = attention.attend_backward(attention.Attended(q, (q, k, v), flash), d)
     assert torch.equal(found[2], v + d)
+
+
+def test_it_is_asked_after_the_launcher_was_imported() -> None:
+    """A module of the package takes the place of a function of its name."""
+    pytest.importorskip("triton")
+    script = "import vlft.compiler.launch; from vlft import compiler; print(compiler.trouble())"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "not callable" not in done.stdout

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -128,7 +129,9 @@ def test_a_step_ahead_of_its_norm_is_the_same_step(limit: float) -> None:
                 assert ps[1].grad is not None
                 ps[1].grad[0] = torch.nan
             before = [p.detach().clone() for p in ps]
-            update = engine.update()
+            meanwhile = Mock()
+            update = engine.update(meanwhile)
+            meanwhile.assert_called_once_with()
             assert update.applied == (step != 2)
             assert all(torch.equal(a, b) for a, b in zip(before, ps, strict=True)) == (step == 2)
             assert all(p.grad is None for p in ps)

@@ -85,11 +85,13 @@ class Feed:
         return step
 
     def _fetch(self) -> Step:
-        began = time.monotonic()
+        began, busy = time.monotonic(), _mark(self._inputs.device)
         try:
             return next(self._steps)
         finally:
-            self._waited += time.monotonic() - began
+            # Where the device is still at work on what it was asked for before, nobody has waited.
+            if busy is None or busy.query():  # type: ignore[no-untyped-call]
+                self._waited += time.monotonic() - began
 
     def look_ahead(self) -> None:
         """Fetch the step after the one that was taken last, and bring its first row to the device."""
@@ -104,8 +106,8 @@ class Feed:
         row = self._next.rows[0]
         try:
             self._ready = row, self._inputs(row, True)
-        except torch.OutOfMemoryError:
-            self._ready = None  # made where it is needed, once this step has let go of its memory
+        except Exception:
+            self._ready = None  # it is made again in its own step: with more memory, or it fails there
 
     def inputs(self, row: Row) -> dict[str, Any]:
         """Of a row of the step that was taken last; once."""
@@ -113,6 +115,15 @@ class Feed:
         return ready[1] if ready is not None and ready[0] is row else self._inputs(row, True)
 
     def waited(self) -> float:
-        """Seconds in which steps were fetched since this was asked."""
+        """Seconds in which steps were waited for since this was asked."""
         found, self._waited = self._waited, 0.0
         return found
+
+
+def _mark(device: torch.device) -> torch.cuda.Event | None:
+    """Behind all that a GPU has been asked for."""
+    if device.type != "cuda":
+        return None
+    event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    event.record()
+    return event

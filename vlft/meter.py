@@ -56,7 +56,7 @@ class Meter:
 
         Args:
             work: of all ranks, as `work` gives it.
-            seconds, waited: of the step, and for its data before it.
+            seconds, waited: of the step, and for data: of this step, or of the next one, which is fetched ahead.
         """
         whole = seconds + waited
         found = {

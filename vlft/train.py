@@ -91,7 +91,8 @@ def train_step(job: Job, step: Step) -> dict[str, Any]:
     if supervised:
         if not job.proof.done:
             job.proof.before_update(reached_pictures=images > 0)
-        update = engine.update(meanwhile=job.steps.look_ahead)
+        # Not where a stop is asked for: a launcher waits half a minute, and a slow disk may take it for the next step.
+        update = engine.update(meanwhile=lambda: None if job.interrupt.asked else job.steps.look_ahead())
     # The losses are read only now: to read waits for the device, which would then have nothing to do until the update.
     losses = [losses_S.cpu() for losses_S in losses]
     if failed:

@@ -547,3 +547,27 @@ def test_the_bytes_that_a_layer_keeps_are_counted(tiny: Callable[..., Path], fam
         own = [kept.attended.out, kept.middle, *kept.attended.qkv, *([] if kept.before is None else [kept.before])]
         # The log-sum-exp of the attention is counted for the GPU's kernel; this one keeps more.
         assert cost.attention == sum(t.numel() * 4 for t in own) + n * block.heads * 4
+
+
+@pytest.mark.parametrize("holds", [False, True])
+def test_biases_with_masters_over_frozen_weights_of_16_bits(tiny: Callable[..., Path], holds: bool) -> None:
+    """As BitFit trains them (Ben Zaken et al. 2022)."""
+    found = {}
+    for reference in (True, False):
+        packed, row = prepared(tiny(), "full", reference=reference, dtype=torch.bfloat16)
+        packed.installed.holds = holds
+        packed.requires_grad_(False)
+        biases = {name: p for name, p in packed.named_parameters() if name.endswith("bias")}
+        for p in biases.values():
+            p.data = p.data.float()
+            p.requires_grad_(True)
+        with torch.autocast("cpu", torch.bfloat16):
+            packed(**row).sum().backward()
+        assert {p.grad.dtype for p in biases.values() if p.grad is not None} == {torch.float32}
+        found[reference] = {name: p.grad for name, p in biases.items()}
+    norm = sum(float(g.double().square().sum()) for g in found[True].values() if g is not None) ** 0.5
+    for name, expected in found[True].items():
+        got = found[False][name]
+        assert expected is not None
+        assert got is not None
+        assert float((got - expected).norm()) < 0.03 * norm, name

@@ -4,6 +4,8 @@ Triton builds a small driver in C at its first launch, and calls ptxas for every
 (slim containers have no C compiler) the first launch of a step would end the training. Whoever has kernels asks here,
 and runs plain PyTorch functions where there is trouble: norms, activations and dropout, attention in short windows,
 the optimizers without fp32 masters.
+
+`launch.py` launches those kernels of which a row needs thousands.
 """
 
 from __future__ import annotations
@@ -24,13 +26,13 @@ def trouble() -> str:
     """Why Triton's kernels cannot run here; empty where they can."""
     try:
         with _as_compiled_here():
-            found = launch()
+            found = try_one()
     except Exception as error:  # compilers, linkers, drivers: each has errors of its own
         return f"{type(error).__name__}: {' '.join(str(error).split())}"[:200].rstrip(": .")
     return "" if found == 2.0 else f"a kernel that adds 1 to 1 gave {found}"
 
 
-def launch() -> float:
+def try_one() -> float:
     """1 + 1, by a kernel."""
     from vlft.compiler.on_gpu import one_and_one
 

@@ -21,9 +21,13 @@ _address = methodcaller("data_ptr")
 
 @lru_cache(maxsize=1)
 def _knows_launcher() -> bool:
-    """Whether this Triton's compiled kernels are called as here; another one's are left to its own call."""
+    """Whether this Triton's compiled kernels are called as here; another one's are left to its own call.
+
+    For AMD's GPUs it also compiles by whether a tensor's storage is within 2 GB, which is not part of the key here.
+    """
     major, minor = (int(part) for part in triton.__version__.split(".")[:2])
-    return (3, 6) <= (major, minor) < (3, 10)
+    backend = triton.runtime.driver.active.get_current_target().backend
+    return backend == "cuda" and (3, 6) <= (major, minor) < (3, 10)
 
 
 class Launch:

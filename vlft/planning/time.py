@@ -13,7 +13,8 @@ PRODUCTS, ATTENTION, BANDWIDTH = 0.72, 0.35, 0.8
 """Shares of the peaks that are reached: assumptions. docs/planning.md says what comes of them."""
 HOST = 0.35 / 68
 """Seconds of the host for one layer and row, forward and backward: a row of 32 + 36 layers took it 0.35 s on the
-machine of docs/performance.md (2026-11-24), where two rows a step took 0.71 s whatever the GPU did."""
+machine of docs/performance.md (2026-11-24), where two rows a step took 0.71 s whatever the GPU did. Of that day's code:
+bench/host.py finds little more than half of it since, which no GPU has confirmed."""
 
 
 @dataclass(frozen=True)

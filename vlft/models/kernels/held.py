@@ -1,4 +1,8 @@
-"""Copies of parameters that layers use in their place, and whether the modules still hold what the copies are from."""
+"""Copies of parameters that layers use in their place, and whether the modules still hold what the copies are from.
+
+What trains is copied anew for every row. A frozen weight is not: whoever writes other values into its place, and does
+not replace it, must switch `Installed.holds` off and on again.
+"""
 
 from __future__ import annotations
 

@@ -79,6 +79,10 @@ class Product:
         """Probabilities before the adapters, in training."""
         return {getattr(m, "p", 0.0) for m in getattr(self.outer, "lora_dropout", {}).values()}
 
+    def own(self) -> tuple[nn.Parameter, nn.Parameter | None]:
+        """Weight and bias of the module itself."""
+        return self.base.weight, self.base.bias
+
     def adapters(self) -> Iterator[Adapter]:
         outer = self.outer
         if outer is self.base:
@@ -106,7 +110,7 @@ class Product:
             target.copy_(bnb.dequantize_4bit(self.base.weight.data, state))
 
     def trained(self) -> Iterator[nn.Parameter]:
-        for p in (self.base.weight, self.base.bias):
+        for p in self.own():
             if p is not None and p.requires_grad:
                 yield p
         for adapter in self.adapters():
@@ -245,7 +249,7 @@ class Trained:
             whole = found.shape == self.weight.shape
             note(gradients, self.weight, found if whole else found[: self.rows, : self.columns])
         if self.bias is not None:
-            found = d_out.sum(0)
+            found = d_out.sum(0, dtype=self.bias.dtype)
             note(gradients, self.bias, found if found.shape == self.bias.shape else found[: self.rows])
 
 
@@ -436,7 +440,7 @@ class Products:
     def _as_they_are(self, kind: torch.dtype, device: torch.device) -> list[Piece] | None:
         """The modules' own weights, where they can be multiplied with as they are and are not better joined."""
         widths = self.widths(device)
-        if any(not p.plain or p.base.weight.dtype != kind for p in self.each):
+        if any(not p.plain or any(own is not None and own.dtype != kind for own in p.own()) for p in self.each):
             return None
         if self.columns(device) != self.each[0].columns or any(
             w != p.rows for w, p in zip(widths, self.each, strict=True)
