@@ -44,6 +44,7 @@ matrix: $(STAMP)  ## every layout against one process, about ten minutes; writes
 bench: $(STAMP)  ## what the performance pages are made with, the part that runs on a CPU
 	$(BIN)/python bench/index.py
 	$(BIN)/python bench/data.py --startup
+	$(BIN)/python bench/host.py
 
 soak: $(STAMP)  ## 120 kills, then two hosts (network namespaces: needs root) whose link is cut; half an hour
 	VLFT_SOAK=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/faults/test_kills.py -s

@@ -51,6 +51,19 @@ def test_idle_spans_between_steps_are_those_in_which_one_ends(monkeypatch: pytes
 
 
 @pytest.mark.slow
+def test_the_host_s_work_is_that_of_the_code_of_a_gpu() -> None:
+    pytest.importorskip("triton")
+    repository = BENCH.parent
+    states = ("--checkout", repository, "--checkout", repository)
+    first, second = map(json.loads, run("host.py", "--rows", "3B-full-bf16", "--repeat", 5, "--processes", 1, *states))
+    assert first["layers"] == 32 + 36
+    # A layer's two norms, rotation and activation, forward and backward, the norms a second time; the tower's windows.
+    assert first["kernels_of_triton"] == second["kernels_of_triton"] == 10 * 68 + 32
+    assert "over_the_first" not in first
+    assert second["over_the_first"] > 0
+
+
+@pytest.mark.slow
 def test_augmentation_s_share_of_a_step(tmp_path: Path) -> None:
     tiny = ("--size", "tiny", "--device", "cpu", "--records", 4, "--workers", 0, "--root", tmp_path / "root")
     lines = run("augmentation.py", *tiny, "--steps", 1, "--warm", 1, "--out", tmp_path, "--policies", "none,geometric")
