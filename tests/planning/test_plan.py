@@ -354,8 +354,11 @@ def test_histograms_count_everything_in_round_bars() -> None:
 
 
 def test_it_needs_no_weights_and_says_what_a_run_would_hold(seven: Path) -> None:
-    line = [sys.executable, "-m", "vlft", "plan", *words(seven, "qlora", "--gpu", "RTX 4090 24GB")]
+    compiler = "atexit.register(lambda: print('compiler imported:', 'torch._inductor.compile_fx' in sys.modules))"
+    script = f"import atexit, sys; {compiler}; from vlft.cli import main; main()"
+    line = [sys.executable, "-c", script, "plan", *words(seven, "qlora", "--gpu", "RTX 4090 24GB")]
     done = subprocess.run(line, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "It fits into RTX 4090 24GB." in done.stdout
     assert "161,480,704" in done.stdout  # published: rank 64 on all seven products of 28 layers
+    assert "compiler imported: False" in done.stdout, "two seconds, for nothing that a plan does"
