@@ -207,7 +207,7 @@ def evaluated(scripts: str) -> dict[str, Any]:
     return {"max_steps": 1, "eval_dataset_scripts": names, "mixed_precision": "no", "eval_max_new_tokens": 24}
 
 
-@pytest.mark.parametrize("layout", [None, "zero3"])
+@pytest.mark.parametrize("layout", [None, pytest.param("zero3", marks=pytest.mark.slow)])
 def test_two_processes_answer_and_score_as_one_does(
     tiny: Callable[..., Path], tmp_path: Path, two_data_sets: tuple[Path, str], by_one_process: Path, layout: str | None
 ) -> None:

@@ -51,7 +51,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
         )
         if layout == "ZeRO-3 offload"
         else pytest.param(layout, marks=pytest.mark.slow)
-        if layout.startswith("ZeRO-2")
+        if layout.startswith("ZeRO")
         else layout
         for layout in LAYOUTS
     ],

@@ -325,6 +325,7 @@ def test_gradients_are_divided_in_the_step() -> None:
     assert torch.equal(*ends)
 
 
+@pytest.mark.slow
 def test_the_kernel_of_a_gpu_in_tritons_interpreter() -> None:
     pytest.importorskip("triton")
     environment = {**os.environ, "TRITON_INTERPRET": "1"}

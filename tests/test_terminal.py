@@ -156,6 +156,7 @@ def test_an_error_leaves_the_terminal_as_it_was(tiny: Callable[..., Path], tmp_p
     assert not any("━" in line for line in lines if "step" in line)
 
 
+@pytest.mark.slow
 def test_without_colours(tiny: Callable[..., Path], tmp_path: Path) -> None:
     seen = Watched(words(tiny(), tmp_path, max_steps=4), fault={"kind": "slow", "seconds": 0.15}, NO_COLOR="1")
     assert seen.ends() == 0
@@ -163,6 +164,7 @@ def test_without_colours(tiny: Callable[..., Path], tmp_path: Path) -> None:
     assert not COLOUR.search(seen.out)
 
 
+@pytest.mark.slow
 def test_a_dumb_terminal_gets_plain_lines(tiny: Callable[..., Path], tmp_path: Path) -> None:
     seen = Watched(words(tiny(), tmp_path, max_steps=4), TERM="dumb")
     assert seen.ends() == 0

@@ -209,6 +209,7 @@ def test_states_that_come_later_are_reckoned_with(tiny: Callable[..., Path], tmp
 # Several processes
 
 
+@pytest.mark.slow
 def test_two_processes(tiny: Callable[..., Path], tmp_path: Path) -> None:
     registry = write_data(tmp_path)
     for name, skip in (("without", "true"), ("with", "false")):

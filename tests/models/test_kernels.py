@@ -196,6 +196,7 @@ def test_attention_and_its_backward(device: str, kind: torch.dtype, size: int) -
         assert near(found, x.grad, limit)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels themselves run above")
 def test_the_kernels_of_a_gpu_in_tritons_interpreter() -> None:
     """The same tests with the kernels in the place of the functions. Triton compiles or interprets a whole process."""
