@@ -41,9 +41,8 @@ class Sources:
         self._values = list(map(dict.get, self._dicts, self._keys))
         self._parameters = [value for value in self._values if isinstance(value, torch.nn.Parameter)]
         self._learn = list(map(_learns, self._parameters))
-        self._weights = [product.base.weight for product in products]
         # A module is cast, and moved, without its parameters being replaced.
-        self._dtypes, self._addresses = list(map(_dtype, self._weights)), list(map(_address, self._weights))
+        self._dtypes, self._addresses = list(map(_dtype, self._parameters)), list(map(_address, self._parameters))
         self._wrapped = [product.outer for product in products if product.outer is not product.base]
         self._states = [(off, [*merged], [*active]) for off, merged, active in map(_state, self._wrapped)]
         self._seen = all(product.base._parameters.get("weight") is product.base.weight for product in products)
@@ -55,8 +54,8 @@ class Sources:
         return (
             self._seen
             and all(map(is_, map(dict.get, self._dicts, self._keys), self._values))
-            and list(map(_dtype, self._weights)) == self._dtypes
-            and list(map(_address, self._weights)) == self._addresses
+            and list(map(_dtype, self._parameters)) == self._dtypes
+            and list(map(_address, self._parameters)) == self._addresses
             and list(map(_learns, self._parameters)) == self._learn
             and list(map(_state, self._wrapped)) == self._states
         )
