@@ -206,15 +206,22 @@ def test_the_size_of_a_gpu_means_nothing_without_one(tiny: Callable[..., Path], 
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("device", [torch.device("cuda", 0), torch.device("cuda")])
 @pytest.mark.parametrize("size", [None, 12 * 10**9, 200 * 10**9])
-def test_the_room_of_a_size(size: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_room_of_a_size(size: int | None, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a GPU of that size, whose allocator gives no more; of 80 GB, 20 are others'."""
     limits: list[float] = []
     facts = {"mem_get_info": (5e10, 8e10), "memory_reserved": 1e10, "memory_allocated": 4e9}
     for name, value in facts.items():
         monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
-    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda share, _: limits.append(share))
-    room = room_on_gpu(torch.device("cuda", 0), lambda: 10**9, size)()
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+
+    def limit(share: float, of: Any) -> None:
+        assert torch.device(of).index == 0  # torch asks for one; a process alone on a machine has "cuda" as its device
+        limits.append(share)
+
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", limit)
+    room = room_on_gpu(device, lambda: 10**9, size)()
     if size == 12 * 10**9:
         assert room == pytest.approx(12e9 - 0.6e9 - 0.06 * 12e9 - 5e9)
         assert limits == [pytest.approx(11.4 / 80)]
