@@ -19,6 +19,7 @@ import torch
 from vlft.compiler.launch import Launch
 from vlft.models import attention_on_gpu
 from vlft.models.kernels import on_gpu
+from vlft.models.kernels.pointwise import Drop
 from vlft.optim import on_gpu as optim
 from vlft.optim import rounded
 
@@ -55,12 +56,20 @@ for kind in (torch.bfloat16, torch.float32):
                 for trains in (False, True):
                     on_gpu.norm_backward(d, x, weight, None, 1e-6, d, trains=trains)
                     on_gpu.norm_backward(d, x, weight, weight, 1e-6, None, trains=trains)
-                on_gpu.dropout(x, 0.05, 2**40 + n)
+                drop = Drop(0.05, 2**40 + n)
+                on_gpu.norm(x, d, weight, None, 1e-6, kind, drop)
+                on_gpu.norm(x, None, weight, None, 1e-6, kind, drop, plain=False)
+                on_gpu.dropout(x, drop)
+                on_gpu.product_dropped(row(n, kind, 8), row(8, kind, width), drop)
+                on_gpu.column_sums(x, kind)
+                on_gpu.column_sums(x[:, 1:], torch.float32)
                 on_gpu.activate(x, "gelu")
+                on_gpu.activate(x, "gelu", drop)
                 optim.add_up(x.view(-1), d.view(-1), n)
                 if width % 2 == 0:
                     on_gpu.activate(x, "silu_gated")
                     on_gpu.activate_backward(x, d[:, : width // 2].contiguous(), "silu_gated")
+                    on_gpu.activate_backward(x, d[:, : width // 2].contiguous(), "silu_gated", drop, plain=False)
     for n in (1, 16, 33):
         q, k = torch.zeros(n, 4, 8, dtype=kind), torch.zeros(n, 2, 8, dtype=kind)
         cos, head = torch.zeros(n, 8), torch.ones(8)

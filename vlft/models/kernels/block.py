@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from vlft.models.attention import Attended, attend, attend_backward
 from vlft.models.kernels import pointwise
-from vlft.models.kernels.pointwise import Activation
-from vlft.models.kernels.product import Copies, Gradients, Products, note
+from vlft.models.kernels.pointwise import Activation, Drop
+from vlft.models.kernels.product import Copies, Gradients, Products, Weights, note
 
 Keep = Literal["all", "attention", "input"]
 """What a layer keeps for its backward pass: all that is dear, all but the MLP's inner values, or its input alone."""
@@ -44,8 +44,11 @@ class Norm:
     def trained(self) -> Iterator[nn.Parameter]:
         yield from (p for p in (self.weight, self.bias) if p is not None and p.requires_grad)
 
-    def forward(self, x_ND: Tensor, branch_ND: Tensor | None, kind: torch.dtype) -> tuple[Tensor, Tensor]:
-        return pointwise.norm(x_ND, branch_ND, self.weight, self.bias, self.eps, kind)
+    def forward(
+        self, x_ND: Tensor, branch_ND: Tensor | None, kind: torch.dtype, drop: Drop | None, *, plain: bool = True
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """As `pointwise.norm`."""
+        return pointwise.norm(x_ND, branch_ND, self.weight, self.bias, self.eps, kind, drop, plain=plain)
 
     def backward(self, d_out_ND: Tensor, x_ND: Tensor, d_more_ND: Tensor, gradients: Gradients) -> Tensor:
         weight, bias = self.weight, self.bias
@@ -98,6 +101,11 @@ class Kept:
     """(N, I) or (N, 2 I) before the activation"""
     lows: dict[str, Tensor | None] = field(default_factory=dict)
     """(N, R) between the two halves of the adapters, of each group that has some"""
+
+
+Groups = tuple[Weights, Weights, Weights, Weights]
+"""(queries keys values, output, inner, down), ready to be multiplied with."""
+Drops = tuple[Drop | None, Drop | None, Drop | None, Drop | None]
 
 
 @dataclass(eq=False)
@@ -160,9 +168,14 @@ class Block:
             return None, None, 0.0
         return self.q_norm.weight, self.k_norm.weight, self.q_norm.eps
 
-    def _attend(self, x_ND: Tensor, call: Call, kept: Kept, *, learns: bool) -> None:
-        _, n_ND = self.norm_1.forward(x_ND, None, call.kind)
-        flat, kept.lows["qkv"] = self.qkv.weights(call.kind, x_ND.device).forward(n_ND, call.seeds[0])
+    def _ready(self, call: Call, device: torch.device) -> tuple[Groups, Drops]:
+        one, two, three, four = (group.weights(call.kind, device) for group in self.groups())
+        a, b, c, d = call.seeds
+        return (one, two, three, four), (one.drop(a), two.drop(b), three.drop(c), four.drop(d))
+
+    def _attend(self, x_ND: Tensor, call: Call, kept: Kept, qkv: Weights, drop: Drop | None, *, learns: bool) -> None:
+        _, n_ND, dropped_ND = self.norm_1.forward(x_ND, None, call.kind, drop)
+        flat, kept.lows["qkv"] = qkv.forward(n_ND, dropped_ND)
         before = flat.view(x_ND.shape[0], -1, self.size)
         q_weight, k_weight, eps = self._head_norms
         rotated = pointwise.rotate(
@@ -171,23 +184,29 @@ class Block:
         kept.before = before if q_weight is not None else None
         kept.attended = attend(*rotated, call.borders, call.longest, self.scale, causal=self.causal, learns=learns)
 
-    def _meet(self, x_ND: Tensor, call: Call, kept: Kept) -> Tensor:
-        """The attention's output into the residual stream; returns the norm of that."""
+    def _meet(
+        self, x_ND: Tensor, call: Call, kept: Kept, out: Weights, drop: Drop | None, inner_drop: Drop | None
+    ) -> tuple[Tensor, Tensor]:
+        """The attention's output into the residual stream; returns the norm of that, plain and dropped."""
+        attended_ND, dropped_ND = self._attended(call, kept, drop)
+        branch, kept.lows["out"] = out.forward(attended_ND, dropped_ND)
+        kept.middle, m_ND, m_dropped = self.norm_2.forward(_rows(x_ND, call), branch, call.kind, inner_drop)
+        return m_ND, m_dropped
+
+    @staticmethod
+    def _attended(call: Call, kept: Kept, drop: Drop | None) -> tuple[Tensor, Tensor]:
         assert kept.attended is not None
         attended_ND = _rows(kept.attended.out.flatten(1), call)
-        out = self.out.weights(call.kind, x_ND.device)
-        branch, kept.lows["out"] = out.forward(attended_ND, call.seeds[1])
-        kept.middle, m_ND = self.norm_2.forward(_rows(x_ND, call), branch, call.kind)
-        return m_ND
+        return attended_ND, attended_ND if drop is None else pointwise.dropout(attended_ND, drop)
 
     def forward(self, x_ND: Tensor, call: Call, kept: Kept, *, learns: bool) -> Tensor:
-        self._attend(x_ND, call, kept, learns=learns and call.keep != "input")
-        m_ND = self._meet(x_ND, call, kept)
+        (qkv, outer, inner, down), drops = self._ready(call, x_ND.device)
+        self._attend(x_ND, call, kept, qkv, drops[0], learns=learns and call.keep != "input")
+        m_ND, m_dropped = self._meet(x_ND, call, kept, outer, drops[1], drops[2])
         assert kept.middle is not None
-        inner, down = (group.weights(call.kind, x_ND.device) for group in (self.inner, self.down))
-        kept.inner, kept.lows["inner"] = inner.forward(m_ND, call.seeds[2])
-        active = pointwise.activate(kept.inner, self.activation)
-        out, kept.lows["down"] = down.forward(active, call.seeds[3])
+        kept.inner, kept.lows["inner"] = inner.forward(m_ND, m_dropped)
+        del m_ND, m_dropped
+        out, kept.lows["down"] = down.forward(*pointwise.activate(kept.inner, self.activation, drops[3]))
         out = out.add_(kept.middle) if out.dtype == x_ND.dtype else kept.middle + out
         if call.keep != "all":
             kept.inner = None
@@ -199,32 +218,40 @@ class Block:
     def backward(
         self, x_ND: Tensor, d_out_ND: Tensor, call: Call, kept: Kept, gradients: Gradients, *, wants_input: bool
     ) -> Tensor | None:
-        kind, seeds = call.kind, call.seeds
+        kind = call.kind
+        (qkv, outer, inner, down), drops = self._ready(call, x_ND.device)
+        # A norm or an activation as it is, and not dropped, is wanted only by frozen weights' products and by the
+        # gradients of weights that are not adapters'.
         if kept.attended is None:
-            self._attend(x_ND, call, kept, learns=True)
-            m_ND = self._meet(x_ND, call, kept)
+            self._attend(x_ND, call, kept, qkv, drops[0], learns=True)
+            m_ND, m_dropped = self._meet(x_ND, call, kept, outer, drops[1], drops[2])
         else:
             assert kept.middle is not None
-            _, m_ND = self.norm_2.forward(kept.middle, None, kind)
-        qkv, outer, inner, down = (group.weights(kind, x_ND.device) for group in self.groups())
+            wanted = kept.inner is None or bool(inner.trained)
+            _, m_ND, m_dropped = self.norm_2.forward(kept.middle, None, kind, drops[2], plain=wanted)
         if kept.inner is None:
-            kept.inner, kept.lows["inner"] = inner.forward(m_ND, seeds[2])
+            kept.inner, kept.lows["inner"] = inner.forward(m_ND, m_dropped)
         assert kept.attended is not None
         assert kept.middle is not None
         d_down = d_out_ND.to(kind)
         low, d_low = kept.lows["down"], down.backward_low(d_down)
-        d_active = down.backward_input(d_down, d_low, seeds[3])
-        d_inner, active = pointwise.activate_backward(kept.inner, d_active, self.activation)
-        down.backward_weights(active, low, d_down, d_low, seeds[3], gradients)
-        del active, d_active, d_down
-        d_m = inner.backward(m_ND, kept.lows["inner"], d_inner, seeds[2], gradients)
-        del d_inner, m_ND
+        d_active = down.backward_input(d_down, d_low, drops[3])
+        d_inner, active, dropped = pointwise.activate_backward(
+            kept.inner, d_active, self.activation, drops[3], plain=bool(down.trained)
+        )
+        down.backward_weights(active, dropped, low, d_down, d_low, gradients)
+        del active, dropped, d_active, d_down
+        d_m = inner.backward(m_ND, m_dropped, kept.lows["inner"], d_inner, drops[2], gradients)
+        del d_inner, m_ND, m_dropped
         kept.inner = None
         assert d_m is not None
         d_middle = self.norm_2.backward(d_m, kept.middle, d_out_ND, gradients)
         kept.middle = None
-        attended_ND = _rows(kept.attended.out.flatten(1), call)
-        d_attended = outer.backward(attended_ND, kept.lows["out"], d_middle.to(kind), seeds[1], gradients)
+        attended_ND, dropped = self._attended(call, kept, drops[1])
+        d_attended = outer.backward(
+            attended_ND, dropped, kept.lows["out"], d_middle.to(kind), drops[1], gradients
+        )  # fmt: skip
+        del attended_ND, dropped
         assert d_attended is not None
         d_attended, d_middle = _all_rows(d_attended, call, x_ND), _all_rows(d_middle, call, x_ND)
         d_q, d_k, d_v = attend_backward(kept.attended, d_attended.view_as(kept.attended.out))
@@ -235,10 +262,10 @@ class Block:
         _note(gradients, q_weight, d_q_weight)
         _note(gradients, k_weight, d_k_weight)
         kept.before = kept.attended = None
-        _, n_ND = self.norm_1.forward(x_ND, None, kind)
+        _, n_ND, n_dropped = self.norm_1.forward(x_ND, None, kind, drops[0], plain=bool(qkv.trained))
         wants_n = wants_input or any(True for _ in self.norm_1.trained())
         d_n = qkv.backward(
-            n_ND, kept.lows["qkv"], d_before.flatten(1), seeds[0], gradients, wants_input=wants_n
+            n_ND, n_dropped, kept.lows["qkv"], d_before.flatten(1), drops[0], gradients, wants_input=wants_n
         )  # fmt: skip
         return None if d_n is None else self.norm_1.backward(d_n, x_ND, d_middle, gradients)
 

@@ -273,7 +273,8 @@ def room_on_gpu(device: torch.device, pending: Callable[[], int], size: int | No
         pending: bytes that will be taken whatever a row keeps.
         size: of the GPU, as far as this process may use it; the allocator gives no more.
     """
-    if device.index is None:  # as of a process that has the machine for itself; torch's limit wants to know which
+    index: int | None = device.index
+    if index is None:  # as of a process that has the machine for itself; torch's limit wants to know which
         device = torch.device("cuda", torch.cuda.current_device())
     free, total = torch.cuda.mem_get_info(device)
     ours = free + torch.cuda.memory_reserved(device) - MARGIN * total

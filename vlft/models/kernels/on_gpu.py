@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from vlft.compiler.launch import Launch
-from vlft.models.kernels.pointwise import Activation
+from vlft.models.kernels.pointwise import Activation, Drop
 
 
 @lru_cache(maxsize=8)
@@ -30,21 +30,87 @@ def _block(width: int) -> tuple[int, int]:
     return block, _warps(block)
 
 
-@lru_cache(maxsize=64)
-def _heads_block(heads: int, size: int) -> tuple[int, int, int]:
-    """Heads and halves of a program that has all heads of a token, and its warps."""
-    block = triton.next_power_of_2(heads), triton.next_power_of_2(size // 2)
-    return *block, _warps(block[0] * block[1])
+# ---------------------------------------------------------------------------------------------------------------------
+# Dropout: whether a value stays is a function of its place, which each kernel that has the value works out by itself
+
+NO_DROP = (0, 1.0)
+UNSEEDED = (0, 0)
+
+
+@triton.jit
+def _stays(place, one, two, least):
+    """As `pointwise.Drop`."""
+    mixed = place.to(tl.uint32) + one.to(tl.uint32)
+    mixed = (mixed ^ (mixed >> 16)) * 0x21F0AAAD
+    mixed = (mixed ^ (mixed >> 15) ^ two.to(tl.uint32)) * 0xD35A2D97
+    mixed = mixed ^ (mixed >> 15)
+    return (mixed >> 16).to(tl.int32) >= least
+
+
+@triton.jit(do_not_specialize=["units", "one", "two"])
+def _dropout_kernel(x_ptr, out_ptr, units, one, two, least, factor, UNIT: tl.constexpr, BLOCK: tl.constexpr):
+    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    # A multiple of a vector's size, as the compiler sees, so that it loads vectors.
+    inside = place < units.to(tl.int64) * UNIT
+    x = tl.load(x_ptr + place, mask=inside, other=0.0).to(tl.float32)
+    x = tl.where(_stays(place, one, two, least), x * factor, 0.0)
+    tl.store(out_ptr + place, x.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+_dropout = Launch(_dropout_kernel)
+
+
+def dropout(x_ND: Tensor, drop: Drop) -> Tensor:
+    x_ND = x_ND.contiguous()
+    out = torch.empty_like(x_ND)
+    size = x_ND.numel()
+    unit = 1 if size % 16 else 16
+    _dropout((-(-size // 2048), 1), (x_ND, out), drop.scale, (unit, 2048), 4, changing=(size // unit, *drop.keys))
+    return out
+
+
+@triton.jit(do_not_specialize=["rows", "one", "two"])
+def _product_dropped_kernel(
+    low_ptr, a_ptr, out_ptr, rows, one, two, ranks, width, least, factor,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, RANKS: tl.constexpr,
+):  # fmt: skip
+    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
+    column = (tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS))[None, :]
+    out = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for first in range(0, ranks, RANKS):
+        rank = first + tl.arange(0, RANKS)
+        low = tl.load(low_ptr + row * ranks + rank[None, :], mask=(row < rows) & (rank < ranks)[None, :], other=0.0)
+        inside = (rank < ranks)[:, None] & (column < width)
+        a = tl.load(a_ptr + rank[:, None] * width + column, mask=inside, other=0.0)
+        out += tl.dot(low, a, input_precision="ieee")
+    place = row * width + column
+    out = tl.where(_stays(place, one, two, least), out * factor, 0.0)
+    tl.store(out_ptr + place, out.to(out_ptr.dtype.element_ty), mask=(row < rows) & (column < width))
+
+
+_product_dropped = Launch(_product_dropped_kernel)
+
+
+def product_dropped(low_NR: Tensor, a_RD: Tensor, drop: Drop) -> Tensor:
+    (rows, ranks), width = low_NR.shape, a_RD.shape[1]
+    out = low_NR.new_empty(rows, width)
+    side = 128 if low_NR.dtype != torch.float32 else 64
+    piece = min(64, max(16, triton.next_power_of_2(ranks)))
+    _product_dropped(
+        (-(-rows // side), -(-width // side)), (low_NR.contiguous(), a_RD.contiguous(), out),
+        (ranks, width, *drop.scale), (side, side, piece), 8, changing=(rows, *drop.keys),
+    )  # fmt: skip
+    return out
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Norms: one program for one row at a time
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["one", "two"])
 def _norm_kernel(
-    x_ptr, branch_ptr, weight_ptr, bias_ptr, total_ptr, out_ptr, eps, width,
-    ADDS: tl.constexpr, CENTRED: tl.constexpr, BLOCK: tl.constexpr,
+    x_ptr, branch_ptr, weight_ptr, bias_ptr, total_ptr, out_ptr, dropped_ptr, one, two, eps, width, least, factor,
+    ADDS: tl.constexpr, CENTRED: tl.constexpr, PLAIN: tl.constexpr, DROPS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * width
     columns = tl.arange(0, BLOCK)
@@ -61,26 +127,43 @@ def _norm_kernel(
     x *= tl.load(weight_ptr + columns, mask=inside, other=0.0).to(tl.float32)
     if CENTRED:
         x += tl.load(bias_ptr + columns, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out_ptr + row + columns, x.to(out_ptr.dtype.element_ty), mask=inside)
+    x = x.to(out_ptr.dtype.element_ty)
+    if PLAIN:
+        tl.store(out_ptr + row + columns, x, mask=inside)
+    if DROPS:
+        x = tl.where(_stays(row + columns, one, two, least), x.to(tl.float32) * factor, 0.0)
+        tl.store(dropped_ptr + row + columns, x.to(dropped_ptr.dtype.element_ty), mask=inside)
 
 
 _norm = Launch(_norm_kernel)
 
 
 def norm(
-    x_ND: Tensor, branch_ND: Tensor | None, weight_D: Tensor, bias_D: Tensor | None, eps: float, kind: torch.dtype
-) -> tuple[Tensor, Tensor]:
+    x_ND: Tensor,
+    branch_ND: Tensor | None,
+    weight_D: Tensor,
+    bias_D: Tensor | None,
+    eps: float,
+    kind: torch.dtype,
+    drop: Drop | None = None,
+    *,
+    plain: bool = True,
+) -> tuple[Tensor, Tensor, Tensor]:
     rows, width = x_ND.shape
     x_ND = x_ND.contiguous()
     total = x_ND if branch_ND is None else torch.empty_like(x_ND)
     out = torch.empty_like(x_ND, dtype=kind)
+    plain = plain or drop is None
+    dropped = torch.empty_like(out) if plain and drop is not None else out
     branch = x_ND if branch_ND is None else branch_ND.contiguous()
     block, warps = _block(width)
+    scale, keys = (NO_DROP, UNSEEDED) if drop is None else (drop.scale, drop.keys)
     _norm(
-        (rows, 1), (x_ND, branch, weight_D, weight_D if bias_D is None else bias_D, total, out), (eps, width),
-        (branch_ND is not None, bias_D is not None, block), warps,
+        (rows, 1), (x_ND, branch, weight_D, weight_D if bias_D is None else bias_D, total, out, dropped),
+        (eps, width, *scale), (branch_ND is not None, bias_D is not None, plain, drop is not None, block), warps,
+        changing=keys,
     )  # fmt: skip
-    return total, out
+    return total, out, dropped
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -94,10 +177,19 @@ def _norm_backward_kernel(
     weight = tl.load(weight_ptr + columns, mask=inside, other=0.0).to(tl.float32)
     d_weight = tl.zeros((BLOCK,), tl.float32)
     d_bias = tl.zeros((BLOCK,), tl.float32)
+    # The next row is on its way while this one is worked out, whose two sums all warps wait for.
+    next_x = tl.load(x_ptr + program * width + columns, mask=inside, other=0.0)
+    next_d_out = tl.load(d_out_ptr + program * width + columns, mask=inside, other=0.0)
     for row in range(program, rows, tl.num_programs(0)):
         start = row * width
-        x = tl.load(x_ptr + start + columns, mask=inside, other=0.0).to(tl.float32)
-        d_out = tl.load(d_out_ptr + start + columns, mask=inside, other=0.0).to(tl.float32)
+        x = next_x.to(tl.float32)
+        d_out = next_d_out.to(tl.float32)
+        if ADDS:
+            d_more = tl.load(d_more_ptr + start + columns, mask=inside, other=0.0)
+        follows = start + tl.num_programs(0) * width
+        is_there = columns < tl.where(row + tl.num_programs(0) < rows, width, 0)
+        next_x = tl.load(x_ptr + follows + columns, mask=is_there, other=0.0)
+        next_d_out = tl.load(d_out_ptr + follows + columns, mask=is_there, other=0.0)
         if CENTRED:
             x = tl.where(inside, x - tl.sum(x, 0) / width, 0.0)
         scale = tl.rsqrt(tl.sum(x * x, 0) / width + eps)
@@ -108,7 +200,7 @@ def _norm_backward_kernel(
             d_x -= tl.sum(d, 0) / width
         d_x *= scale
         if ADDS:
-            d_x += tl.load(d_more_ptr + start + columns, mask=inside, other=0.0).to(tl.float32)
+            d_x += d_more.to(tl.float32)
         tl.store(d_x_ptr + start + columns, d_x.to(d_x_ptr.dtype.element_ty), mask=inside)
         if TRAINS:
             d_weight += d_out * x
@@ -154,7 +246,7 @@ def norm_backward(
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Rotation: one program for all heads of a token, the two halves of each apart
+# Rotation: a program has some heads of the queries, of the keys or of the values, token after token, the halves apart
 
 
 @triton.jit
@@ -166,43 +258,75 @@ def _halves(ptr, place, half, inside):
 
 
 @triton.jit
-def _rotate_kernel(
-    x_ptr, q_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, q_weight_ptr, k_weight_ptr, eps, heads, kv_heads, size,
-    NORMS: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr,
-):  # fmt: skip
-    token = tl.program_id(0).to(tl.int64)
-    half = size // 2
-    keys = heads + kv_heads
+def _put(ptr, place, half, low, high, inside):
+    tl.store(ptr + place, low.to(ptr.dtype.element_ty), mask=inside)
+    tl.store(ptr + place + half, high.to(ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _places(block, tokens, own, first, all_heads, SIZE: tl.constexpr, PAIRS: tl.constexpr, HALF: tl.constexpr):
+    """Of pairs of a token and one of `own` heads: (the token's place in cos and sin, the head's among all heads, its
+    place among its own, which are there)."""
+    pair = block * PAIRS + tl.arange(0, PAIRS)[:, None]
     column = tl.arange(0, HALF)[None, :]
-    head = tl.arange(0, HEADS)[:, None]
-    inside = column < half
-    is_q = inside & (head < heads)
-    is_k = inside & (head >= heads) & (head < keys)
-    is_v = inside & (head >= keys) & (head < keys + kv_heads)
-    cos_low, cos_high = _halves(cos_ptr, token * size + column, half, inside)
-    sin_low, sin_high = _halves(sin_ptr, token * size + column, half, inside)
-    place = (token * (keys + kv_heads) + head) * size + column
-    low, high = _halves(x_ptr, place, half, is_q | is_k | is_v)
-    v_place = (token * kv_heads + head - keys) * size + column
-    tl.store(v_ptr + v_place, low.to(v_ptr.dtype.element_ty), mask=is_v)
-    tl.store(v_ptr + v_place + half, high.to(v_ptr.dtype.element_ty), mask=is_v)
+    token = pair // own
+    head = first + pair - token * own
+    inside = (token < tokens) & (column < SIZE // 2)
+    among_all = (token.to(tl.int64) * all_heads + head) * SIZE + column
+    return token.to(tl.int64) * SIZE + column, among_all, pair.to(tl.int64) * SIZE + column, inside
+
+
+@triton.jit
+def _rotate_heads(
+    x_ptr, out_ptr, cos_ptr, sin_ptr, weight_ptr, tokens, eps, own, first, all_heads,
+    NORMS: tl.constexpr, SIZE: tl.constexpr, PAIRS: tl.constexpr, HALF: tl.constexpr,
+):  # fmt: skip
+    half = SIZE // 2
+    token, place, own_place, inside = _places(tl.program_id(0), tokens, own, first, all_heads, SIZE, PAIRS, HALF)
+    low, high = _halves(x_ptr, place, half, inside)
     if NORMS:
-        scale = tl.rsqrt((tl.sum(low * low, 1) + tl.sum(high * high, 1)) / size + eps)[:, None]
-        q_low, q_high = _halves(q_weight_ptr, column, half, inside)
-        k_low, k_high = _halves(k_weight_ptr, column, half, inside)
-        low *= scale * tl.where(is_q, q_low, k_low)
-        high *= scale * tl.where(is_q, q_high, k_high)
-    new_low = low * cos_low - high * sin_low
-    new_high = high * cos_high + low * sin_high
-    q_place = (token * heads + head) * size + column
-    tl.store(q_ptr + q_place, new_low.to(q_ptr.dtype.element_ty), mask=is_q)
-    tl.store(q_ptr + q_place + half, new_high.to(q_ptr.dtype.element_ty), mask=is_q)
-    k_place = (token * kv_heads + head - heads) * size + column
-    tl.store(k_ptr + k_place, new_low.to(k_ptr.dtype.element_ty), mask=is_k)
-    tl.store(k_ptr + k_place + half, new_high.to(k_ptr.dtype.element_ty), mask=is_k)
+        column = tl.arange(0, HALF)[None, :]
+        scale = tl.rsqrt((tl.sum(low * low, 1) + tl.sum(high * high, 1)) / SIZE + eps)[:, None]
+        weight_low, weight_high = _halves(weight_ptr, column, half, column < half)
+        low *= scale * weight_low
+        high *= scale * weight_high
+    cos_low, cos_high = _halves(cos_ptr, token, half, inside)
+    sin_low, sin_high = _halves(sin_ptr, token, half, inside)
+    _put(out_ptr, own_place, half, low * cos_low - high * sin_low, high * cos_high + low * sin_high, inside)
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def _rotate_kernel(
+    x_ptr, q_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, q_weight_ptr, k_weight_ptr, tokens, eps, heads, kv_heads,
+    NORMS: tl.constexpr, SIZE: tl.constexpr, PAIRS: tl.constexpr, HALF: tl.constexpr,
+):  # fmt: skip
+    all_heads = heads + 2 * kv_heads
+    part = tl.program_id(1)
+    if part == 0:
+        _rotate_heads(
+            x_ptr, q_ptr, cos_ptr, sin_ptr, q_weight_ptr, tokens, eps, heads, 0, all_heads, NORMS, SIZE, PAIRS, HALF
+        )  # fmt: skip
+    elif part == 1:
+        _rotate_heads(
+            x_ptr, k_ptr, cos_ptr, sin_ptr, k_weight_ptr, tokens, eps, kv_heads, heads, all_heads, NORMS, SIZE, PAIRS,
+            HALF,
+        )  # fmt: skip
+    else:
+        _, place, own_place, inside = _places(
+            tl.program_id(0), tokens, kv_heads, heads + kv_heads, all_heads, SIZE, PAIRS, HALF
+        )
+        low, high = _halves(x_ptr, place, SIZE // 2, inside)
+        _put(v_ptr, own_place, SIZE // 2, low, high, inside)
 
 
 _rotate = Launch(_rotate_kernel)
+
+
+@lru_cache(maxsize=64)
+def _pairs_block(size: int) -> tuple[int, int]:
+    """Heads of a program, and columns of their halves."""
+    half = triton.next_power_of_2(size // 2)
+    return max(1, 2048 // half), half
 
 
 def rotate(
@@ -215,78 +339,77 @@ def rotate(
     k_weight_d: Tensor | None,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    tokens, all_heads, size = qkv_NCd.shape
+    tokens, _, size = qkv_NCd.shape
     q, k, v = (qkv_NCd.new_empty(tokens, n, size) for n in (heads, kv_heads, kv_heads))
     norms = q_weight_d is not None
     weights: Any = (q_weight_d, k_weight_d) if norms else (cos_Nd, cos_Nd)
-    *block, warps = _heads_block(all_heads, size)
+    block = _pairs_block(size)
     _rotate(
-        (tokens, 1), (qkv_NCd.contiguous(), q, k, v, cos_Nd.contiguous(), sin_Nd.contiguous(), *weights),
-        (eps, heads, kv_heads, size), (norms, *block), warps,
+        (-(-tokens * max(heads, kv_heads) // block[0]), 3),
+        (qkv_NCd.contiguous(), q, k, v, cos_Nd.contiguous(), sin_Nd.contiguous(), *weights),
+        (eps, heads, kv_heads), (norms, size, *block), 4, changing=(tokens,),
     )  # fmt: skip
     return q, k, v
 
 
-@triton.jit(do_not_specialize=["tokens"])
-def _rotate_backward_kernel(
-    d_q_ptr, d_k_ptr, d_v_ptr, out_ptr, cos_ptr, sin_ptr, x_ptr, q_weight_ptr, k_weight_ptr, d_weight_ptr,
-    tokens, eps, heads, kv_heads, size, NORMS: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr,
+@triton.jit
+def _rotate_heads_back(
+    d_ptr, out_ptr, cos_ptr, sin_ptr, x_ptr, weight_ptr, share_ptr, tokens, eps, own, first, all_heads,
+    NORMS: tl.constexpr, SIZE: tl.constexpr, PAIRS: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
-    program = tl.program_id(0).to(tl.int64)
-    half = size // 2
-    keys = heads + kv_heads
-    column = tl.arange(0, HALF)[None, :]
-    head = tl.arange(0, HEADS)[:, None]
-    inside = column < half
-    is_q = inside & (head < heads)
-    is_k = inside & (head >= heads) & (head < keys)
-    is_v = inside & (head >= keys) & (head < keys + kv_heads)
-    d_q_low = tl.zeros((HALF,), tl.float32)
-    d_q_high = tl.zeros((HALF,), tl.float32)
-    d_k_low = tl.zeros((HALF,), tl.float32)
-    d_k_high = tl.zeros((HALF,), tl.float32)
-    for token in range(program, tokens, tl.num_programs(0)):
-        cos_low, cos_high = _halves(cos_ptr, token * size + column, half, inside)
-        sin_low, sin_high = _halves(sin_ptr, token * size + column, half, inside)
-        q_place = (token * heads + head) * size + column
-        k_place = (token * kv_heads + head - heads) * size + column
-        v_place = (token * kv_heads + head - keys) * size + column
-        # Each head is one of the three, and zero in the others.
-        q_low_d, q_high_d = _halves(d_q_ptr, q_place, half, is_q)
-        k_low_d, k_high_d = _halves(d_k_ptr, k_place, half, is_k)
-        v_low_d, v_high_d = _halves(d_v_ptr, v_place, half, is_v)
-        d_low = q_low_d + k_low_d + v_low_d
-        d_high = q_high_d + k_high_d + v_high_d
+    half = SIZE // 2
+    column = tl.arange(0, HALF)
+    share_low = tl.zeros((HALF,), tl.float32)
+    share_high = tl.zeros((HALF,), tl.float32)
+    for block in range(tl.program_id(0), tl.cdiv(tokens * own, PAIRS), tl.num_programs(0)):
+        token, place, own_place, inside = _places(block, tokens, own, first, all_heads, SIZE, PAIRS, HALF)
+        d_low, d_high = _halves(d_ptr, own_place, half, inside)
+        cos_low, cos_high = _halves(cos_ptr, token, half, inside)
+        sin_low, sin_high = _halves(sin_ptr, token, half, inside)
         new_low = d_low * cos_low + d_high * sin_high
         new_high = d_high * cos_high - d_low * sin_low
-        place = (token * (keys + kv_heads) + head) * size + column
         if NORMS:
-            low, high = _halves(x_ptr, place, half, is_q | is_k)
-            scale = tl.rsqrt((tl.sum(low * low, 1) + tl.sum(high * high, 1)) / size + eps)[:, None]
+            low, high = _halves(x_ptr, place, half, inside)
+            scale = tl.rsqrt((tl.sum(low * low, 1) + tl.sum(high * high, 1)) / SIZE + eps)[:, None]
             low *= scale
             high *= scale
-            d_q_low += tl.sum(tl.where(is_q, new_low * low, 0.0), 0)
-            d_q_high += tl.sum(tl.where(is_q, new_high * high, 0.0), 0)
-            d_k_low += tl.sum(tl.where(is_k, new_low * low, 0.0), 0)
-            d_k_high += tl.sum(tl.where(is_k, new_high * high, 0.0), 0)
-            q_low, q_high = _halves(q_weight_ptr, column, half, inside)
-            k_low, k_high = _halves(k_weight_ptr, column, half, inside)
-            new_low *= tl.where(is_q, q_low, k_low)
-            new_high *= tl.where(is_q, q_high, k_high)
-            mean = ((tl.sum(new_low * low, 1) + tl.sum(new_high * high, 1)) / size)[:, None]
+            share_low += tl.sum(new_low * low, 0)
+            share_high += tl.sum(new_high * high, 0)
+            weight_low, weight_high = _halves(weight_ptr, column[None, :], half, (column < half)[None, :])
+            new_low *= weight_low
+            new_high *= weight_high
+            mean = ((tl.sum(new_low * low, 1) + tl.sum(new_high * high, 1)) / SIZE)[:, None]
             new_low = (new_low - low * mean) * scale
             new_high = (new_high - high * mean) * scale
-        new_low = tl.where(is_v, d_low, new_low)
-        new_high = tl.where(is_v, d_high, new_high)
-        tl.store(out_ptr + place, new_low.to(out_ptr.dtype.element_ty), mask=is_q | is_k | is_v)
-        tl.store(out_ptr + place + half, new_high.to(out_ptr.dtype.element_ty), mask=is_q | is_k | is_v)
+        _put(out_ptr, place, half, new_low, new_high, inside)
     if NORMS:
-        share = d_weight_ptr + program * 2 * size + tl.arange(0, HALF)
-        known = tl.arange(0, HALF) < half
-        tl.store(share, d_q_low, mask=known)
-        tl.store(share + half, d_q_high, mask=known)
-        tl.store(share + size, d_k_low, mask=known)
-        tl.store(share + size + half, d_k_high, mask=known)
+        _put(share_ptr, tl.program_id(0) * SIZE + column, half, share_low, share_high, column < half)
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def _rotate_backward_kernel(
+    d_q_ptr, d_k_ptr, d_v_ptr, out_ptr, cos_ptr, sin_ptr, x_ptr, q_weight_ptr, k_weight_ptr, shares_ptr,
+    tokens, eps, heads, kv_heads, NORMS: tl.constexpr, SIZE: tl.constexpr, PAIRS: tl.constexpr, HALF: tl.constexpr,
+):  # fmt: skip
+    all_heads = heads + 2 * kv_heads
+    part = tl.program_id(1)
+    if part == 0:
+        _rotate_heads_back(
+            d_q_ptr, out_ptr, cos_ptr, sin_ptr, x_ptr, q_weight_ptr, shares_ptr, tokens, eps, heads, 0, all_heads,
+            NORMS, SIZE, PAIRS, HALF,
+        )  # fmt: skip
+    elif part == 1:
+        _rotate_heads_back(
+            d_k_ptr, out_ptr, cos_ptr, sin_ptr, x_ptr, k_weight_ptr, shares_ptr + tl.num_programs(0) * SIZE, tokens,
+            eps, kv_heads, heads, all_heads, NORMS, SIZE, PAIRS, HALF,
+        )  # fmt: skip
+    else:
+        for block in range(tl.program_id(0), tl.cdiv(tokens * kv_heads, PAIRS), tl.num_programs(0)):
+            _, place, own_place, inside = _places(
+                block, tokens, kv_heads, heads + kv_heads, all_heads, SIZE, PAIRS, HALF
+            )
+            low, high = _halves(d_v_ptr, own_place, SIZE // 2, inside)
+            _put(out_ptr, place, SIZE // 2, low, high, inside)
 
 
 _rotate_backward = Launch(_rotate_backward_kernel)
@@ -307,19 +430,21 @@ def rotate_backward(
     kv_heads = d_k_NKd.shape[1]
     norms = qkv_NCd is not None
     out = d_v_NKd.new_empty(tokens, heads + 2 * kv_heads, size)
-    programs = min(tokens, 16 * _processors(out.device)) if norms else tokens
-    shares = torch.empty(programs, 2, size, dtype=torch.float32, device=out.device) if norms else out
+    block = _pairs_block(size)
+    programs = -(-tokens * max(heads, kv_heads) // block[0])
+    # Each program sums its share of the norms' gradient in registers, so that no atomics order the sum anew.
+    programs = min(programs, 8 * _processors(out.device)) if norms else programs
+    shares = torch.empty(2, programs, size, dtype=torch.float32, device=out.device) if norms else out
     saved: Any = (qkv_NCd, q_weight_d, k_weight_d) if norms else (out, cos_Nd, cos_Nd)
-    *block, warps = _heads_block(heads + 2 * kv_heads, size)
     _rotate_backward(
-        (programs, 1),
+        (programs, 3),
         (d_q_NHd.contiguous(), d_k_NKd.contiguous(), d_v_NKd.contiguous(), out, cos_Nd.contiguous(),
          sin_Nd.contiguous(), *saved, shares),
-        (eps, heads, kv_heads, size), (norms, *block), warps, changing=(tokens,),
+        (eps, heads, kv_heads), (norms, size, *block), 4, changing=(tokens,),
     )  # fmt: skip
     if not norms:
         return out, None, None
-    d_weights = shares.sum(0)
+    d_weights = shares.sum(1)
     return out, d_weights[0], d_weights[1]
 
 
@@ -336,7 +461,22 @@ def _tanh(x):
 
 
 @triton.jit
-def _activate_kernel(x_ptr, out_ptr, columns, KIND: tl.constexpr, BLOCK: tl.constexpr):
+def _put_dropped(
+    plain_ptr, dropped_ptr, place, x, inside, one, two, least, factor, PLAIN: tl.constexpr, DROPS: tl.constexpr
+):  # fmt: skip
+    x = x.to(plain_ptr.dtype.element_ty)
+    if PLAIN:
+        tl.store(plain_ptr + place, x, mask=inside)
+    if DROPS:
+        x = tl.where(_stays(place, one, two, least), x.to(tl.float32) * factor, 0.0)
+        tl.store(dropped_ptr + place, x.to(dropped_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["one", "two"])
+def _activate_kernel(
+    x_ptr, out_ptr, dropped_ptr, one, two, columns, least, factor,
+    KIND: tl.constexpr, DROPS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < columns
@@ -350,31 +490,40 @@ def _activate_kernel(x_ptr, out_ptr, columns, KIND: tl.constexpr, BLOCK: tl.cons
         x = 0.5 * x * (1.0 + _tanh(0.7978845608028654 * (x + 0.044715 * x * x * x)))
     else:
         x = x * tl.sigmoid(1.702 * x)
-    tl.store(out_ptr + row * columns + column, x.to(out_ptr.dtype.element_ty), mask=inside)
+    place = row * columns + column
+    _put_dropped(out_ptr, dropped_ptr, place, x, inside, one, two, least, factor, True, DROPS)
 
 
 _activate = Launch(_activate_kernel)
 
 
-def activate(inner_NI: Tensor, kind: Activation) -> Tensor:
+def activate(inner_NI: Tensor, kind: Activation, drop: Drop | None = None) -> tuple[Tensor, Tensor]:
     rows, columns = inner_NI.shape
     if kind == "silu_gated":
         columns //= 2
     out = inner_NI.new_empty(rows, columns)
+    dropped = out if drop is None else torch.empty_like(out)
     block = min(_PIECE, _block(columns)[0])
-    _activate((rows, -(-columns // block)), (inner_NI, out), (columns,), (_KINDS[kind], block), 4)
-    return out
+    scale, keys = (NO_DROP, UNSEEDED) if drop is None else (drop.scale, drop.keys)
+    _activate(
+        (rows, -(-columns // block)), (inner_NI, out, dropped), (columns, *scale),
+        (_KINDS[kind], drop is not None, block), 4, changing=keys,
+    )  # fmt: skip
+    return out, dropped
 
 
-@triton.jit
-def _activate_backward_kernel(x_ptr, d_ptr, columns, KIND: tl.constexpr, BLOCK: tl.constexpr):
+@triton.jit(do_not_specialize=["one", "two"])
+def _activate_backward_kernel(
+    x_ptr, d_ptr, dropped_ptr, one, two, columns, least, factor,
+    KIND: tl.constexpr, PLAIN: tl.constexpr, DROPS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < columns
     x_row = x_ptr + row * columns * (2 if KIND == 0 else 1)
-    d_place = d_ptr + row * columns + column
+    place = row * columns + column
     x = tl.load(x_row + column, mask=inside, other=0.0).to(tl.float32)
-    d = tl.load(d_place, mask=inside, other=0.0).to(tl.float32)
+    d = tl.load(d_ptr + place, mask=inside, other=0.0).to(tl.float32)
     if KIND == 0:
         up = tl.load(x_row + columns + column, mask=inside, other=0.0).to(tl.float32)
         sigmoid = tl.sigmoid(x)
@@ -394,67 +543,62 @@ def _activate_backward_kernel(x_ptr, d_ptr, columns, KIND: tl.constexpr, BLOCK: 
         out = x * sigmoid
         slope = sigmoid * (1.0 + 1.702 * x * (1.0 - sigmoid))
     tl.store(x_row + column, (d * slope).to(x_ptr.dtype.element_ty), mask=inside)
-    tl.store(d_place, out.to(d_ptr.dtype.element_ty), mask=inside)
+    _put_dropped(d_ptr, dropped_ptr, place, out, inside, one, two, least, factor, PLAIN, DROPS)
 
 
 _activate_backward = Launch(_activate_backward_kernel)
 
 
-def activate_backward(inner_NI: Tensor, d_out_NI: Tensor, kind: Activation) -> tuple[Tensor, Tensor]:
+def activate_backward(
+    inner_NI: Tensor, d_out_NI: Tensor, kind: Activation, drop: Drop | None = None, *, plain: bool = True
+) -> tuple[Tensor, Tensor, Tensor]:
     rows, columns = d_out_NI.shape
+    plain = plain or drop is None
+    dropped = torch.empty_like(d_out_NI) if plain and drop is not None else d_out_NI
     block = min(_PIECE, _block(columns)[0])
-    _activate_backward((rows, -(-columns // block)), (inner_NI, d_out_NI), (columns,), (_KINDS[kind], block), 4)
-    return inner_NI, d_out_NI
+    scale, keys = (NO_DROP, UNSEEDED) if drop is None else (drop.scale, drop.keys)
+    _activate_backward(
+        (rows, -(-columns // block)), (inner_NI, d_out_NI, dropped), (columns, *scale),
+        (_KINDS[kind], plain, drop is not None, block), 4, changing=keys,
+    )  # fmt: skip
+    return inner_NI, d_out_NI, dropped
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Dropout: one call of the generator for eight values, which lie a stride apart so that each load is of neighbours
-
-_STRIDE = 1024
+# Sums of columns, in two launches: of pieces of the rows, and of those
 
 
-@triton.jit
-def _drop(x_ptr, out_ptr, place, size, digits, least, factor):
-    inside = place < size
-    x = tl.load(x_ptr + place, mask=inside, other=0.0).to(tl.float32)
-    x = tl.where((digits & 0xFFFF).to(tl.int32) >= least, x * factor, 0.0)
-    tl.store(out_ptr + place, x.to(out_ptr.dtype.element_ty), mask=inside)
-
-
-@triton.jit(do_not_specialize=["units", "seed_low", "seed_high"])
-def _dropout_kernel(
-    x_ptr, out_ptr, units, seed_low, seed_high, least, factor, UNIT: tl.constexpr, STRIDE: tl.constexpr
+@triton.jit(do_not_specialize=["rows", "share"])
+def _column_sums_kernel(
+    x_ptr, out_ptr, rows, share, stride, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr
 ):  # fmt: skip
-    size = units.to(tl.int64) * UNIT  # a multiple of a vector's, as the compiler sees, so that it loads vectors
-    program = tl.program_id(0)
-    column = tl.arange(0, STRIDE)
-    # Philox of 7 rounds passes BigCrush (Salmon et al. 2011); each of its four words gives two values of 16 bits.
-    counter = program * STRIDE + column
-    zero = counter * 0
-    seed = seed_low.to(tl.uint64) | (seed_high.to(tl.uint64) << 32)
-    one, two, three, four = tl.philox(seed, counter, zero, zero, zero, 7)
-    place = program.to(tl.int64) * (8 * STRIDE) + column
-    _drop(x_ptr, out_ptr, place, size, one, least, factor)
-    _drop(x_ptr, out_ptr, place + STRIDE, size, one >> 16, least, factor)
-    _drop(x_ptr, out_ptr, place + 2 * STRIDE, size, two, least, factor)
-    _drop(x_ptr, out_ptr, place + 3 * STRIDE, size, two >> 16, least, factor)
-    _drop(x_ptr, out_ptr, place + 4 * STRIDE, size, three, least, factor)
-    _drop(x_ptr, out_ptr, place + 5 * STRIDE, size, three >> 16, least, factor)
-    _drop(x_ptr, out_ptr, place + 6 * STRIDE, size, four, least, factor)
-    _drop(x_ptr, out_ptr, place + 7 * STRIDE, size, four >> 16, least, factor)
+    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    first = tl.program_id(1) * share
+    total = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for start in range(first, tl.minimum(first + share, rows), ROWS):
+        row = (start + tl.arange(0, ROWS)).to(tl.int64)[:, None]
+        inside = (row < rows) & (column < columns)[None, :]
+        total += tl.load(x_ptr + row * stride + column[None, :], mask=inside, other=0.0).to(tl.float32)
+    sums = tl.sum(total, 0).to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + tl.program_id(1) * columns + column, sums, mask=column < columns)
 
 
-_dropout = Launch(_dropout_kernel)
+_column_sums = Launch(_column_sums_kernel)
+_TILE, _SMALL_TILE = (16, 256), (64, 64)
 
 
-def dropout(x_ND: Tensor, probability: float, seed: int, *, in_place: bool = False) -> Tensor:
-    x_ND = x_ND.contiguous()
-    out = x_ND if in_place else torch.empty_like(x_ND)
-    least = round(probability * 65536)
-    size = x_ND.numel()
-    unit = 1 if size % 16 else 16
-    _dropout(
-        (-(-size // (8 * _STRIDE)), 1), (x_ND, out), (least, 65536 / (65536 - least)), (unit, _STRIDE), 4,
-        changing=(size // unit, seed & 0x7FFFFFFF, (seed >> 31) & 0x7FFFFFFF),
-    )  # fmt: skip
+def column_sums(x_NO: Tensor, kind: torch.dtype) -> Tensor:
+    rows, columns = x_NO.shape
+    if x_NO.stride(1) != 1:
+        x_NO = x_NO.contiguous()
+    tiles = -(-columns // _TILE[1])
+    pieces = max(1, min(8 * _processors(x_NO.device) // tiles, rows // _TILE[0]))
+    share = -(-rows // (pieces * _TILE[0])) * _TILE[0]
+    pieces = -(-rows // share) if rows else 1
+    some = torch.empty(pieces, columns, dtype=torch.float32, device=x_NO.device)
+    out = torch.empty(columns, dtype=kind, device=x_NO.device)
+    _column_sums((tiles, pieces), (x_NO, some), (x_NO.stride(0), columns), _TILE, 4, changing=(rows, share))
+    _column_sums(
+        (-(-columns // _SMALL_TILE[1]), 1), (some, out), (columns, columns), _SMALL_TILE, 4, changing=(pieces, pieces)
+    )
     return out

@@ -10,7 +10,8 @@ N tokens or patches, D width, C = H + 2K heads of queries, keys and values, d he
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache, wraps
+from dataclasses import dataclass
+from functools import cached_property, lru_cache, wraps
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -51,25 +52,101 @@ def wide(x: Tensor) -> Tensor:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Dropout before adapters (Srivastava et al. 2014), scaled so that the mean stays
+
+
+_64 = 2**64 - 1
+
+
+@dataclass(frozen=True)
+class Drop:
+    """Which values of a tensor are dropped: a function of the seed and of the place, the same on every device.
+
+    So a backward pass needs no mask kept, and every function here that has a value can drop it in passing.
+    """
+
+    probability: float
+    seed: int
+    """of 62 bits"""
+
+    @cached_property
+    def keys(self) -> tuple[int, int]:
+        """Two numbers of 31 bits, mixed (splitmix64, Steele et al. 2014), so that close seeds have distant ones."""
+        mixed = (self.seed + 0x9E3779B97F4A7C15) & _64
+        mixed = (mixed ^ (mixed >> 30)) * 0xBF58476D1CE4E5B9 & _64
+        mixed = (mixed ^ (mixed >> 27)) * 0x94D049BB133111EB & _64
+        mixed ^= mixed >> 31
+        return mixed & 0x7FFFFFFF, (mixed >> 31) & 0x7FFFFFFF
+
+    @cached_property
+    def scale(self) -> tuple[int, float]:
+        """(A value stays if its 16 bits are no less, what it is multiplied with then.)"""
+        least = round(self.probability * 65536)
+        return least, 65536 / (65536 - least) if least < 65536 else 0.0
+
+    def of(self, x: Tensor) -> Tensor:
+        """x without those that are dropped."""
+        least, factor = self.scale
+        stays = _bits(x.numel(), self.keys, x.device) >= least
+        return torch.where(stays.view(x.shape), wide(x) * factor, 0.0).to(x.dtype)
+
+
+def _bits(count: int, keys: tuple[int, int], device: torch.device) -> Tensor:
+    """16 bits for each place, by a hash of 32 (C. Wellons' hash-prospector, bias 0.11), keyed twice."""
+    mixed = torch.arange(count, device=device).add_(keys[0]).bitwise_and_(0xFFFFFFFF)
+    mixed = (mixed ^ (mixed >> 16)).mul_(0x21F0AAAD).bitwise_and_(0xFFFFFFFF)
+    mixed = (mixed ^ (mixed >> 15) ^ keys[1]).mul_(0xD35A2D97).bitwise_and_(0xFFFFFFFF)
+    return (mixed ^ (mixed >> 15)) >> 16
+
+
+@_one_kernel
+def dropout(x_ND: Tensor, drop: Drop) -> Tensor:
+    """x (N, D) without what is dropped."""
+    return drop.of(x_ND)
+
+
+@_one_kernel
+def product_dropped(low_NR: Tensor, a_RD: Tensor, drop: Drop) -> Tensor:
+    """The product (N, D) without what is dropped: dropout's backward pass on the gradient of its output."""
+    return drop.of(low_NR @ a_RD)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Norms: of rows, with the branch that a residual stream takes up first.
 
 
 @_one_kernel
 def norm(
-    x_ND: Tensor, branch_ND: Tensor | None, weight_D: Tensor, bias_D: Tensor | None, eps: float, kind: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """(x + branch, its norm): LayerNorm (Ba et al. 2016) with a bias, RMSNorm (Zhang and Sennrich 2019) without.
+    x_ND: Tensor,
+    branch_ND: Tensor | None,
+    weight_D: Tensor,
+    bias_D: Tensor | None,
+    eps: float,
+    kind: torch.dtype,
+    drop: Drop | None = None,
+    *,
+    plain: bool = True,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(x + branch, its norm, and that without what is dropped): LayerNorm (Ba et al. 2016) with a bias, RMSNorm (Zhang
+    and Sennrich 2019) without.
 
     Args:
         branch_ND: None leaves x as it is.
         kind: dtype of the norm; the sum has that of x.
+        drop: None drops nothing: the last two are one tensor.
+        plain: where False and something is dropped, the norm itself is not wanted, and stands for what is left of it.
     """
     total = x_ND if branch_ND is None else (wide(x_ND) + wide(branch_ND)).to(x_ND.dtype)
     scaled, _ = _standardised(total, eps, centred=bias_D is not None)
     out = scaled * weight_D.to(scaled.dtype)
     if bias_D is not None:
         out = out + bias_D.to(scaled.dtype)
-    return total, out.to(kind)
+    return total, *_both(out.to(kind), drop, plain=plain)
+
+
+def _both(out: Tensor, drop: Drop | None, *, plain: bool) -> tuple[Tensor, Tensor]:
+    dropped = out if drop is None else drop.of(out)
+    return out if plain else dropped, dropped
 
 
 def _standardised(x: Tensor, eps: float, *, centred: bool) -> tuple[Tensor, Tensor]:
@@ -193,21 +270,26 @@ def _per_head(q_weight_d: Tensor, k_weight_d: Tensor, heads: int, kv_heads: int)
 
 
 @_one_kernel
-def activate(inner_NI: Tensor, kind: Activation) -> Tensor:
-    """The activation of a token's inner values: (N, I). Zero where they are zero.
+def activate(inner_NI: Tensor, kind: Activation, drop: Drop | None = None) -> tuple[Tensor, Tensor]:
+    """The activation of a token's inner values (N, I), and that without what is dropped. Zero where they are zero.
 
     Args:
         inner_NI: (N, 2 * I) gates, then values, for "silu_gated" (SwiGLU, Shazeer 2020); else (N, I).
     """
     if kind == "silu_gated":
         gate, up = wide(inner_NI).chunk(2, dim=-1)
-        return (F.silu(gate) * up).to(inner_NI.dtype)
-    return _PLAIN[kind](wide(inner_NI)).to(inner_NI.dtype)
+        out = F.silu(gate) * up
+    else:
+        out = _PLAIN[kind](wide(inner_NI))
+    return _both(out.to(inner_NI.dtype), drop, plain=True)
 
 
 @_one_kernel
-def activate_backward(inner_NI: Tensor, d_out_NI: Tensor, kind: Activation) -> tuple[Tensor, Tensor]:
-    """(The gradient of `inner`, its activation), in the places of `inner` and `d_out`, which nothing needs any more."""
+def activate_backward(
+    inner_NI: Tensor, d_out_NI: Tensor, kind: Activation, drop: Drop | None = None, *, plain: bool = True
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(The gradient of `inner`, its activation, and that without what is dropped), the first two in the places of
+    `inner` and `d_out`, which nothing needs any more. `drop` and `plain` as `norm` has them."""
     x, d = wide(inner_NI), wide(d_out_NI)
     if kind == "silu_gated":
         gate, up = x.chunk(2, dim=-1)
@@ -220,7 +302,9 @@ def activate_backward(inner_NI: Tensor, d_out_NI: Tensor, kind: Activation) -> t
             x = x.detach().requires_grad_()
             out = _PLAIN[kind](x)
             (slope,) = torch.autograd.grad(out, x, d)
-    return inner_NI.copy_(slope), d_out_NI.copy_(out.detach())
+    active, dropped = _both(out.detach().to(d_out_NI.dtype), drop, plain=plain)
+    active = d_out_NI.copy_(active)
+    return inner_NI.copy_(slope), active, dropped if plain and drop is not None else active
 
 
 _PLAIN: dict[str, Callable[[Tensor], Tensor]] = {
@@ -231,21 +315,10 @@ _PLAIN: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Dropout before adapters
+# Gradients of biases
 
 
 @_one_kernel
-def dropout(x_ND: Tensor, probability: float, seed: int, *, in_place: bool = False) -> Tensor:
-    """Inverted dropout (Srivastava et al. 2014) whose mask is a function of the seed and the shape.
-
-    The same seed gives the same mask on the same device, so that a backward pass needs no mask kept.
-    """
-    keep = 1.0 - probability
-    generator = _generator(x_ND.device).manual_seed(seed)
-    mask = torch.empty_like(x_ND).bernoulli_(keep, generator=generator).div_(keep)
-    return x_ND.mul_(mask) if in_place else x_ND * mask
-
-
-@lru_cache(maxsize=8)
-def _generator(device: torch.device) -> torch.Generator:
-    return torch.Generator(device)
+def column_sums(x_NO: Tensor, kind: torch.dtype) -> Tensor:
+    """(O,) in `kind`, added up in no fewer digits than fp32's."""
+    return x_NO.sum(0, dtype=torch.promote_types(kind, wide(x_NO[:0]).dtype)).to(kind)

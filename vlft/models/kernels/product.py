@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from itertools import accumulate
 from typing import Any
 
@@ -22,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from vlft.models.kernels import pointwise
+from vlft.models.kernels.pointwise import Drop
 
 Gradients = dict[int, Tensor]
 """By the parameter's `id`: its own hash is a function of Python's."""
@@ -242,15 +244,16 @@ class Trained:
     weight: nn.Parameter | None
     bias: nn.Parameter | None
 
-    def gradients(self, x_ND: Tensor, d_out_NO: Tensor, gradients: Gradients) -> None:
-        d_out = d_out_NO[:, self.outputs]
+    def gradients(self, x_ND: Tensor, d_out_NO: Tensor, sums_O: Tensor | None, gradients: Gradients) -> None:
+        """`sums_O`: of the columns of `d_out`."""
         if self.weight is not None:
-            found = _of_weight(d_out, x_ND, self.weight)
+            found = _of_weight(d_out_NO[:, self.outputs], x_ND, self.weight)
             whole = found.shape == self.weight.shape
             note(gradients, self.weight, found if whole else found[: self.rows, : self.columns])
         if self.bias is not None:
-            found = d_out.sum(0, dtype=self.bias.dtype)
-            note(gradients, self.bias, found if found.shape == self.bias.shape else found[: self.rows])
+            assert sums_O is not None
+            start = self.outputs.start
+            note(gradients, self.bias, sums_O[start : start + self.rows])
 
 
 class Weights:
@@ -272,20 +275,27 @@ class Weights:
             for start, width, p in zip(_starts(widths), widths, group.each, strict=True)
         ]
         self.trained = [one for one in self.trained if one.weight is not None or one.bias is not None]
+        biases = [one.bias.dtype for one in self.trained if one.bias is not None]
+        self._of_biases = reduce(torch.promote_types, biases) if biases else None
+
+    def drop(self, seed: int | None) -> Drop | None:
+        """What the adapters' input loses."""
+        if self.low is None or seed is None or not self.group.dropout:
+            return None
+        return Drop(self.group.dropout, seed)
 
     @property
     def pieces(self) -> list[Piece]:
         return self.group.fresh_pieces(self.kind, self.device) if self._pieces is None else self._pieces
 
-    def forward(self, x_ND: Tensor, seed: int | None) -> tuple[Tensor, Tensor | None]:
+    def forward(self, x_ND: Tensor, dropped_ND: Tensor) -> tuple[Tensor, Tensor | None]:
         """(N, O), and the adapters' (N, R) in between, which the backward pass takes if there is any.
 
         Args:
             x_ND: in the compute dtype.
-            seed: of the adapters' dropout; None drops nothing. One mask serves all modules of this input.
+            dropped_ND: the adapters' input; one mask serves all modules of this input.
         """
-        low = self.low
-        low_NR = None if low is None else low.down(self._dropped(x_ND, seed))
+        low_NR = None if self.low is None else self.low.down(dropped_ND)
         pieces = self.pieces
         if pieces[0].whole:
             return self._forward_piece(pieces[0], x_ND, low_NR, None), low_NR
@@ -305,13 +315,12 @@ class Weights:
         """(N, R): the gradient that reaches the adapters' inner side; both other backwards take it."""
         return None if self.low is None else self.low.down_again(d_out_NO)
 
-    def backward_input(self, d_out_NO: Tensor, d_low_NR: Tensor | None, seed: int | None) -> Tensor:
+    def backward_input(self, d_out_NO: Tensor, d_low_NR: Tensor | None, drop: Drop | None) -> Tensor:
         """The gradient of x (N, D)."""
         d_x = None
         if self.low is not None and d_low_NR is not None:
-            d_x = d_low_NR @ self.low.a_RD
-            if seed is not None:
-                d_x = pointwise.dropout(d_x, self.group.dropout, seed, in_place=True)
+            a_RD = self.low.a_RD
+            d_x = d_low_NR @ a_RD if drop is None else pointwise.product_dropped(d_low_NR, a_RD, drop)
         for piece in self.pieces:
             part = piece.columns(d_out_NO)
             d_x = part @ piece.weight_OD if d_x is None else d_x.addmm_(part, piece.weight_OD)
@@ -321,38 +330,40 @@ class Weights:
     def backward_weights(
         self,
         x_ND: Tensor,
+        dropped_ND: Tensor,
         low_NR: Tensor | None,
         d_out_NO: Tensor,
         d_low_NR: Tensor | None,
-        seed: int | None,
         gradients: Gradients,
     ) -> None:
-        """The gradients of what trains. `low_NR`: from the forward pass."""
+        """The gradients of what trains. `x_ND` is read if one of the modules' own weights does (`trained`).
+
+        Args:
+            low_NR: from the forward pass.
+        """
+        sums_O = None if self._of_biases is None else pointwise.column_sums(d_out_NO, self._of_biases)
         for one in self.trained:
-            one.gradients(x_ND, d_out_NO, gradients)
+            one.gradients(x_ND, d_out_NO, sums_O, gradients)
         if self.low is not None:
             assert low_NR is not None
             assert d_low_NR is not None
-            self.low.gradients(self._dropped(x_ND, seed), low_NR, d_out_NO, d_low_NR, gradients)
+            self.low.gradients(dropped_ND, low_NR, d_out_NO, d_low_NR, gradients)
 
     def backward(
         self,
         x_ND: Tensor,
+        dropped_ND: Tensor,
         low_NR: Tensor | None,
         d_out_NO: Tensor,
-        seed: int | None,
+        drop: Drop | None,
         gradients: Gradients,
         *,
         wants_input: bool = True,
     ) -> Tensor | None:
         """The gradient of x (N, D), and those of what trains into `gradients`."""
         d_low = self.backward_low(d_out_NO)
-        self.backward_weights(x_ND, low_NR, d_out_NO, d_low, seed, gradients)
-        return self.backward_input(d_out_NO, d_low, seed) if wants_input else None
-
-    def _dropped(self, x_ND: Tensor, seed: int | None) -> Tensor:
-        """The adapters' input. Drawn again in the backward pass: a mask that is kept costs a byte for each value."""
-        return x_ND if seed is None else pointwise.dropout(x_ND, self.group.dropout, seed)
+        self.backward_weights(x_ND, dropped_ND, low_NR, d_out_NO, d_low, gradients)
+        return self.backward_input(d_out_NO, d_low, drop) if wants_input else None
 
 
 class Products:
