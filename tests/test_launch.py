@@ -77,7 +77,9 @@ for kind in (torch.bfloat16, torch.float32):
         for weights in ((None, None), (head, head)):
             on_gpu.rotate(qkv, cos, cos, 4, 2, *weights, 1e-6)
             on_gpu.rotate_backward(q, k, k, cos, cos, qkv if weights[0] is not None else None, *weights, 1e-6)
-        attention_on_gpu.short_backward(q, q, q, q, torch.tensor([0, n], dtype=torch.int32), 0.1)
+        borders, many = torch.tensor([0, n], dtype=torch.int32), torch.zeros(n, 12, 8, dtype=kind)
+        attention_on_gpu.windows(many, cos, cos, borders, 0.1)
+        attention_on_gpu.windows_backward(q, many, cos, cos, borders, 0.1)
 
 for states in ("bf16", "8bit"):
     for kind in (torch.bfloat16, torch.float32):

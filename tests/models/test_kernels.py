@@ -31,6 +31,7 @@ from vlft_strategies.qlora import QLora
 CUDA = [pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
 DEVICES = ["cpu", *CUDA]
 SEED = 3 * 2**60 + 12345
+INTERPRETED = bool(os.environ.get("TRITON_INTERPRET"))
 
 
 @pytest.fixture(autouse=True)
@@ -200,7 +201,7 @@ def test_nothing_and_everything_dropped() -> None:
 @pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("rows", "ranks", "width"), [(70, 4, 48), (129, 96, 200)])
 def test_a_product_that_is_dropped(device: str, kind: torch.dtype, rows: int, ranks: int, width: int) -> None:
-    if os.environ.get("TRITON_INTERPRET") and kind == torch.bfloat16:
+    if INTERPRETED and kind == torch.bfloat16:
         pytest.skip("Triton's interpreter multiplies bf16 as if it were integers")
     low, a = torch.randn(rows, ranks, device=device).to(kind), torch.randn(ranks, width, device=device).to(kind)
     drop = Drop(0.3, SEED)
@@ -225,9 +226,7 @@ def test_sums_of_columns(device: str, kind: torch.dtype, rows: int, columns: int
 @pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("size", [8, 80])
 def test_attention_and_its_backward(device: str, kind: torch.dtype, size: int) -> None:
-    """In windows, as the flash kernel's forward and one tile's backward on a GPU."""
-    if os.environ.get("TRITON_INTERPRET") and kind == torch.bfloat16:
-        pytest.skip("Triton's interpreter multiplies bf16 as if it were integers")
+    """Of several segments, without a graph around it."""
     lengths = [64, 64, 1, 37, 16, 64]
     borders = torch.tensor([0, *lengths], device=device).cumsum(0).int()
     q, k, v, d_out = torch.randn(4, sum(lengths), 3, size, device=device).to(kind)
@@ -244,6 +243,28 @@ def test_attention_and_its_backward(device: str, kind: torch.dtype, size: int) -
         assert near(found, x.grad, limit)
 
 
+@pytest.mark.skipif(not (INTERPRETED or torch.cuda.is_available()), reason="a kernel without a function beside it")
+@pytest.mark.parametrize("size", [8, 80])
+def test_windows_of_rotated_queries_and_keys(size: int) -> None:
+    """The rotation, the attention and both backward passes by one kernel each way."""
+    device, kind = ("cpu", torch.float32) if INTERPRETED else ("cuda", torch.bfloat16)
+    lengths, heads, scale = [64, 64, 1, 37, 16, 64], 3, size**-0.5
+    borders = torch.tensor([0, *lengths], device=device).cumsum(0).int()
+    qkv = torch.randn(sum(lengths), 3 * heads, size, device=device).to(kind)
+    cos, sin = torch.randn(2, sum(lengths), size, device=device)  # no two halves alike
+    d_out = torch.randn(sum(lengths), heads, size, device=device).to(kind)
+    whole = qkv.cpu().float().requires_grad_()
+    q, k = (pointwise._turned(x, cos.cpu(), sin.cpu()) for x in (whole[:, :heads], whole[:, heads : 2 * heads]))
+    expected = attention.packed_attention(q, k, whole[:, 2 * heads :], borders.cpu(), 64, scale, causal=False)
+    expected.backward(d_out.cpu().float())
+    if not INTERPRETED:
+        assert attention.has_windows(qkv, heads, 64, causal=False)
+    limit = 1e-5 if kind == torch.float32 else 1e-2
+    assert near(attention.attend_windows(qkv, cos, sin, borders, scale).cpu(), expected, limit)
+    d_qkv = attention.attend_windows_backward(d_out, qkv, cos, sin, borders, scale)
+    assert near(d_qkv.cpu(), whole.grad, limit)
+
+
 KERNELS = [name for name, one in vars(pointwise).items() if hasattr(one, "__wrapped__") and not name.startswith("_")]
 
 
@@ -255,20 +276,13 @@ def test_the_kernels_of_a_gpu_in_tritons_interpreter() -> None:
     script = (
         f"import sys, pytest\nKERNELS = {KERNELS}\n"
         "from vlft.models.kernels import on_gpu, pointwise\n"
-        "from vlft.models import attention, attention_on_gpu\n"
         "from vlft import compiler\n"
         "compiler.trouble = lambda: ''\n"
-        "plain = attention.attend\n"
-        "def attend(*args, **kwargs):\n"
-        "    found = plain(*args, **kwargs)\n"
-        "    found.graph, found.flash = None, (None, None, None, args[3], args[4], args[5], False)\n"
-        "    return found\n"
-        "attention.attend = attend\n"
         "for name in KERNELS:\n"
         "    assert hasattr(pointwise, name)\n"
         "    setattr(pointwise, name, getattr(on_gpu, name))\n"
         f"sys.exit(pytest.main(['-p', 'no:cacheprovider', '-p', 'no:xdist', {__file__!r},"
-        " '-k', 'norms or rotation or activations or test_dropout or is_dropped or columns or its_backward']))\n"
+        " '-k', 'norms or rotation or activations or test_dropout or is_dropped or columns or windows']))\n"
     )
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False)

@@ -3,8 +3,8 @@
 Its name contains "flash" on purpose: the vision towers take their variable-length branch only then, and transformers
 builds no mask for a name that it has no mask function for. What runs behind the name:
 
-* bf16/fp16 on CUDA (Ampere or newer): `torch.nn.attention.varlen.varlen_attn`, one kernel for the whole row;
-  its backward in short windows is `attention_on_gpu.py`;
+* bf16/fp16 on CUDA (Ampere or newer): `torch.nn.attention.varlen.varlen_attn`, one kernel for the whole row; layers
+  whose windows are short call `attend_windows`, rotation included;
 * elsewhere: scaled dot-product attention over the segments, those of equal length together. Never a T x T mask.
 
 T tokens (or patches) of a row, H heads, K key-value heads, D head size, S segments.
@@ -151,6 +151,20 @@ def attend(
     return Attended(graph.detach(), (q, k, v), graph=graph) if learns else Attended(graph, None)
 
 
+def attend_backward(attended: Attended, d_out_THD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q (T, H, D), k and v (T, K, D)."""
+    assert attended.qkv is not None
+    if attended.graph is not None:
+        d_q, d_k, d_v = torch.autograd.grad(attended.graph, attended.qkv, d_out_THD)
+        return d_q, d_k, d_v
+    assert attended.flash is not None
+    lse, state, unused, cu, longest, scale, causal = attended.flash
+    d_q, d_k, d_v = torch.ops.aten._flash_attention_backward(
+        d_out_THD, *attended.qkv, attended.out, lse, cu, cu, longest, longest, 0.0, causal, state, unused, scale=scale
+    )
+    return d_q, d_k, d_v
+
+
 @lru_cache(maxsize=1)
 def _short() -> Any:
     if compiler.trouble():
@@ -160,23 +174,27 @@ def _short() -> Any:
     return attention_on_gpu
 
 
-def attend_backward(attended: Attended, d_out_THD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q (T, H, D), k and v (T, K, D)."""
-    assert attended.qkv is not None
-    if attended.graph is not None:
-        d_q, d_k, d_v = torch.autograd.grad(attended.graph, attended.qkv, d_out_THD)
-        return d_q, d_k, d_v
-    assert attended.flash is not None
-    lse, state, unused, cu, longest, scale, causal = attended.flash
-    q, k, _ = attended.qkv
+def has_windows(qkv_TCD: Tensor, heads: int, longest: int | None, *, causal: bool) -> bool:
+    """Whether `attend_windows` takes queries, keys and values (T, C, D) of a row as the product before left them."""
+    if causal or longest is None or not varlen_available(qkv_TCD.device, qkv_TCD.dtype):
+        return False
     short = _short()
-    if short is not None and not causal and longest <= short.LONGEST and q.shape == k.shape and q.shape[2] <= 128:
-        found: tuple[Tensor, Tensor, Tensor] = short.short_backward(d_out_THD, *attended.qkv, cu, scale)
-        return found
-    d_q, d_k, d_v = torch.ops.aten._flash_attention_backward(
-        d_out_THD, *attended.qkv, attended.out, lse, cu, cu, longest, longest, 0.0, causal, state, unused, scale=scale
-    )
-    return d_q, d_k, d_v
+    return short is not None and longest <= short.LONGEST and qkv_TCD.shape[1] == 3 * heads and qkv_TCD.shape[2] <= 128
+
+
+def attend_windows(qkv_TCD: Tensor, cos_TD: Tensor, sin_TD: Tensor, borders: Tensor, scale: float) -> Tensor:
+    """`pointwise.rotate`, then `attend`, where `has_windows`: (T, H, D)."""
+    found: Tensor = _short().windows(qkv_TCD, cos_TD, sin_TD, borders.to(qkv_TCD.device, non_blocking=True), scale)
+    return found
+
+
+def attend_windows_backward(
+    d_out_THD: Tensor, qkv_TCD: Tensor, cos_TD: Tensor, sin_TD: Tensor, borders: Tensor, scale: float
+) -> Tensor:
+    """The gradient of what `attend_windows` got (T, C, D)."""
+    borders = borders.to(qkv_TCD.device, non_blocking=True)
+    found: Tensor = _short().windows_backward(d_out_THD, qkv_TCD, cos_TD, sin_TD, borders, scale)
+    return found
 
 
 def attention(

@@ -16,7 +16,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from vlft.models.attention import Attended, attend, attend_backward
+from vlft.models.attention import (
+    Attended,
+    attend,
+    attend_backward,
+    attend_windows,
+    attend_windows_backward,
+    has_windows,
+)
 from vlft.models.kernels import pointwise
 from vlft.models.kernels.pointwise import Activation, Drop
 from vlft.models.kernels.product import Copies, Gradients, Products, Weights, note
@@ -92,7 +99,7 @@ class Kept:
     """From the forward to the backward pass."""
 
     before: Tensor | None = None
-    """(N, C, d) before the norms of queries and keys, where there are some"""
+    """(N, C, d) before the rotation, where queries and keys have norms or attend in short windows"""
     attended: Attended | None = None
     """(N, H, d), and what its backward needs"""
     middle: Tensor | None = None
@@ -178,6 +185,11 @@ class Block:
         flat, kept.lows["qkv"] = qkv.forward(n_ND, dropped_ND)
         before = flat.view(x_ND.shape[0], -1, self.size)
         q_weight, k_weight, eps = self._head_norms
+        if q_weight is None and has_windows(before, self.heads, call.longest, causal=self.causal):
+            turns = call.cos_Nd, call.sin_Nd
+            kept.attended = Attended(attend_windows(before, *turns, call.borders, self.scale), None)
+            kept.before = before
+            return
         rotated = pointwise.rotate(
             before, call.cos_Nd, call.sin_Nd, self.heads, self.kv_heads, q_weight, k_weight, eps
         )  # fmt: skip
@@ -254,13 +266,7 @@ class Block:
         del attended_ND, dropped
         assert d_attended is not None
         d_attended, d_middle = _all_rows(d_attended, call, x_ND), _all_rows(d_middle, call, x_ND)
-        d_q, d_k, d_v = attend_backward(kept.attended, d_attended.view_as(kept.attended.out))
-        q_weight, k_weight, eps = self._head_norms
-        d_before, d_q_weight, d_k_weight = pointwise.rotate_backward(
-            d_q, d_k, d_v, call.cos_Nd, call.sin_Nd, kept.before, q_weight, k_weight, eps
-        )
-        _note(gradients, q_weight, d_q_weight)
-        _note(gradients, k_weight, d_k_weight)
+        d_before = self._attend_backward(d_attended.view_as(kept.attended.out), call, kept, kept.attended, gradients)
         kept.before = kept.attended = None
         _, n_ND, n_dropped = self.norm_1.forward(x_ND, None, kind, drops[0], plain=bool(qkv.trained))
         wants_n = wants_input or any(True for _ in self.norm_1.trained())
@@ -268,6 +274,23 @@ class Block:
             n_ND, n_dropped, kept.lows["qkv"], d_before.flatten(1), drops[0], gradients, wants_input=wants_n
         )  # fmt: skip
         return None if d_n is None else self.norm_1.backward(d_n, x_ND, d_middle, gradients)
+
+    def _attend_backward(
+        self, d_out_NHd: Tensor, call: Call, kept: Kept, attended: Attended, gradients: Gradients
+    ) -> Tensor:
+        """The gradient of queries, keys and values before their rotation (N, C, d)."""
+        turns = call.cos_Nd, call.sin_Nd
+        if attended.qkv is None:
+            assert kept.before is not None
+            return attend_windows_backward(d_out_NHd, kept.before, *turns, call.borders, self.scale)
+        d_q, d_k, d_v = attend_backward(attended, d_out_NHd)
+        q_weight, k_weight, eps = self._head_norms
+        d_before, d_q_weight, d_k_weight = pointwise.rotate_backward(
+            d_q, d_k, d_v, *turns, kept.before, q_weight, k_weight, eps
+        )
+        _note(gradients, q_weight, d_q_weight)
+        _note(gradients, k_weight, d_k_weight)
+        return d_before
 
 
 def _rows(x_ND: Tensor, call: Call) -> Tensor:

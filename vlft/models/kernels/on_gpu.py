@@ -241,8 +241,8 @@ def norm_backward(
     )  # fmt: skip
     if summed is None:
         return d_x, None, None
-    d_weights = summed.sum(1)
-    return d_x, d_weights[0], d_weights[1] if centred else None
+    d_weight = _sums(summed[0], weight_D.dtype)
+    return d_x, d_weight, _sums(summed[1], weight_D.dtype) if centred else None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -584,7 +584,7 @@ def _column_sums_kernel(
 
 
 _column_sums = Launch(_column_sums_kernel)
-_TILE, _SMALL_TILE = (16, 256), (64, 64)
+_TILE, _SMALL_TILE = (16, 256), (64, 32)
 
 
 def column_sums(x_NO: Tensor, kind: torch.dtype) -> Tensor:
@@ -596,9 +596,14 @@ def column_sums(x_NO: Tensor, kind: torch.dtype) -> Tensor:
     share = -(-rows // (pieces * _TILE[0])) * _TILE[0]
     pieces = -(-rows // share) if rows else 1
     some = torch.empty(pieces, columns, dtype=torch.float32, device=x_NO.device)
-    out = torch.empty(columns, dtype=kind, device=x_NO.device)
     _column_sums((tiles, pieces), (x_NO, some), (x_NO.stride(0), columns), _TILE, 4, changing=(rows, share))
-    _column_sums(
-        (-(-columns // _SMALL_TILE[1]), 1), (some, out), (columns, columns), _SMALL_TILE, 4, changing=(pieces, pieces)
-    )
+    return _sums(some, kind)
+
+
+def _sums(some_PO: Tensor, kind: torch.dtype) -> Tensor:
+    """Of few rows that lie close."""
+    rows, columns = some_PO.shape
+    out = torch.empty(columns, dtype=kind, device=some_PO.device)
+    tiles = -(-columns // _SMALL_TILE[1])
+    _column_sums((tiles, 1), (some_PO, out), (columns, columns), _SMALL_TILE, 4, changing=(rows, rows))
     return out
