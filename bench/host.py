@@ -73,8 +73,9 @@ def as_on_a_gpu(launches: Counter[str]) -> None:
             launches[self.name] += 1
 
     hollow_gpu.Driver.launcher_cls = Launcher  # type: ignore[assignment,misc]
-    for name in ("norm", "norm_backward", "rotate", "rotate_backward", "activate", "activate_backward", "dropout"):
-        setattr(pointwise, name, getattr(on_gpu, name))
+    for name, one in vars(pointwise).copy().items():
+        if hasattr(one, "__wrapped__") and hasattr(on_gpu, name):
+            setattr(pointwise, name, getattr(on_gpu, name))
     from vlft.models import attention_on_gpu
 
     attention.varlen_available = lambda *_: True  # type: ignore[assignment]
