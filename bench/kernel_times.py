@@ -1,7 +1,7 @@
 """Each faster piece beside what it stands for: microseconds, and the share of the memory's bandwidth. JSON lines.
 
-    python bench/kernel_times.py                                    # on a GPU, sizes of Qwen2.5-VL-3B, a row of 8 documents
-    python bench/kernel_times.py --device cpu --scale 0.01          # does it work?
+    python bench/kernel_times.py                                # on a GPU: Qwen2.5-VL-3B, a row of 8 documents
+    python bench/kernel_times.py --device cpu --scale 0.01      # does it work?
 
 `plain` is the same function in PyTorch alone (pointwise.py), PEFT's module under autocast, or the kernels that stood
 there before; `times` is how much longer that takes. `difference` is between the two results, relative. `share` is the

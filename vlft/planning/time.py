@@ -9,12 +9,12 @@ from vlft.models.flops import Shape, Training, Work, unit_flops
 from vlft.planning.gpus import Gpu
 from vlft.planning.memory import NF4, Memory, Static
 
-PRODUCTS, ATTENTION, BANDWIDTH = 0.72, 0.35, 0.8
-"""Shares of the peaks that are reached: assumptions. docs/planning.md says what comes of them."""
+PRODUCTS, ATTENTION, WINDOWS, BANDWIDTH = 0.72, 0.17, 0.22, 0.8
+"""Shares of the peaks that are reached, of arithmetic or (the last two) of bandwidth. Attention's are from profiles of
+an H200, the other two were assumed. docs/planning.md says what comes of them."""
 HOST = 0.35 / 68
-"""Seconds of the host for one layer and row, forward and backward: a row of 32 + 36 layers took it 0.35 s on the
-machine of docs/performance.md (2026-11-24), where two rows a step took 0.71 s whatever the GPU did. Of that day's code:
-bench/host.py finds little more than half of it since, which no GPU has confirmed."""
+"""Seconds of the host for one layer and row, forward and backward, with a driver as slow as that of the machines of
+docs/performance.md: 8 rows a step of 60 layers, all of which compute again, took it 2.64 s (2026-11-28)."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Time:
         return max(self.device, self.host)
 
 
-_PAIRS = ("causal_pairs", "frame_pairs", "window_pairs")
+_PAIRS = ("causal_pairs", "frame_pairs")
 
 
 def time_of(
@@ -65,13 +65,15 @@ def time_of(
     amounts = dict(zip((f.name for f in fields(Work)), astuple(work), strict=True))
     flops = {name: costs[name] * amounts[name] for name in costs}
     attention = sum(flops[name] for name in _PAIRS)
-    products = sum(flops.values()) - attention
+    products = sum(flops.values()) - attention - flops["window_pairs"]
     heads = (shape.heads + 2 * shape.kv_heads) * shape.head_dim
     # Numbers read and written by the kernels between the products, forward and backward, of one layer and token.
     llm = 24 * shape.width + 4 * heads + 11 * shape.inner
     gated = len(shape.names.up)
     vit = 24 * shape.vit_width + 12 * shape.vit_width + (11 if gated == 2 else 6) * shape.vit_inner
     learns = static.learning[0] / max(shape.vit_depth, 1)
+    # Queries, keys, values and the output; in the backward pass all of their gradients beside them.
+    in_windows = 2.0 * amounts["patches"] * len(shape.windowed) * shape.vit_width * (4 + 7 * learns)
     moved = 2.0 * (
         amounts["tokens"] * shape.layers * llm + amounts["patches"] * shape.vit_depth * vit * (0.4 + 0.6 * learns)
     )
@@ -85,7 +87,7 @@ def time_of(
     states = 2 * static.states + 2 * static.weights * (trained / max(sum(p.parameters for p in static.parts), 1))
     return Time(
         products=products / (PRODUCTS * gpu.peak),
-        attention=attention / (ATTENTION * gpu.peak),
+        attention=attention / (ATTENTION * gpu.peak) + in_windows / (WINDOWS * gpu.bandwidth),
         again=memory.again * row_share * rows / (PRODUCTS * gpu.peak),
         moving=moved / (BANDWIDTH * gpu.bandwidth),
         adapters=adapted / (BANDWIDTH * gpu.bandwidth),
