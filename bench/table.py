@@ -21,17 +21,20 @@ WORK = {
     "3B-lora": ("3B `lora_llm_full_vit`", ">= 45% MFU, >= 4x", "<= 40 GiB"),
     "3B-lora-bf16": ("the same, ViT and adapters in bf16", ">= 45% MFU, >= 4x", ""),
     "3B-lora-40": ("the same, `--memory 40GiB`", ">= 45% MFU, >= 4x", "<= 40 GiB"),
-    "3B-lora-two": ("the same, in two forwards", "", "<= 40 GiB"),
     "7B-lora": ("7B `lora_llm_full_vit`", ">= 45% MFU", "<= 78 GiB"),
     "7B-lora-low": ("7B `lora_llm_full_vit --memory low`", "trains", "<= 24 GiB"),
     "7B-qlora": ("7B `qlora`", ">= 45% MFU, >= 3.5x", "<= 24 GiB"),
     "7B-qlora-24": ("the same, `--memory 24GiB`", ">= 45% MFU, >= 3.5x", "<= 24 GiB"),
-    "7B-qlora-two": ("the same, in two forwards", "", "<= 24 GiB"),
     "7B-qlora-low": ("7B `qlora --memory low`", "trains", "<= 10 GiB"),
     "7B-full": ("7B `full`", ">= 45% MFU", "<= 78 GiB"),
     "3B-short": ("3B `lora`, short samples", ">= 5x", ""),
 }
 """Rows, with their goals."""
+SAME_WORK = {
+    "3B-lora-bf16": "3B-lora", "3B-lora-40": "3B-lora", "7B-lora-low": "7B-lora",
+    "7B-qlora-24": "7B-qlora", "7B-qlora-low": "7B-qlora",
+}  # fmt: skip
+"""Rows for which the peer has nothing else to offer than for another."""
 HEAD = (
     "work", "weights / gradients / states", "peer: samples/s, MFU, GiB", "vlft: samples/s, MFU, GiB", "times the peer",
     "first step, s", "goal", "and memory",
@@ -69,7 +72,8 @@ def dtypes(line: dict[str, Any] | None) -> str:
 
 
 def row(name: str, lines: dict[tuple[str, str], dict[str, Any]]) -> list[str]:
-    ours, peer = lines.get((name, "vlft")), lines.get((name, "trl"))
+    ours = lines.get((name, "vlft"))
+    peer = lines.get((name, "trl")) or lines.get((SAME_WORK.get(name, name), "trl"))
     work, goal, memory = WORK[name]
     both = [dtypes(line) for line in (ours, peer) if dtypes(line)]
     kinds = both[0] if len(set(both)) == 1 else "; peer ".join(both)

@@ -59,7 +59,6 @@ ROWS = {
     "3B-lora": Row("3B", "lora_llm_full_vit", ours=ONE_ROW),
     "3B-lora-bf16": Row("3B", "lora_llm_full_vit", ours=ONE_ROW | BF16),
     "3B-lora-40": Row("3B", "lora_llm_full_vit", ours=ONE_ROW | BF16 | {"memory": "40GiB"}),
-    "3B-lora-two": Row("3B", "lora_llm_full_vit", ours=BF16),
     "7B-lora": Row("7B", "lora_llm_full_vit", ours=ONE_ROW),
     "7B-lora-low": Row(
         "7B",
@@ -69,7 +68,6 @@ ROWS = {
     ),
     "7B-qlora": Row("7B", "qlora", ours=ONE_ROW),
     "7B-qlora-24": Row("7B", "qlora", ours=ONE_ROW | {"memory": "24GiB"}),
-    "7B-qlora-two": Row("7B", "qlora"),
     "7B-qlora-low": Row("7B", "qlora", batch=(1, 8), ours={"memory": "low"}),
     "7B-full": Row("7B", "full", ours=ONE_ROW | {"optim": "adamw_8bit", "mixed_precision": "bf16"}),
     "3B-short": Row(
