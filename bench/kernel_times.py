@@ -125,7 +125,7 @@ def windows(s: Sizes) -> Iterator[Case]:
     def at_once_back() -> Tensor:
         return attention.attend_windows_backward(d_out, qkv, cos, sin, borders, scale)
 
-    has = attention.has_windows(qkv, heads, 64, causal=False)
+    has = attention.has_windows(qkv, heads, borders, 64, causal=False)
     at_once = lambda: attention.attend_windows(qkv, cos, sin, borders, scale)  # noqa: E731
     moved = size(qkv, d_out, cos, sin)
     yield Case("windows", at_once if has else lambda: apart().out, lambda: apart().out, moved)

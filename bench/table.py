@@ -75,8 +75,8 @@ def row(name: str, lines: dict[tuple[str, str], dict[str, Any]]) -> list[str]:
     ours = lines.get((name, "vlft"))
     peer = lines.get((name, "trl")) or lines.get((SAME_WORK.get(name, name), "trl"))
     work, goal, memory = WORK[name]
-    both = [dtypes(line) for line in (ours, peer) if dtypes(line)]
-    kinds = both[0] if len(set(both)) == 1 else "; peer ".join(both)
+    own, theirs = dtypes(ours), dtypes(peer)
+    kinds = "; ".join(said for said in (own, f"peer {theirs}" if theirs not in ("", own) else "") if said)
     done = [line for line in (ours, peer) if line and "samples_per_s" in line]
     times = f"{done[0]['samples_per_s'] / done[1]['samples_per_s']:.1f}" if len(done) == 2 else ""
     first = f"{ours['first_step_s']:.0f}" if ours and "first_step_s" in ours else ""

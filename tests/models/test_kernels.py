@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -86,6 +87,12 @@ def test_norms(device: str, kind: torch.dtype, centred: bool, width: int) -> Non
         assert near(dropped, drop.of(out), limit)
         assert near(left, out, limit) if plain else left is dropped
     assert pointwise.norm_backward(d_out, total, weight, None, 1e-6, None, trains=False)[1:] == (None, None)
+    none = x[:0]  # of a row without samples
+    assert pointwise.norm(none, none, weight, None, 1e-6, kind)[1].shape == (0, width)
+    d_x, d_weight, _ = pointwise.norm_backward(none, none, weight, None, 1e-6, none, trains=True)
+    assert d_x.shape == (0, width)
+    assert d_weight is not None
+    assert not d_weight.any()
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -211,7 +218,7 @@ def test_a_product_that_is_dropped(device: str, kind: torch.dtype, rows: int, ra
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("rows", [1, 15, 700])
+@pytest.mark.parametrize("rows", [0, 1, 15, 700])
 @pytest.mark.parametrize("columns", [24, 1000])
 def test_sums_of_columns(device: str, kind: torch.dtype, rows: int, columns: int) -> None:
     whole = torch.randn(rows, columns + 8, device=device).to(kind)
@@ -243,6 +250,15 @@ def test_attention_and_its_backward(device: str, kind: torch.dtype, size: int) -
         assert near(found, x.grad, limit)
 
 
+def test_windows_are_left_to_flash_where_a_grid_cannot_count_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "varlen_available", lambda *_: True)
+    monkeypatch.setattr(attention, "_short", lambda: SimpleNamespace(LONGEST=64))
+    qkv = torch.zeros(8, 6, 80)
+    for heads, segments, longest, causal in ((2, 9, 65, False), (2, 9, 64, True), (1, 9, 64, False), (2, 2**16, 64, 0)):
+        assert not attention.has_windows(qkv, heads, torch.zeros(segments + 1), longest, causal=bool(causal))
+    assert attention.has_windows(qkv, 2, torch.zeros(2**16), 64, causal=False)
+
+
 @pytest.mark.skipif(not (INTERPRETED or torch.cuda.is_available()), reason="a kernel without a function beside it")
 @pytest.mark.parametrize("size", [8, 80])
 def test_windows_of_rotated_queries_and_keys(size: int) -> None:
@@ -258,7 +274,7 @@ def test_windows_of_rotated_queries_and_keys(size: int) -> None:
     expected = attention.packed_attention(q, k, whole[:, 2 * heads :], borders.cpu(), 64, scale, causal=False)
     expected.backward(d_out.cpu().float())
     if not INTERPRETED:
-        assert attention.has_windows(qkv, heads, 64, causal=False)
+        assert attention.has_windows(qkv, heads, borders, 64, causal=False)
     limit = 1e-5 if kind == torch.float32 else 1e-2
     assert near(attention.attend_windows(qkv, cos, sin, borders, scale).cpu(), expected, limit)
     d_qkv = attention.attend_windows_backward(d_out, qkv, cos, sin, borders, scale)
@@ -374,6 +390,38 @@ def test_what_is_kept_changes_nothing(tiny: Callable[..., Path], family: str, wh
         found = run(packed, row)
         assert torch.equal(found[0], expected[0])
         assert torch.equal(found[1], expected[1])
+
+
+@pytest.mark.parametrize("keep", ["all", "attention", "input"])
+def test_layers_with_windows_by_one_kernel(
+    tiny: Callable[..., Path], keep: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The way of a GPU, with functions in the place of its kernels: the same result, and nothing kept for nothing."""
+
+    def windows(qkv: Tensor, cos: Tensor, sin: Tensor, borders: Tensor, scale: float) -> Tensor:
+        heads = qkv.shape[1] // 3
+        q, k, v = (x.contiguous() for x in qkv.split(heads, 1))
+        q, k = (pointwise._turned(x, cos, sin) for x in (q, k))
+        return attention.packed_attention(q, k, v, borders, None, scale, causal=False)
+
+    def backward(d_out: Tensor, qkv: Tensor, *args: Any) -> Tensor:
+        with torch.enable_grad():
+            x = qkv.detach().requires_grad_()
+            return torch.autograd.grad(windows(x, *args), x, d_out)[0]
+
+    packed, row = prepared(tiny(), "full")
+    expected = run(packed, row)
+    calls: list[Any] = []
+    has = lambda *_, causal: not causal  # noqa: E731
+    monkeypatch.setattr(blocks, "has_windows", has)
+    monkeypatch.setattr(blocks, "attend_windows", windows)
+    monkeypatch.setattr(blocks, "attend_windows_backward", lambda *args: (calls.append(1), backward(*args))[1])
+    for layer in packed.installed.layers:
+        layer.keep = keep
+    found = run(packed, row)
+    assert len(calls) == len(packed.installed.vision)
+    assert near(found[0], expected[0])
+    assert near(found[1], expected[1])
 
 
 @pytest.mark.parametrize("what", ["full", "lora"])

@@ -174,9 +174,11 @@ def _short() -> Any:
     return attention_on_gpu
 
 
-def has_windows(qkv_TCD: Tensor, heads: int, longest: int | None, *, causal: bool) -> bool:
+def has_windows(qkv_TCD: Tensor, heads: int, borders: Tensor, longest: int | None, *, causal: bool) -> bool:
     """Whether `attend_windows` takes queries, keys and values (T, C, D) of a row as the product before left them."""
     if causal or longest is None or not varlen_available(qkv_TCD.device, qkv_TCD.dtype):
+        return False
+    if len(borders) > 2**16:  # a GPU's grid is no wider in its second dimension
         return False
     short = _short()
     return short is not None and longest <= short.LONGEST and qkv_TCD.shape[1] == 3 * heads and qkv_TCD.shape[2] <= 128

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from functools import lru_cache
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -163,7 +162,7 @@ def windows_backward(
 ) -> Tensor:
     """The gradient of qkv (N, C, d)."""
     _, heads, size = d_out_NHd.shape
-    d_qkv = torch.empty_like(qkv_NCd)
+    d_qkv = qkv_NCd.new_empty(qkv_NCd.shape)
     _windows_backward(
         (heads, borders.shape[0] - 1),
         (d_out_NHd.contiguous(), qkv_NCd.contiguous(), cos_Nd.contiguous(), sin_Nd.contiguous(), d_qkv, borders),

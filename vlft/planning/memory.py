@@ -121,7 +121,8 @@ def adapted_by(model: nn.Module, parts: Parts) -> tuple[float, float]:
     Adapters are so narrow that memory is their limit. With D columns of a group's input and O of its output, forward:
     A reads D, B writes O, and the base's product, which is added to that, reads O. Backward: O is read for the
     gradient between A and B and for B's, D for A's, and the input's gradient is written before the base's product
-    is added to it. Dropout reads and writes D at three places, as no mask is kept.
+    is added to it. With dropout D is written once more, beside what is not dropped, and the kernel that ends in its
+    backward pass takes as long as two further passes (bench/kernel_times.py).
     """
     groups: dict[tuple[str, str], list[Any]] = {}
     for name, module in model.named_modules():
@@ -131,7 +132,7 @@ def adapted_by(model: nn.Module, parts: Parts) -> tuple[float, float]:
     found = [0.0, 0.0]
     for (parent, _), some in groups.items():
         drops = any(getattr(dropout, "p", 0.0) for module in some for dropout in module.lora_dropout.values())
-        columns = some[0].base_layer.in_features * (10 if drops else 4)
+        columns = some[0].base_layer.in_features * (7 if drops else 4)
         found[parts.vit not in parent] += columns + 4 * sum(module.base_layer.out_features for module in some)
     return found[0], found[1]
 

@@ -12,7 +12,7 @@ from vlft.planning.memory import NF4, Memory, Static
 PRODUCTS, ATTENTION, WINDOWS, BANDWIDTH = 0.72, 0.17, 0.22, 0.8
 """Shares of the peaks that are reached, of arithmetic or (the last two) of bandwidth. Attention's are from profiles of
 an H200, the other two were assumed. docs/planning.md says what comes of them."""
-HOST = 0.35 / 68
+HOST = 2.64 / (8 * 60)
 """Seconds of the host for one layer and row, forward and backward, with a driver as slow as that of the machines of
 docs/performance.md: 8 rows a step of 60 layers, all of which compute again, took it 2.64 s (2026-11-28)."""
 
@@ -74,9 +74,8 @@ def time_of(
     learns = static.learning[0] / max(shape.vit_depth, 1)
     # Queries, keys, values and the output; in the backward pass all of their gradients beside them.
     in_windows = 2.0 * amounts["patches"] * len(shape.windowed) * shape.vit_width * (4 + 7 * learns)
-    moved = 2.0 * (
-        amounts["tokens"] * shape.layers * llm + amounts["patches"] * shape.vit_depth * vit * (0.4 + 0.6 * learns)
-    )
+    vit = shape.vit_depth * vit - len(shape.windowed) * 12 * shape.vit_width  # there the rotation is attention's
+    moved = 2.0 * (amounts["tokens"] * shape.layers * llm + amounts["patches"] * vit * (0.4 + 0.6 * learns))
     moved += 20.0 * amounts["supervised"] * shape.vocabulary
     trained = sum(part.trainable for part in static.parts)
     if static.gradients == 4.0 * trained:

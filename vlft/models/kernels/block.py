@@ -183,12 +183,13 @@ class Block:
     def _attend(self, x_ND: Tensor, call: Call, kept: Kept, qkv: Weights, drop: Drop | None, *, learns: bool) -> None:
         _, n_ND, dropped_ND = self.norm_1.forward(x_ND, None, call.kind, drop)
         flat, kept.lows["qkv"] = qkv.forward(n_ND, dropped_ND)
+        del n_ND, dropped_ND
         before = flat.view(x_ND.shape[0], -1, self.size)
         q_weight, k_weight, eps = self._head_norms
-        if q_weight is None and has_windows(before, self.heads, call.longest, causal=self.causal):
+        if q_weight is None and has_windows(before, self.heads, call.borders, call.longest, causal=self.causal):
             turns = call.cos_Nd, call.sin_Nd
             kept.attended = Attended(attend_windows(before, *turns, call.borders, self.scale), None)
-            kept.before = before
+            kept.before = before if learns else None
             return
         rotated = pointwise.rotate(
             before, call.cos_Nd, call.sin_Nd, self.heads, self.kv_heads, q_weight, k_weight, eps
@@ -243,6 +244,8 @@ class Block:
             _, m_ND, m_dropped = self.norm_2.forward(kept.middle, None, kind, drops[2], plain=wanted)
         if kept.inner is None:
             kept.inner, kept.lows["inner"] = inner.forward(m_ND, m_dropped)
+        if not inner.trained:
+            m_ND = m_dropped
         assert kept.attended is not None
         assert kept.middle is not None
         d_down = d_out_ND.to(kind)

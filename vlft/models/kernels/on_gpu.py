@@ -178,8 +178,9 @@ def _norm_backward_kernel(
     d_weight = tl.zeros((BLOCK,), tl.float32)
     d_bias = tl.zeros((BLOCK,), tl.float32)
     # The next row is on its way while this one is worked out, whose two sums all warps wait for.
-    next_x = tl.load(x_ptr + program * width + columns, mask=inside, other=0.0)
-    next_d_out = tl.load(d_out_ptr + program * width + columns, mask=inside, other=0.0)
+    is_there = columns < tl.where(program < rows, width, 0)  # a row without samples has none
+    next_x = tl.load(x_ptr + program * width + columns, mask=is_there, other=0.0)
+    next_d_out = tl.load(d_out_ptr + program * width + columns, mask=is_there, other=0.0)
     for row in range(program, rows, tl.num_programs(0)):
         start = row * width
         x = next_x.to(tl.float32)

@@ -60,7 +60,7 @@ _64 = 2**64 - 1
 
 @dataclass(frozen=True)
 class Drop:
-    """Which values of a tensor are dropped: a function of the seed and of the place, the same on every device.
+    """Which values of a tensor are dropped: a function of the seed, the shape and the place, the same on every device.
 
     So a backward pass needs no mask kept, and every function here that has a value can drop it in passing.
     """
@@ -87,13 +87,19 @@ class Drop:
     def of(self, x: Tensor) -> Tensor:
         """x without those that are dropped."""
         least, factor = self.scale
-        stays = _bits(x.numel(), self.keys, x.device) >= least
+        stays = torch.empty(x.numel(), dtype=torch.bool, device=x.device)
+        for start in range(0, x.numel(), _PIECE):  # a place takes three numbers of eight bytes
+            stop = min(start + _PIECE, x.numel())
+            torch.ge(_bits(start, stop, self.keys, x.device), least, out=stays[start:stop])
         return torch.where(stays.view(x.shape), wide(x) * factor, 0.0).to(x.dtype)
 
 
-def _bits(count: int, keys: tuple[int, int], device: torch.device) -> Tensor:
-    """16 bits for each place, by a hash of 32 (C. Wellons' hash-prospector, bias 0.11), keyed twice."""
-    mixed = torch.arange(count, device=device).add_(keys[0]).bitwise_and_(0xFFFFFFFF)
+_PIECE = 2**22
+
+
+def _bits(start: int, stop: int, keys: tuple[int, int], device: torch.device) -> Tensor:
+    """16 bits for each of these places, by a hash of 32 (C. Wellons' hash-prospector, bias 0.11), keyed twice."""
+    mixed = torch.arange(start, stop, device=device).add_(keys[0]).bitwise_and_(0xFFFFFFFF)
     mixed = (mixed ^ (mixed >> 16)).mul_(0x21F0AAAD).bitwise_and_(0xFFFFFFFF)
     mixed = (mixed ^ (mixed >> 15) ^ keys[1]).mul_(0xD35A2D97).bitwise_and_(0xFFFFFFFF)
     return (mixed ^ (mixed >> 15)) >> 16

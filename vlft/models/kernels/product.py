@@ -218,7 +218,7 @@ class LowRank:
 
 
 def _scaled(x: Tensor, y: Tensor, scale: float) -> Tensor:
-    # Not addmm with a factor: narrow products by it took the host 200 microseconds each on an H200's, `mm` 65.
+    # Not addmm with a factor: narrow products by it took the host of an H200 200 microseconds each, `mm` 65.
     out = x @ y
     return out if scale == 1.0 else out.mul_(scale)
 
