@@ -41,7 +41,9 @@ def test_cuts_of_a_batch_end_with_equal_weights(
         assert [m["supervised_tokens"] for m in metrics(first)] == [m["supervised_tokens"] for m in metrics(other)]
 
 
-@pytest.mark.parametrize(("family", "dtype"), [("qwen2_5_vl", "float64"), ("qwen3_vl", "float32")])
+@pytest.mark.parametrize(
+    ("family", "dtype"), [("qwen2_5_vl", "float64"), pytest.param("qwen3_vl", "float32", marks=pytest.mark.slow)]
+)
 def test_two_processes_end_with_the_weights_of_one(
     tiny: Callable[..., Path], tmp_path: Path, dtype: str, family: str
 ) -> None:

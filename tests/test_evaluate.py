@@ -430,6 +430,7 @@ def test_vlft_eval_of_any_folder(
     assert "give --split all" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_vlft_eval_on_two_processes(tmp_path: Path, by_one_process: Path) -> None:
     start(["eval", str(by_one_process), "--output_dir", str(tmp_path / "e")], processes=2)
     one = json.loads((tmp_path / "e/metrics.json").read_text())["values"]

@@ -123,6 +123,7 @@ def test_a_run_on_a_terminal(tiny: Callable[..., Path], tmp_path: Path) -> None:
     assert "every sample was used" in text
 
 
+@pytest.mark.slow
 def test_the_bar_stands_below_a_warning(tiny: Callable[..., Path], tmp_path: Path) -> None:
     seen = Watched(words(tiny(), tmp_path), fault={"kind": "not_finite", "rows": [2]})
     assert seen.ends() == 0
@@ -147,6 +148,7 @@ def test_ctrl_c_leaves_the_terminal_as_it_was(tiny: Callable[..., Path], tmp_pat
     assert lines[-1] == ""  # a shell's prompt would stand alone
 
 
+@pytest.mark.slow
 def test_an_error_leaves_the_terminal_as_it_was(tiny: Callable[..., Path], tmp_path: Path) -> None:
     fault = {"kind": "not_finite", "rows": list(range(2, 100))}
     seen = Watched(words(tiny(), tmp_path, max_steps=50, max_skipped_steps=2), fault=fault)
@@ -172,6 +174,7 @@ def test_a_dumb_terminal_gets_plain_lines(tiny: Callable[..., Path], tmp_path: P
     assert b"\x1b[" not in seen.out.replace(b"\x1b[A", b"")  # tqdm of other libraries goes up
 
 
+@pytest.mark.slow
 def test_forty_columns(tiny: Callable[..., Path], tmp_path: Path) -> None:
     seen = Watched(words(tiny(), tmp_path), columns=40, fault={"kind": "slow", "seconds": 0.15})
     assert seen.ends() == 0

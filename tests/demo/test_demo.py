@@ -78,6 +78,7 @@ def test_the_base_answers_what_it_was_taught_and_not_what_the_demo_teaches(data)
     assert exact_match(BASE, taught)[0] > 0.9
 
 
+@pytest.mark.slow
 def test_the_base_is_made_by_one_command(tmp_path):
     few = ["--looks", "1", "--talks", "1", "--pictures", "8"]
     made = subprocess.run(

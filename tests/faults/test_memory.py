@@ -145,6 +145,7 @@ def test_a_resume_after_it_is_bit_equal(tiny: Callable[..., Path], tmp_path: Pat
     assert metrics(tmp_path / "whole") == metrics(tmp_path / "cut")
 
 
+@pytest.mark.slow
 def test_one_rank_of_two_runs_out(tiny: Callable[..., Path], tmp_path: Path) -> None:
     registry = write_data(tmp_path)
     train(words(tiny(), registry, tmp_path / "whole"))

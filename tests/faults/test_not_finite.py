@@ -70,7 +70,7 @@ def test_a_resume_counts_on(tiny: Callable[..., Path], tmp_path: Path, fault: An
         )  # fmt: skip
 
 
-@pytest.mark.parametrize("layout", [None, "zero2", "zero3"])
+@pytest.mark.parametrize("layout", [None, "zero2", pytest.param("zero3", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("precision", ["no", pytest.param("bf16", marks=pytest.mark.slow)])
 def test_all_ranks_skip_it(tiny: Callable[..., Path], tmp_path: Path, layout: str | None, precision: str) -> None:
     """One rank's loss is infinite; under every engine the step is skipped everywhere and the run goes on."""

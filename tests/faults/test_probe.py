@@ -220,6 +220,7 @@ def test_two_processes(tiny: Callable[..., Path], tmp_path: Path) -> None:
     same_course(tmp_path / "without", tmp_path / "with")
 
 
+@pytest.mark.slow
 def test_one_rank_of_two_has_too_little(tiny: Callable[..., Path], tmp_path: Path) -> None:
     registry = write_data(tmp_path)
     train(words(tiny(), registry, tmp_path / "whole", "full", skip_probe=True))

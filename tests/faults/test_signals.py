@@ -56,7 +56,7 @@ def wait_for_steps(out: Path, n: int, child: Any, limit: float = 120) -> None:
     raise AssertionError("the run did not get that far")
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_the_first_signal_saves_and_the_resume_is_exact(
     tiny: Callable[..., Path], tmp_path: Path, number: signal.Signals
 ) -> None:
@@ -112,7 +112,7 @@ def test_a_signal_to_the_launcher_reaches_every_rank(tiny: Callable[..., Path], 
     assert len(metrics(out)) == 40
 
 
-@pytest.mark.parametrize("layout", [None, "zero3"])
+@pytest.mark.parametrize("layout", [None, pytest.param("zero3", marks=pytest.mark.slow)])
 def test_a_rank_that_dies_ends_the_others(tiny: Callable[..., Path], tmp_path: Path, layout: str | None) -> None:
     out = tmp_path / "out"
     line = words(tiny(), write_data(tmp_path), out, per_device_train_batch_size=2, deepspeed=layout, save_steps=1)
