@@ -200,6 +200,7 @@ def main() -> None:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--scale", type=float, default=1.0, help="of the row; below 1 the widths are a tenth, too")
     parser.add_argument("--only", default="", help="names that begin so")
+    parser.add_argument("--root", type=Path, help="not used: all benches on a machine are called alike (cards.sh)")
     parser.add_argument("--out", type=Path, default=Path("runs/bench"))
     given = parser.parse_args()
     given.out.mkdir(parents=True, exist_ok=True)
