@@ -158,6 +158,7 @@ INTERPRETED = """
 import sys, torch
 from vlft.optim import on_gpu, rounded
 shapes = [(3, 700), (5,), (40, 999), (7, 256)]
+torch.manual_seed(0)
 values = [torch.randn(2, *shape).to(torch.bfloat16) for shape in shapes]
 group = {"lr": 1e-2, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.1}
 for states in ("bf16", "8bit"):
@@ -190,6 +191,7 @@ for states in ("bf16", "8bit"):
             for name, a, b, limit in zip("wmv", plain, found, (0.01, 0.1, 0.1)):
                 distance = float((a - b).norm() / b.norm())
                 # Other random digits, the same values.
+                limit *= 1 if len(a) > 100 else 4  # few digits may all be drawn to one side
                 assert (0 < distance or len(a) < 100) and distance < limit, (states, shape, name, distance)
                 if len(a) > 1000:
                     bias = float(((a - b) / b.abs().clamp(min=1e-3 * float(b.abs().max()))).mean())
