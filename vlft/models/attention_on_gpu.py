@@ -62,17 +62,25 @@ def _weights(q_low, q_high, k_low, k_high, known, scale):
 
 
 @triton.jit
-def _windows_kernel(
-    qkv_ptr, cos_ptr, sin_ptr, out_ptr, borders_ptr, scale, heads,
-    SIZE: tl.constexpr, HALF: tl.constexpr, LONGEST: tl.constexpr,
-):  # fmt: skip
-    # Heads first: those of a segment read pieces of the same rows.
-    head = tl.program_id(0)
+def _tile(borders_ptr, SIZE: tl.constexpr, HALF: tl.constexpr, LONGEST: tl.constexpr):
+    """The program's segment: (its first patch, rows and columns of half a head, which rows and which values are there).
+
+    Heads come first in the grid, since those of a segment read pieces of the same rows.
+    """
     start = tl.load(borders_ptr + tl.program_id(1))
     length = tl.load(borders_ptr + tl.program_id(1) + 1) - start
     row, column = tl.arange(0, LONGEST), tl.arange(0, HALF)[None, :]
     known = row < length
-    inside = known[:, None] & (column < SIZE // 2)
+    return start, row, column, known, known[:, None] & (column < SIZE // 2)
+
+
+@triton.jit
+def _windows_kernel(
+    qkv_ptr, cos_ptr, sin_ptr, out_ptr, borders_ptr, scale, heads,
+    SIZE: tl.constexpr, HALF: tl.constexpr, LONGEST: tl.constexpr,
+):  # fmt: skip
+    head = tl.program_id(0)
+    start, row, column, known, inside = _tile(borders_ptr, SIZE, HALF, LONGEST)
     # The segment's own place is a number, and places in it are short: pointers for a whole tile would fill registers.
     qkv_ptr += (start.to(tl.int64) * 3 * heads + head) * SIZE
     out_ptr += (start.to(tl.int64) * heads + head) * SIZE
@@ -93,13 +101,8 @@ def _windows_backward_kernel(
     d_out_ptr, qkv_ptr, cos_ptr, sin_ptr, d_qkv_ptr, borders_ptr, scale, heads,
     SIZE: tl.constexpr, HALF: tl.constexpr, LONGEST: tl.constexpr,
 ):  # fmt: skip
-    # Heads first: those of a segment read pieces of the same rows.
     head = tl.program_id(0)
-    start = tl.load(borders_ptr + tl.program_id(1))
-    length = tl.load(borders_ptr + tl.program_id(1) + 1) - start
-    row, column = tl.arange(0, LONGEST), tl.arange(0, HALF)[None, :]
-    known = row < length
-    inside = known[:, None] & (column < SIZE // 2)
+    start, row, column, known, inside = _tile(borders_ptr, SIZE, HALF, LONGEST)
     qkv_ptr += (start.to(tl.int64) * 3 * heads + head) * SIZE
     d_qkv_ptr += (start.to(tl.int64) * 3 * heads + head) * SIZE
     d_out_ptr += (start.to(tl.int64) * heads + head) * SIZE

@@ -33,8 +33,10 @@ def _block(width: int) -> tuple[int, int]:
 # ---------------------------------------------------------------------------------------------------------------------
 # Dropout: whether a value stays is a function of its place, which each kernel that has the value works out by itself
 
-NO_DROP = (0, 1.0)
-UNSEEDED = (0, 0)
+
+def _how(drop: Drop | None) -> tuple[tuple[int, float], tuple[int, int]]:
+    """Its scale and keys; those of a kernel that drops nothing are not read."""
+    return ((0, 1.0), (0, 0)) if drop is None else (drop.scale, drop.keys)
 
 
 @triton.jit
@@ -157,7 +159,7 @@ def norm(
     dropped = torch.empty_like(out) if plain and drop is not None else out
     branch = x_ND if branch_ND is None else branch_ND.contiguous()
     block, warps = _block(width)
-    scale, keys = (NO_DROP, UNSEEDED) if drop is None else (drop.scale, drop.keys)
+    scale, keys = _how(drop)
     _norm(
         (rows, 1), (x_ND, branch, weight_D, weight_D if bias_D is None else bias_D, total, out, dropped),
         (eps, width, *scale), (branch_ND is not None, bias_D is not None, plain, drop is not None, block), warps,
@@ -505,7 +507,7 @@ def activate(inner_NI: Tensor, kind: Activation, drop: Drop | None = None) -> tu
     out = inner_NI.new_empty(rows, columns)
     dropped = out if drop is None else torch.empty_like(out)
     block = min(_PIECE, _block(columns)[0])
-    scale, keys = (NO_DROP, UNSEEDED) if drop is None else (drop.scale, drop.keys)
+    scale, keys = _how(drop)
     _activate(
         (rows, -(-columns // block)), (inner_NI, out, dropped), (columns, *scale),
         (_KINDS[kind], drop is not None, block), 4, changing=keys,
@@ -557,7 +559,7 @@ def activate_backward(
     plain = plain or drop is None
     dropped = torch.empty_like(d_out_NI) if plain and drop is not None else d_out_NI
     block = min(_PIECE, _block(columns)[0])
-    scale, keys = (NO_DROP, UNSEEDED) if drop is None else (drop.scale, drop.keys)
+    scale, keys = _how(drop)
     _activate_backward(
         (rows, -(-columns // block)), (inner_NI, d_out_NI, dropped), (columns, *scale),
         (_KINDS[kind], plain, drop is not None, block), 4, changing=keys,
