@@ -11,7 +11,7 @@ import pytest
 import torch
 from runs import command, distance, final_weights, ledger, metrics, start, train, write_data
 
-from vlft.engine import Engine
+from vlft.engine.base import Engine, Update
 from vlft.errors import TrainingError
 
 
@@ -88,24 +88,31 @@ def test_all_ranks_skip_it(tiny: Callable[..., Path], tmp_path: Path, layout: st
     assert [line["step"] for line in ledger(out)] == [2]
 
 
-def test_a_loss_scale_that_is_too_high_is_no_fault(monkeypatch: pytest.MonkeyPatch) -> None:
-    """fp16 finds its scale by overflowing; only at a scale of one does an overflow mean something."""
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize(("scale", "is_scaling"), [(65536.0, True), (1.0, False)])
+def test_a_loss_scale_that_is_too_high_is_no_fault(
+    monkeypatch: pytest.MonkeyPatch, fused: bool, scale: float, is_scaling: bool
+) -> None:
+    """fp16 finds its scale by overflowing; only at a scale of one does an overflow mean something.
 
-    class Scaler:
-        def __init__(self, scale: float) -> None:
-            self.scale = scale
-
-        def get_scale(self) -> float:
-            return self.scale
-
+    A fused optimizer's step is called all the same and leaves the weights alone by itself, which Accelerate takes for
+    a step that was made.
+    """
     engine = Engine("no", 1.0)
     p = torch.nn.Parameter(torch.ones(2))
-    engine.prepare(torch.nn.ParameterList([p]), torch.optim.AdamW([{"params": [p], "part": "llm"}]))
-    for scale, is_scaling in ((65536.0, True), (1.0, False)):
-        p.grad = torch.tensor([float("inf"), 1.0])
-        monkeypatch.setattr(engine.accelerator, "scaler", Scaler(scale))
-        monkeypatch.setattr(engine, "optimizer", type("O", (), {"step": lambda _: None, "zero_grad": lambda _: None})())
-        monkeypatch.setattr(type(engine.accelerator), "optimizer_step_was_skipped", property(lambda _: True))
-        monkeypatch.setattr(engine.accelerator, "unscale_gradients", lambda: None)
-        update = engine.update()
-        assert (update.applied, update.scaling) == (False, is_scaling)
+    optimizer = torch.optim.AdamW([{"params": [p], "part": "llm"}], lr=0.1, fused=fused)
+    scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+    monkeypatch.setattr(engine.accelerator, "scaler", scaler)
+    engine.prepare(torch.nn.ParameterList([p]), optimizer)
+    monkeypatch.setattr(engine.accelerator, "unscale_gradients", lambda: scaler.unscale_(optimizer))
+
+    def step(gradient: float) -> Update:
+        scaler.scale(torch.zeros(()))  # as a backward does, which makes the scale
+        p.grad = torch.tensor([gradient, 1.0])
+        return engine.update()
+
+    update = step(float("inf"))
+    assert (update.applied, update.scaling) == (False, is_scaling)
+    assert p.detach().tolist() == [1.0, 1.0]
+    assert step(1.0).applied
+    assert p.detach().tolist() != [1.0, 1.0]

@@ -14,6 +14,7 @@ from runs import command, metrics, start, write_data
 
 from vlft.models import attention
 from vlft.models.forward import PackedVLM
+from vlft.models.kernels import block as blocks
 from vlft.models.load import open_checkpoint, source_of
 from vlft.testing.conformance import example_row
 from vlft.testing.tiny import FAMILIES, make_checkpoint
@@ -62,17 +63,25 @@ def test_the_loss_curve_equals_the_cpus_within_bf16_noise(
 def test_variable_length_flash_attention_runs_in_both_towers(
     tmp_path: Path, family: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """For the whole row at once, or by the kernel for short windows; never segment by segment."""
     model = make_checkpoint(family, tmp_path / "base", dtype="bfloat16")
     source = source_of(open_checkpoint(str(model)), "bf16", torch.device("cuda", 0))
     hf = source.load()
     calls = {"llm": 0, "vit": 0}
-    real = attention._flash
+    flash, windows = blocks.attend, blocks.attend_windows
 
-    def counted(q: Any, k: Any, v: Any, cu: Any, longest: int, scale: Any, causal: bool) -> Any:
+    def attend(*args: Any, causal: bool, **how: Any) -> attention.Attended:
+        attended = flash(*args, causal=causal, **how)
+        assert attended.graph is None
         calls["llm" if causal else "vit"] += 1
-        return real(q, k, v, cu, longest, scale, causal)
+        return attended
 
-    monkeypatch.setattr(attention, "_flash", counted)
+    def attend_windows(*args: Any) -> torch.Tensor:
+        calls["vit"] += 1
+        return windows(*args)
+
+    monkeypatch.setattr(blocks, "attend", attend)
+    monkeypatch.setattr(blocks, "attend_windows", attend_windows)
     packed = PackedVLM(hf, source.parts, source.config.image_token_id)
     row = {k: v.cuda() if torch.is_tensor(v) and k != "image_grid_thw" else v for k, v in example_row(source).items()}
     packed(**row).sum().backward()

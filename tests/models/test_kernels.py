@@ -260,14 +260,14 @@ def test_windows_are_left_to_flash_where_a_grid_cannot_count_them(monkeypatch: p
 
 
 @pytest.mark.skipif(not (INTERPRETED or torch.cuda.is_available()), reason="a kernel without a function beside it")
-@pytest.mark.parametrize("size", [8, 80])
+@pytest.mark.parametrize("size", [8, 80] if INTERPRETED else [8, 64, 72, 80, 128])
 def test_windows_of_rotated_queries_and_keys(size: int) -> None:
-    """The rotation, the attention and both backward passes by one kernel each way."""
+    """The rotation, the attention and both backward passes by one kernel each way, in one piece of a head or in two."""
     device, kind = ("cpu", torch.float32) if INTERPRETED else ("cuda", torch.bfloat16)
     lengths, heads, scale = [64, 64, 1, 37, 16, 64], 3, size**-0.5
     borders = torch.tensor([0, *lengths], device=device).cumsum(0).int()
     qkv = torch.randn(sum(lengths), 3 * heads, size, device=device).to(kind)
-    cos, sin = torch.randn(2, sum(lengths), size, device=device)  # no two halves alike
+    cos, sin = torch.randn(2, sum(lengths), size // 2, device=device).repeat(1, 1, 2)
     d_out = torch.randn(sum(lengths), heads, size, device=device).to(kind)
     whole = qkv.cpu().float().requires_grad_()
     q, k = (pointwise._turned(x, cos.cpu(), sin.cpu()) for x in (whole[:, :heads], whole[:, heads : 2 * heads]))
@@ -422,6 +422,21 @@ def test_layers_with_windows_by_one_kernel(
     assert len(calls) == len(packed.installed.vision)
     assert near(found[0], expected[0])
     assert near(found[1], expected[1])
+
+
+@pytest.mark.parametrize("alike", [True, False])
+def test_halves_that_are_rotated_by_other_angles_are_left_to_flash(
+    tiny: Callable[..., Path], alike: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The windows' kernel reads the angles of one half: a tower that has others must not get them in silence."""
+    monkeypatch.setattr(blocks, "has_windows", lambda *_, causal: not causal)
+    packed, _ = prepared(tiny(), "full")
+    block = packed.installed.vision[0].vlft_block
+    cos, sin = torch.randn(2, 16, block.size // 2).repeat(1, 1, 2)
+    if not alike:
+        sin[-1, -1] += 1
+    call = blocks.Call(cos, sin, torch.tensor([0, 16]), 16, torch.float32, "all", (None,) * 4)
+    assert block._has_windows(torch.zeros(16, 3 * block.heads, block.size), call) is alike
 
 
 @pytest.mark.parametrize("what", ["full", "lora"])

@@ -185,7 +185,11 @@ def has_windows(qkv_TCD: Tensor, heads: int, borders: Tensor, longest: int | Non
 
 
 def attend_windows(qkv_TCD: Tensor, cos_TD: Tensor, sin_TD: Tensor, borders: Tensor, scale: float) -> Tensor:
-    """`pointwise.rotate`, then `attend`, where `has_windows`: (T, H, D)."""
+    """`pointwise.rotate`, then `attend`, where `has_windows`: (T, H, D).
+
+    Args:
+        cos_TD, sin_TD: whose upper halves are as the lower ones.
+    """
     found: Tensor = _short().windows(qkv_TCD, cos_TD, sin_TD, borders.to(qkv_TCD.device, non_blocking=True), scale)
     return found
 

@@ -6,6 +6,10 @@ turned on the way, and nothing but the output is written. The backward pass work
 gradient, already turned back. A general flash kernel takes four launches for that, keeps the log-sum-exp, and has its
 queries and keys turned by passes of their own.
 
+Half a head lies in two pieces: Triton's tiles are powers of two, and a head of 80 as two halves of 64 would hold 128
+columns in registers, which then go to memory and back. As 32 + 16 twice it is 96 (an H100's compiler: 168 registers
+where it was 255 and 284 bytes beside them).
+
 N patches, H heads, C = 3 H heads of queries, keys and values, d head size.
 """
 
@@ -24,113 +28,146 @@ LONGEST = 64
 
 
 @triton.jit
-def _halves(ptr, place, inside, HALF_SIZE: tl.constexpr):
-    return tl.load(ptr + place, mask=inside, other=0.0), tl.load(ptr + place + HALF_SIZE, mask=inside, other=0.0)
+def _halves(ptr, place, inside, HALF: tl.constexpr):
+    return tl.load(ptr + place, mask=inside, other=0.0), tl.load(ptr + place + HALF, mask=inside, other=0.0)
 
 
 @triton.jit
-def _put(ptr, place, low, high, inside, HALF_SIZE: tl.constexpr):
+def _put(ptr, place, low, high, inside, HALF: tl.constexpr):
     tl.store(ptr + place, low.to(ptr.dtype.element_ty), mask=inside)
-    tl.store(ptr + place + HALF_SIZE, high.to(ptr.dtype.element_ty), mask=inside)
+    tl.store(ptr + place + HALF, high.to(ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
-def _turned(ptr, place, turn_ptrs, turn, inside, HALF_SIZE: tl.constexpr):
+def _turn(cos_ptr, sin_ptr, place, inside):
+    """Cosine and sine of a piece: of the lower half alone, since the upper one's are the same."""
+    return tl.load(cos_ptr + place, mask=inside, other=0.0), tl.load(sin_ptr + place, mask=inside, other=0.0)
+
+
+@triton.jit
+def _turned(x, turn):
     """The halves of queries or keys, rotated as `pointwise.rotate` does."""
-    low, high = _halves(ptr, place, inside, HALF_SIZE)
-    cos_low, cos_high = _halves(turn_ptrs[0], turn, inside, HALF_SIZE)
-    sin_low, sin_high = _halves(turn_ptrs[1], turn, inside, HALF_SIZE)
-    kind = low.dtype
-    low, high = low.to(tl.float32), high.to(tl.float32)
-    return (low * cos_low - high * sin_low).to(kind), (high * cos_high + low * sin_high).to(kind)
+    kind = x[0].dtype
+    low, high = x[0].to(tl.float32), x[1].to(tl.float32)
+    return (low * turn[0] - high * turn[1]).to(kind), (high * turn[0] + low * turn[1]).to(kind)
 
 
 @triton.jit
-def _put_turned_back(ptr, place, turn_ptrs, turn, low, high, inside, HALF_SIZE: tl.constexpr):
-    cos_low, cos_high = _halves(turn_ptrs[0], turn, inside, HALF_SIZE)
-    sin_low, sin_high = _halves(turn_ptrs[1], turn, inside, HALF_SIZE)
-    _put(ptr, place, low * cos_low + high * sin_high, high * cos_high - low * sin_low, inside, HALF_SIZE)
+def _put_turned_back(ptr, place, low, high, turn, inside, HALF: tl.constexpr):
+    _put(ptr, place, low * turn[0] + high * turn[1], high * turn[0] - low * turn[1], inside, HALF)
 
 
 @triton.jit
-def _weights(q_low, q_high, k_low, k_high, known, scale):
-    """Softmax over the keys of a segment, in fp32. Queries behind its end have weights too, which nothing reads."""
-    scores = (tl.dot(q_low, tl.trans(k_low)) + tl.dot(q_high, tl.trans(k_high))) * scale
+def _products(x, y, x_rest, y_rest, REST: tl.constexpr):
+    """Of every row of x with every row of y, over both pieces of both halves."""
+    found = tl.dot(x[0], tl.trans(y[0]))
+    found = tl.dot(x[1], tl.trans(y[1]), found)
+    if REST:
+        found = tl.dot(x_rest[0], tl.trans(y_rest[0]), found)
+        found = tl.dot(x_rest[1], tl.trans(y_rest[1]), found)
+    return found
+
+
+@triton.jit
+def _softmax(scores, known):
+    """Over the keys of a segment, in fp32. Queries behind its end have weights too, which nothing reads."""
     scores = tl.where(known[None, :], scores, float("-inf"))
     weights = tl.exp(scores - tl.max(scores, 1)[:, None])
     return weights / tl.sum(weights, 1)[:, None]
 
 
 @triton.jit
-def _tile(borders_ptr, SIZE: tl.constexpr, HALF: tl.constexpr, LONGEST: tl.constexpr):
-    """The program's segment: (its first patch, rows and columns of half a head, which rows and which values are there).
+def _segment(borders_ptr, LONGEST: tl.constexpr):
+    """The program's: (its first patch, rows of a tile, which of them are there).
 
     Heads come first in the grid, since those of a segment read pieces of the same rows.
     """
     start = tl.load(borders_ptr + tl.program_id(1))
+    row = tl.arange(0, LONGEST)[:, None]
     length = tl.load(borders_ptr + tl.program_id(1) + 1) - start
-    row, column = tl.arange(0, LONGEST), tl.arange(0, HALF)[None, :]
-    known = row < length
-    return start, row, column, known, known[:, None] & (column < SIZE // 2)
+    # The segment's own place is a number, and places in it are short: pointers for a whole tile would fill registers.
+    return start.to(tl.int64), row, row < length, tl.arange(0, LONGEST) < length
 
 
 @triton.jit
 def _windows_kernel(
     qkv_ptr, cos_ptr, sin_ptr, out_ptr, borders_ptr, scale, heads,
-    SIZE: tl.constexpr, HALF: tl.constexpr, LONGEST: tl.constexpr,
+    SIZE: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr, LONGEST: tl.constexpr,
 ):  # fmt: skip
-    head = tl.program_id(0)
-    start, row, column, known, inside = _tile(borders_ptr, SIZE, HALF, LONGEST)
-    # The segment's own place is a number, and places in it are short: pointers for a whole tile would fill registers.
-    qkv_ptr += (start.to(tl.int64) * 3 * heads + head) * SIZE
-    out_ptr += (start.to(tl.int64) * heads + head) * SIZE
-    cos_ptr += start.to(tl.int64) * SIZE
-    sin_ptr += start.to(tl.int64) * SIZE
-    place = row[:, None] * (3 * heads * SIZE) + column
-    turn = row[:, None] * SIZE + column
-    q_low, q_high = _turned(qkv_ptr, place, (cos_ptr, sin_ptr), turn, inside, SIZE // 2)
-    k_low, k_high = _turned(qkv_ptr, place + heads * SIZE, (cos_ptr, sin_ptr), turn, inside, SIZE // 2)
-    weights = _weights(q_low, q_high, k_low, k_high, known, scale).to(q_low.dtype)
-    v_low, v_high = _halves(qkv_ptr, place + 2 * heads * SIZE, inside, SIZE // 2)
-    out_place = row[:, None] * (heads * SIZE) + column
-    _put(out_ptr, out_place, tl.dot(weights, v_low), tl.dot(weights, v_high), inside, SIZE // 2)
+    HALF: tl.constexpr = SIZE // 2
+    start, row, there, known = _segment(borders_ptr, LONGEST)
+    qkv_ptr += (start * 3 * heads + tl.program_id(0)) * SIZE
+    out_ptr += (start * heads + tl.program_id(0)) * SIZE
+    cos_ptr += start * SIZE
+    sin_ptr += start * SIZE
+    width = heads * SIZE
+    column = tl.arange(0, MAIN)[None, :]
+    place, inside = row * 3 * width + column, there & (column < HALF)
+    q, k = _halves(qkv_ptr, place, inside, HALF), _halves(qkv_ptr, place + width, inside, HALF)
+    v = _halves(qkv_ptr, place + 2 * width, inside, HALF)
+    turn = _turn(cos_ptr, sin_ptr, row * SIZE + column, inside)
+    q, k = _turned(q, turn), _turned(k, turn)
+    q_rest, k_rest = q, k
+    if REST:
+        rest = MAIN + tl.arange(0, REST)[None, :]
+        place, in_rest = row * 3 * width + rest, there & (rest < HALF)
+        q_rest, k_rest = _halves(qkv_ptr, place, in_rest, HALF), _halves(qkv_ptr, place + width, in_rest, HALF)
+        v_rest = _halves(qkv_ptr, place + 2 * width, in_rest, HALF)
+        turn = _turn(cos_ptr, sin_ptr, row * SIZE + rest, in_rest)
+        q_rest, k_rest = _turned(q_rest, turn), _turned(k_rest, turn)
+    weights = _softmax(_products(q, k, q_rest, k_rest, REST) * scale, known).to(q[0].dtype)
+    _put(out_ptr, row * width + column, tl.dot(weights, v[0]), tl.dot(weights, v[1]), inside, HALF)
+    if REST:
+        _put(out_ptr, row * width + rest, tl.dot(weights, v_rest[0]), tl.dot(weights, v_rest[1]), in_rest, HALF)
 
 
 @triton.jit
 def _windows_backward_kernel(
     d_out_ptr, qkv_ptr, cos_ptr, sin_ptr, d_qkv_ptr, borders_ptr, scale, heads,
-    SIZE: tl.constexpr, HALF: tl.constexpr, LONGEST: tl.constexpr,
+    SIZE: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr, LONGEST: tl.constexpr,
 ):  # fmt: skip
-    head = tl.program_id(0)
-    start, row, column, known, inside = _tile(borders_ptr, SIZE, HALF, LONGEST)
-    qkv_ptr += (start.to(tl.int64) * 3 * heads + head) * SIZE
-    d_qkv_ptr += (start.to(tl.int64) * 3 * heads + head) * SIZE
-    d_out_ptr += (start.to(tl.int64) * heads + head) * SIZE
-    cos_ptr += start.to(tl.int64) * SIZE
-    sin_ptr += start.to(tl.int64) * SIZE
-    q_place = row[:, None] * (3 * heads * SIZE) + column
-    k_place, v_place = q_place + heads * SIZE, q_place + 2 * heads * SIZE
-    turn = row[:, None] * SIZE + column
-    q_low, q_high = _turned(qkv_ptr, q_place, (cos_ptr, sin_ptr), turn, inside, SIZE // 2)
-    k_low, k_high = _turned(qkv_ptr, k_place, (cos_ptr, sin_ptr), turn, inside, SIZE // 2)
-    weights = _weights(q_low, q_high, k_low, k_high, known, scale)
-    d_low, d_high = _halves(d_out_ptr, row[:, None] * (heads * SIZE) + column, inside, SIZE // 2)
-    turned = tl.trans(weights.to(d_low.dtype))
-    _put(d_qkv_ptr, v_place, tl.dot(turned, d_low), tl.dot(turned, d_high), inside, SIZE // 2)
-    v_low, v_high = _halves(qkv_ptr, v_place, inside, SIZE // 2)
-    d_weights = tl.dot(d_low, tl.trans(v_low)) + tl.dot(d_high, tl.trans(v_high))
+    HALF: tl.constexpr = SIZE // 2
+    start, row, there, known = _segment(borders_ptr, LONGEST)
+    qkv_ptr += (start * 3 * heads + tl.program_id(0)) * SIZE
+    d_qkv_ptr += (start * 3 * heads + tl.program_id(0)) * SIZE
+    d_out_ptr += (start * heads + tl.program_id(0)) * SIZE
+    cos_ptr += start * SIZE
+    sin_ptr += start * SIZE
+    width = heads * SIZE
+    column = tl.arange(0, MAIN)[None, :]
+    place, inside = row * 3 * width + column, there & (column < HALF)
+    q, k = _halves(qkv_ptr, place, inside, HALF), _halves(qkv_ptr, place + width, inside, HALF)
+    v = _halves(qkv_ptr, place + 2 * width, inside, HALF)
+    d = _halves(d_out_ptr, row * width + column, inside, HALF)
+    turn = _turn(cos_ptr, sin_ptr, row * SIZE + column, inside)
+    q, k = _turned(q, turn), _turned(k, turn)
+    q_rest, k_rest, v_rest, d_rest = q, k, v, d
+    if REST:
+        rest = MAIN + tl.arange(0, REST)[None, :]
+        at_rest, in_rest = row * 3 * width + rest, there & (rest < HALF)
+        q_rest, k_rest = _halves(qkv_ptr, at_rest, in_rest, HALF), _halves(qkv_ptr, at_rest + width, in_rest, HALF)
+        v_rest = _halves(qkv_ptr, at_rest + 2 * width, in_rest, HALF)
+        d_rest = _halves(d_out_ptr, row * width + rest, in_rest, HALF)
+        turn = _turn(cos_ptr, sin_ptr, row * SIZE + rest, in_rest)
+        q_rest, k_rest = _turned(q_rest, turn), _turned(k_rest, turn)
+    weights = _softmax(_products(q, k, q_rest, k_rest, REST) * scale, known)
+    d_weights = _products(d, v, d_rest, v_rest, REST)
     # Queries behind the end have no gradient: that of their output is zero.
     d_scores = weights * (d_weights - tl.sum(weights * d_weights, 1)[:, None]) * scale
-    d_scores = d_scores.to(q_low.dtype)
-    _put_turned_back(
-        d_qkv_ptr, q_place, (cos_ptr, sin_ptr), turn, tl.dot(d_scores, k_low), tl.dot(d_scores, k_high), inside,
-        SIZE // 2,
-    )  # fmt: skip
-    d_scores = tl.trans(d_scores)
-    _put_turned_back(
-        d_qkv_ptr, k_place, (cos_ptr, sin_ptr), turn, tl.dot(d_scores, q_low), tl.dot(d_scores, q_high), inside,
-        SIZE // 2,
-    )  # fmt: skip
+    d_scores = d_scores.to(q[0].dtype)
+    back, weights = tl.trans(d_scores), tl.trans(weights.to(d[0].dtype))
+    _put(d_qkv_ptr, place + 2 * width, tl.dot(weights, d[0]), tl.dot(weights, d[1]), inside, HALF)
+    # Read again, since registers are dearer than the cache is.
+    turn = _turn(cos_ptr, sin_ptr, row * SIZE + column, inside)
+    _put_turned_back(d_qkv_ptr, place, tl.dot(d_scores, k[0]), tl.dot(d_scores, k[1]), turn, inside, HALF)
+    _put_turned_back(d_qkv_ptr, place + width, tl.dot(back, q[0]), tl.dot(back, q[1]), turn, inside, HALF)
+    if REST:
+        _put(d_qkv_ptr, at_rest + 2 * width, tl.dot(weights, d_rest[0]), tl.dot(weights, d_rest[1]), in_rest, HALF)
+        turn = _turn(cos_ptr, sin_ptr, row * SIZE + rest, in_rest)
+        low, high = tl.dot(d_scores, k_rest[0]), tl.dot(d_scores, k_rest[1])
+        _put_turned_back(d_qkv_ptr, at_rest, low, high, turn, in_rest, HALF)
+        low, high = tl.dot(back, q_rest[0]), tl.dot(back, q_rest[1])
+        _put_turned_back(d_qkv_ptr, at_rest + width, low, high, turn, in_rest, HALF)
 
 
 _windows = Launch(_windows_kernel)
@@ -138,16 +175,20 @@ _windows_backward = Launch(_windows_backward_kernel)
 
 
 @lru_cache(maxsize=16)
-def _half(size: int) -> int:
-    """Columns of a tile for half a head."""
-    half: int = triton.next_power_of_2(size // 2)
-    return max(16, half)
+def _pieces(size: int) -> tuple[int, int]:
+    """Columns of the tiles for half a head; the second has 0 where one tile serves."""
+    half = size // 2
+    whole: int = max(16, triton.next_power_of_2(half))
+    main = whole // 2
+    rest: int = max(16, triton.next_power_of_2(half - main)) if half > main >= 16 else whole
+    return (main, rest) if main + rest < whole else (whole, 0)
 
 
 def windows(qkv_NCd: Tensor, cos_Nd: Tensor, sin_Nd: Tensor, borders: Tensor, scale: float) -> Tensor:
     """(N, H, d) attention within segments of at most `LONGEST` patches, of queries and keys that are rotated here.
 
     Args:
+        cos_Nd, sin_Nd: whose upper halves are as the lower ones; these are not read.
         borders: (S + 1,) int32.
     """
     patches, all_heads, size = qkv_NCd.shape
@@ -155,7 +196,7 @@ def windows(qkv_NCd: Tensor, cos_Nd: Tensor, sin_Nd: Tensor, borders: Tensor, sc
     out = qkv_NCd.new_empty(patches, heads, size)
     _windows(
         (heads, borders.shape[0] - 1), (qkv_NCd.contiguous(), cos_Nd.contiguous(), sin_Nd.contiguous(), out, borders),
-        (scale, heads), (size, _half(size), LONGEST), 4,
+        (scale, heads), (size, *_pieces(size), LONGEST), 4,
     )  # fmt: skip
     return out
 
@@ -169,6 +210,6 @@ def windows_backward(
     _windows_backward(
         (heads, borders.shape[0] - 1),
         (d_out_NHd.contiguous(), qkv_NCd.contiguous(), cos_Nd.contiguous(), sin_Nd.contiguous(), d_qkv, borders),
-        (scale, heads), (size, _half(size), LONGEST), 4,
+        (scale, heads), (size, *_pieces(size), LONGEST), 4,
     )  # fmt: skip
     return d_qkv

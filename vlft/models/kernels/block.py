@@ -136,6 +136,9 @@ class Block:
     causal: bool
     held: list[nn.Parameter] | None = field(default=None, init=False)
     """What trains, where that is known not to have changed."""
+    halves_alike: bool | None = field(default=None, init=False)
+    """Whether both halves of a head are rotated by the same angles, which `attend_windows` takes for granted. Asked at
+    the first row: to ask waits for the device."""
 
     def trained(self) -> list[nn.Parameter]:
         if self.held is not None:
@@ -180,13 +183,22 @@ class Block:
         a, b, c, d = call.seeds
         return (one, two, three, four), (one.drop(a), two.drop(b), three.drop(c), four.drop(d))
 
+    def _has_windows(self, before: Tensor, call: Call) -> bool:
+        if not has_windows(before, self.heads, call.borders, call.longest, causal=self.causal):
+            return False
+        if self.halves_alike is None:
+            half = self.size // 2
+            turns = call.cos_Nd, call.sin_Nd
+            self.halves_alike = all(torch.equal(turn[:, :half], turn[:, half:]) for turn in turns)
+        return self.halves_alike
+
     def _attend(self, x_ND: Tensor, call: Call, kept: Kept, qkv: Weights, drop: Drop | None, *, learns: bool) -> None:
         _, n_ND, dropped_ND = self.norm_1.forward(x_ND, None, call.kind, drop)
         flat, kept.lows["qkv"] = qkv.forward(n_ND, dropped_ND)
         del n_ND, dropped_ND
         before = flat.view(x_ND.shape[0], -1, self.size)
         q_weight, k_weight, eps = self._head_norms
-        if q_weight is None and has_windows(before, self.heads, call.borders, call.longest, causal=self.causal):
+        if q_weight is None and self._has_windows(before, call):
             turns = call.cos_Nd, call.sin_Nd
             kept.attended = Attended(attend_windows(before, *turns, call.borders, self.scale), None)
             kept.before = before if learns else None
