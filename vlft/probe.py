@@ -69,8 +69,8 @@ def _run(job: Job, planned: Sequence[Planned]) -> tuple[Load | None, bool, float
             try:
                 losses_S = job.packed(**job.inputs(row, True))
                 engine.backward(losses_S.sum() / max(1, row.supervised), last=i == len(rows) - 1)
-            except torch.OutOfMemoryError:
-                unfit = Load.of(row)
+            except torch.OutOfMemoryError as error:
+                unfit = recovery.unfit(job, row, error)
                 break
         if unfit and not engine.retries:
             recovery.end_of_memory_in_a_row(job, unfit, _next_step(job))

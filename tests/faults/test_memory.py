@@ -101,6 +101,23 @@ def test_layers_keep_less_before_rows_are_cut(
     assert "out of memory" not in capsys.readouterr().out
 
 
+def test_layers_keep_less_of_rows_that_the_probe_tries(
+    tiny: Callable[..., Path], tmp_path: Path, fault: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It would otherwise cut every step's rows, or leave samples out, for what layers could have dropped."""
+    registry = write_data(tmp_path)
+    most, least = (peaks(tiny(), registry, tmp_path / name, name) for name in ("all", "low"))
+    capsys.readouterr()
+    fault("mistaken_room", room=ROOM, holds=(least + most) / 2)
+    train(words(tiny(), registry, tmp_path / "small", skip_probe="false"))
+    said = capsys.readouterr().out
+    assert "did not fit" in said
+    assert said.index("layers keep less of a row") < said.index("ran forward and backward") < said.index("step 1/")
+    assert "rows now hold at most" not in said
+    assert ledger(tmp_path / "small") == []
+    same_run(tmp_path / "all", tmp_path / "small")
+
+
 def test_all_ranks_keep_less_when_one_runs_out(tiny: Callable[..., Path], tmp_path: Path) -> None:
     registry = write_data(tmp_path)
     most = peaks(tiny(), registry, tmp_path / "whole", "all")
