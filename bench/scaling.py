@@ -15,6 +15,9 @@ A row is a size, a strategy and a layout. It has up to two parts:
   all processes as soon as the checkpoint is there, or the last rank in the middle of a later step; then the seconds
   count until the others have ended.
 
+`--parts one` measures the one GPU of `speed` alone: on two cards at once, say, with a --root each, whose alone.json are
+then put together.
+
 Both parts take one launch where a row has both; what one GPU does is done once for all rows that need it. Every launch
 is the program as a user starts it (bench/ranks.py notes steps beside it), without dropout, whose bits depend on how
 samples lie on ranks; it is ended by a kill when it has gone as far as its part needs. Only adapters that resume on all
@@ -121,7 +124,7 @@ ROWS = {
 def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--rows", default=",".join(ROWS), help="which, in this order: " + ", ".join(ROWS))
-    made.add_argument("--parts", help="speed, course, or both with a comma, instead of those of the rows")
+    made.add_argument("--parts", help="speed, course, one, some with a comma, instead of those of the rows")
     made.add_argument("--gpus", type=int, default=0, help="processes; 0: all GPUs, or 2 on a CPU")
     made.add_argument("--steps", type=int, default=16, help="steps to the checkpoint; those behind --warm are timed")
     made.add_argument("--warm", type=int, default=5, help="steps that are not timed")
@@ -359,7 +362,9 @@ def run_row(name: str, spread: Spread, table: Table) -> None:
     facts["layout"] = spread.layout
     total = spread.batch * n
     one = min(FULL_ROW, total)
-    speed = alone(spread, (spread.batch, 1), table) if "speed" in spread.parts else None
+    speed = alone(spread, (spread.batch, 1), table) if {"speed", "one"} & {*spread.parts} else None
+    if spread.parts == ("one",):
+        return
     whole = alone(spread, (one, total // one), table) if "course" in spread.parts and spread.alone else None
     shutil.rmtree(table.output, ignore_errors=True)
     checkpoint = table.output / "checkpoints" / f"step-{given.steps:06d}"
