@@ -111,7 +111,8 @@ def measured(job: Any, words: list[str], given: argparse.Namespace) -> dict[str,
     kind = {"costs": job.costs, "budget": Budget(), "total": total}
     steps = look(plan.data, shape, start=given.warm, **kind)
     steps = replace(steps, largest=look(plan.data, shape, **kind).largest)  # the warm steps have their peaks too
-    memory, expects = expected(run.config, plan.static, shape, training, steps, gpu, job.source.compute_dtype)
+    # `plan.gpu`, not `gpu`: it has no more memory than `--memory SIZE` says.
+    memory, expects = expected(run.config, plan.static, shape, training, steps, plan.gpu, job.source.compute_dtype)
     seconds, peak, more = train_steps(job, run, given.warm, total)
     return {
         "gpu": gpu.name, "predicted_peak_gib": _gib(memory.peak), "measured_peak_gib": _gib(peak),

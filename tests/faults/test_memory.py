@@ -14,6 +14,7 @@ from runs import command, distance, final_weights, ledger, metrics, start, train
 from vlft.errors import ConfigError, DataError, DeviceMemoryError
 from vlft.models.forward import PackedVLM
 from vlft.models.kernels import room_on_gpu
+from vlft.models.kernels.memory import CONTEXT
 
 FITS_ALONE = 110
 """Tokens that every sample of the toy set stays below, and rows of four do not."""
@@ -241,8 +242,8 @@ def test_the_room_of_a_size(size: int | None, device: torch.device, monkeypatch:
     monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", limit)
     room = room_on_gpu(device, lambda: 10**9, size)()
     if size == 12 * 10**9:
-        assert room == pytest.approx(12e9 - 0.6e9 - 0.06 * 12e9 - 5e9)
-        assert limits == [pytest.approx(11.4 / 80)]
+        assert room == pytest.approx(12e9 - CONTEXT - 0.06 * 12e9 - 5e9)
+        assert limits == [pytest.approx((12e9 - CONTEXT) / 8e10)]
     else:
         assert room == pytest.approx(6e10 - 0.06 * 8e10 - 5e9)
         assert limits == []

@@ -17,6 +17,8 @@ import torch
 from runs import CPU_ADAM, command, environment, final_weights, ledger, metrics, start, write_data
 from safetensors.torch import load_file
 
+from vlft.models.kernels.memory import CONTEXT
+
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 RATES = {f"learning_rate_{p}": 4e-4 for p in ("llm", "vit", "projector")}
 
@@ -162,7 +164,7 @@ def test_a_run_stays_within_the_size_that_it_is_given(tiny: Callable[..., Path],
 
     everything, least = peak("all"), peak("low")
     middle = (everything + least) / 2
-    found = peak(f"{middle + 0.6e9 / 2**30:.4f}GiB")
+    found = peak(f"{middle + CONTEXT / 2**30:.4f}GiB")
     print(everything, least, middle, found)
     assert found <= middle < everything
 

@@ -172,3 +172,23 @@ def test_a_weight_that_lies_nowhere_is_never_the_same(tiny: Callable[..., Path])
     del base.weight
     base.weight = weight.detach().clone()
     assert not Sources(blocks).same()
+
+
+@pytest.mark.parametrize("master", [False, True])
+def test_what_would_be_held_is_what_is_held(tiny: Callable[..., Path], master: bool) -> None:
+    """`Products.copied`, by which a plan counts, against the tensors that `hold` makes."""
+    packed, _ = packed_model(tiny())
+    kind, device = (torch.bfloat16 if master else torch.float32), torch.device("cpu")
+    found = 0
+    for group in (group for block in blocks_of(packed) for group in block.groups()):
+        expected, fresh = group.copied(kind, device, lambda p: p.dtype)
+        group.hold(kind, device)
+        held = group._held
+        assert held is not None
+        own = {p.base.weight.data_ptr() for p in group.each}
+        sizes = [p.weight_OD.nbytes for p in held._pieces or [] if p.weight_OD.data_ptr() not in own]
+        assert fresh == (0 if held._pieces is not None else group.fresh_pieces(kind, device)[0].weight_OD.nbytes)
+        adapters = held.low.a_RD.nbytes + held.low.b_OR.nbytes if held.low is not None else 0
+        assert expected == sum(sizes) + adapters
+        found += len(sizes)
+    assert found > 0

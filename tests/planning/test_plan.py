@@ -19,7 +19,7 @@ from vlft.commands import COMMANDS, parse_command, read_plan
 from vlft.errors import ConfigError
 from vlft.models.flops import Shape
 from vlft.models.forward import PackedVLM
-from vlft.models.kernels.memory import MARGIN, Cost, Sizes
+from vlft.models.kernels.memory import CONTEXT, MARGIN, Cost, Sizes
 from vlft.models.load import load_config, open_checkpoint, source_of
 from vlft.planning import advice, gpus
 from vlft.planning.estimate import Estimate, estimate
@@ -27,7 +27,8 @@ from vlft.planning.gpus import GIB
 from vlft.planning.load import histogram
 from vlft.planning.memory import NF4, PIECES, memory_of, static_of, towers_of
 from vlft.planning.skeleton import SkeletonSource, prepared
-from vlft.planning.time import HOST
+from vlft.planning.time import ADAPTED, ANEW, FORWARD, LAYER, PACKED, STEP
+from vlft.proof import logical_size
 
 STRATEGIES = ("full", "partial_llm_full_vit", "vit_only", "lora", "lora_llm_full_vit", "qlora")
 BIG = {
@@ -73,14 +74,15 @@ def plan(root: Path, strategy: str, *more: str, gpu: str = "H100") -> Estimate:
     return estimate(read_plan(words(root, strategy, *more)).run, gpus.by_name(gpu))
 
 
+@pytest.mark.parametrize("tie", [False, True])
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_a_model_without_weights_has_the_parameters_of_a_real_one(
-    tiny: Callable[..., Path], tmp_path: Path, strategy: str
+    tiny: Callable[..., Path], tmp_path: Path, strategy: str, tie: bool
 ) -> None:
-    registry = write_data(tmp_path, 8)
-    line = ["--model_name_or_path", str(tiny()), "--tuning_strategy", strategy, "--dataset_config_path", str(registry)]
+    registry, model = write_data(tmp_path, 8), tiny(tie=tie)
+    line = ["--model_name_or_path", str(model), "--tuning_strategy", strategy, "--dataset_config_path", str(registry)]
     run = read_plan(line).run
-    source = source_of(open_checkpoint(str(tiny())), "bf16", torch.device("cpu"))
+    source = source_of(open_checkpoint(str(model)), "bf16", torch.device("cpu"))
     real = run.strategy(run.options).prepare_model(source)  # type: ignore[call-arg]
     bare, _ = prepared(
         run.strategy(run.options),  # type: ignore[call-arg]
@@ -95,6 +97,8 @@ def test_a_model_without_weights_has_the_parameters_of_a_real_one(
     assert sum(part.trainable for part in found.parts) == trained
     assert found.gradients == 4 * trained
     assert found.states == 8 * trained
+    every = sum(map(logical_size, real.parameters()))
+    assert sum(part.parameters for part in found.parts) == every  # a tied head is counted once
 
 
 @pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
@@ -137,7 +141,7 @@ def test_four_bits(seven: Path) -> None:
         layers * NF4 + 2 * (llm.parameters - llm.trainable - layers) + 4 * llm.trainable, rel=1e-3
     )
     assert found.fits
-    assert found.memory.peak < 11 * GIB
+    assert found.memory.peak < 12 * GIB
 
 
 def test_a_longer_row_takes_more_and_what_is_computed_again_takes_less(seven: Path) -> None:
@@ -162,12 +166,12 @@ def test_numbers_of_a_file_are_what_is_planned(seven: Path, tmp_path: Path) -> N
 def test_a_size_is_what_is_planned_for(seven: Path) -> None:
     """As `auto` on a GPU of that size, which the table and the last line name."""
     more = ["lora_llm_full_vit", "--per_device_train_batch_size", "8"]
-    whole, small = (plan(seven, *more, "--memory", text) for text in ("auto", "30.2GB"))
+    whole, small = (plan(seven, *more, "--memory", text) for text in ("auto", "32.5GB"))
     assert small.memory.kept < whole.memory.kept
     assert small.time.again > whole.time.again == 0
     assert not small.fits  # the step itself is the worst moment
-    assert plan(seven, *more, "--memory", "31GB").fits
-    assert (small.gpu.memory, small.gpu.name) == (30_200_000_000, f"{whole.gpu.name}, --memory 30.2GB")
+    assert plan(seven, *more, "--memory", "34GB").fits
+    assert (small.gpu.memory, small.gpu.name) == (32_500_000_000, f"{whole.gpu.name}, --memory 32.5GB")
     assert not plan(seven, *more, "--memory", "10GB").fits
     assert plan(seven, *more, "--memory", "400GiB").gpu == whole.gpu
     assert plan(seven, *more, "--memory", "all").memory.keeps == (["all"] * 32, ["all"] * 28)
@@ -181,7 +185,7 @@ def test_what_auto_leaves_alone_is_left_in_the_plan_too(seven: Path) -> None:
     for room in (50e9, 60e9, 70e9):
         memory = memory_of(found.static, shape, row, rows=1, compute=2, room=room)
         assert memory.again > 0
-        assert 0.97 * (1 - MARGIN) * room < memory.peak / PIECES <= (1 - MARGIN) * room
+        assert 0.95 * (1 - MARGIN) * room < (memory.peak - CONTEXT) / PIECES + CONTEXT <= 1.01 * (1 - MARGIN) * room
 
 
 @pytest.mark.parametrize(("dropout", "times"), [("0.05", 7), ("0", 4)])
@@ -197,9 +201,52 @@ def test_what_adapters_move(seven: Path, dropout: str, times: int) -> None:
 
 
 def test_a_row_costs_the_host_its_layers(seven: Path) -> None:
-    one, eight = (plan(seven, "lora", "--gradient_accumulation_steps", n) for n in ("1", "8"))
-    assert one.time.step == one.time.host == pytest.approx(60 * HOST)  # rows of a few tokens
-    assert eight.time.host == pytest.approx(8 * one.time.host, rel=0.2)  # an epoch's last step may have fewer
+    """All 60 layers, of which a frozen tower's 32 run forward alone; adapters and weights of 4 bits in the other 28."""
+    full = plan(seven, "full", "--memory", "all").time
+    assert full.host == pytest.approx(STEP + 60 * LAYER)
+    assert max(full.host, full.device) < full.step < full.host + full.device
+    lora = plan(seven, "lora").time.host - STEP
+    assert lora == pytest.approx(32 * FORWARD + 28 * (LAYER + ADAPTED))
+    assert plan(seven, "qlora").time.host - STEP == pytest.approx(lora + 28 * PACKED)
+    assert plan(seven, "lora", "--memory", "low").time.host - STEP == pytest.approx(lora + 28 * (FORWARD + ANEW))
+    eight = plan(seven, "lora", "--gradient_accumulation_steps", "8").time.host - STEP
+    assert eight == pytest.approx(8 * lora, rel=0.2)  # an epoch's last step may have fewer rows
+
+
+def test_what_layers_hold_is_counted(seven: Path) -> None:
+    """Beside 7B's frozen weights: queries, keys and values joined, the tower's MLP at an aligned width, adapters."""
+    found, low = plan(seven, "lora"), plan(seven, "lora", "--memory", "low")
+    joined = 28 * 4608 * 3584 + 32 * 1280 * 3456 * 3
+    ranks = 64 * (3 * (3584 + 4608) + (3584 + 3584) + 2 * (3584 + 2 * 18944) + (18944 + 3584))
+    assert found.static.copies.held == 2 * (joined + 28 * ranks)
+    assert found.memory.holds
+    assert not low.memory.holds
+    assert (found.memory.copies, low.memory.copies) == (found.static.copies.held, 0.0)
+    assert low.memory.peak < found.memory.peak - PIECES * 0.99 * found.static.copies.held
+    packed = plan(seven, "qlora").static.copies
+    assert packed.fresh == 2 * 3584 * 2 * 18944  # gates and values, dequantised for one product
+    assert (packed.packed, packed.adapted, packed.ranks) == (28, 28, (0, 64 * 7))
+
+
+def test_the_worst_moment(seven: Path) -> None:
+    """Rows of a few tokens: a step of one row ends with all gradients; behind the first row they are there before."""
+    one, two = (plan(seven, "full", "--gradient_accumulation_steps", n) for n in ("1", "2"))
+    static = one.static
+    still = static.weights + static.states + static.gradients + static.copies.held
+    assert still < (one.memory.peak - CONTEXT) / PIECES < still + 0.2 * GIB
+    embedding = 4 * 152064 * 3584
+    assert static.ends == (embedding, embedding)
+    # A row's own gradient of the head, in both dtypes, beside the one that is there, and the head in the compute dtype.
+    assert two.memory.peak - one.memory.peak == pytest.approx(PIECES * 2 * embedding, rel=0.05)
+
+
+def test_frozen_layers_have_no_gradients(seven: Path) -> None:
+    found = plan(seven, "partial_llm_full_vit").static
+    vision, language = found.layer_gradients
+    assert language[:14] == [0.0] * 14
+    assert len(set(language[14:])) == len(set(vision)) == 1
+    assert sum(vision) + sum(language) < found.gradients
+    assert found.ends[0] == 0.0 < found.ends[1]
 
 
 def test_a_policy_that_moves_pictures_takes_its_room(seven: Path, tmp_path: Path) -> None:
@@ -234,6 +281,7 @@ def test_several_gpus_share_what_zero_cuts_up(seven: Path) -> None:
     one, four = (estimate(run, gpus.by_name("H100"), world_size=n) for n in (1, 4))
     assert four.memory.states == one.memory.states / 4
     assert four.memory.weights == pytest.approx(one.memory.weights / 4)
+    assert not four.memory.holds  # their layers join weights anew for each product
 
 
 @pytest.mark.parametrize(

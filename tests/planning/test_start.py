@@ -14,7 +14,7 @@ from vlft.commands import read_plan
 from vlft.models.peaks import peak_flops
 from vlft.planning import gpus, start
 from vlft.planning.estimate import Estimate, estimate, shared_out
-from vlft.planning.memory import PartSize, Static
+from vlft.planning.memory import Copies, PartSize, Static
 
 H100 = gpus.by_name("H100")
 
@@ -83,6 +83,6 @@ def test_a_gpu_that_no_table_knows_is_told_no_time(
 )
 def test_what_engines_cut_up(stage: int, masters: bool, weights: float, gradients: float, states: float) -> None:
     """A hundred weights in fp32 on two processes."""
-    whole = Static([PartSize("llm", 100, 100, 400.0)], 400.0, 800.0, 4.0, (0.0, 0.0), (0, 0))
+    whole = Static([PartSize("llm", 100, 100, 400.0)], 400.0, 800.0, (0.0, 0.0), False, ([], []), Copies())
     found = shared_out(whole, stage, 2, masters=masters, compute=2)
     assert (found.weights, found.gradients, found.states) == (weights, gradients, states)

@@ -68,6 +68,7 @@ def shown(e: Estimate) -> str:
     m, t = e.memory, e.time
     memory = [
         ("weights", m.weights), ("gradients", m.gradients), ("optimizer states", m.states),
+        ("copies of weights, joined or cast", m.copies),
         ("kept by layers for the backward pass", m.kept), ("logits and their gradients", m.logits),
         ("buffers", m.buffers), ("peak", m.peak), (f"of {e.gpu.name}", e.gpu.memory),
     ]  # fmt: skip

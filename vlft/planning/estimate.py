@@ -98,7 +98,9 @@ def shared_out(static: Static, stage: int, world_size: int, *, masters: bool, co
     if stage == 3:
         parts = [replace(part, bytes=part.bytes / n) for part in parts]
     gradients = static.gradients / (n if stage > 1 else 1)
-    return replace(static, parts=parts, states=states / (n if stage else 1), gradients=gradients)
+    return replace(
+        static, parts=parts, states=states / (n if stage else 1), gradients=gradients, sharded=stage > 0
+    )  # fmt: skip
 
 
 @lru_cache(maxsize=2)

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 from vlft.config import MemoryPlan
 from vlft.family import PARTS, Part, Parts
 from vlft.models.flops import Shape
+from vlft.models.forward import base_model
 from vlft.models.kernels.block import Keep
+from vlft.models.kernels.install import blocks_of
 from vlft.models.kernels.memory import CONTEXT, LOGITS, MARGIN, Cost, Sizes, Tower, choose, fixed_by, peak
 from vlft.models.load import is_quantised
 from vlft.planning.load import Row
@@ -18,8 +22,9 @@ from vlft.proof import logical_size
 
 NF4 = 0.5 + 1 / 64 + 4 / (64 * 256)
 """Bytes of a weight in NF4 whose scales, one to 64 weights, are quantised again to 8 bits, 256 to a scale."""
-PIECES = 1.03
-"""What the allocator holds over what it gives out."""
+PIECES = 1.02
+"""What the allocator holds over what it gives out: by 2% more in the mean of 30 runs on an H200, from 0.7 to 5.9%
+(docs/planning.md)."""
 
 
 @dataclass(frozen=True)
@@ -32,20 +37,46 @@ class PartSize:
 
 
 @dataclass(frozen=True)
+class Copies:
+    """What layers multiply with in the place of their parameters (`vlft.models.kernels.product`), and what takes them
+    more work than plain weights."""
+
+    held: float = 0.0
+    """bytes of copies that are kept"""
+    fresh: float = 0.0
+    """bytes of the largest that is made for one product and dropped after it"""
+    ranks: tuple[int, int] = (0, 0)
+    """of all adapters of a layer, of the vision tower and of the language model"""
+    adapted: int = 0
+    """layers with adapters"""
+    packed: int = 0
+    """layers with 4-bit weights"""
+
+
+@dataclass(frozen=True)
 class Static:
     """What is there whatever a row holds."""
 
     parts: list[PartSize]
     gradients: float
     states: float
-    largest: float
-    """gradient of the largest single weight: it exists twice for a moment"""
-    layer_gradients: tuple[float, float]
-    """of one layer of the vision tower and of the language model"""
-    learning: tuple[int, int]
-    """layers of either that learn"""
+    ends: tuple[float, float]
+    """gradients of the embedding and of the head, which come last and first in a backward pass; where they are one
+    weight, its gradient comes twice"""
+    tied: bool
+    """The embedding is the head."""
+    layer_gradients: tuple[list[float], list[float]]
+    """of each layer of the vision tower and of the language model that learns, in the order of the forward"""
+    copies: Copies
+    sharded: bool = False
+    """by an engine, which has gradients ready from the start"""
     adapted: tuple[float, float] = (0.0, 0.0)
     """numbers that the adapters read and write for a patch and for a token, in all layers, forward and backward"""
+
+    @property
+    def learning(self) -> tuple[int, int]:
+        """Layers of either through which a gradient flows."""
+        return len(self.layer_gradients[0]), len(self.layer_gradients[1])
 
     @property
     def weights(self) -> float:
@@ -62,6 +93,8 @@ class Memory:
     kept: float
     """by the layers, for the backward pass"""
     logits: float
+    copies: float
+    """of weights, that layers hold"""
     buffers: float
     """pixels, position tables, the context"""
     peak: float
@@ -69,6 +102,8 @@ class Memory:
     keeps: tuple[list[Keep], list[Keep]]
     again: float
     """FLOPs of one row that are done a second time"""
+    holds: bool
+    """Layers hold copies of parameters; otherwise they are made anew for each product."""
 
 
 BYTES = {"adamw": (4, 4, 8.0), "adamw_bf16": (2, 2, 4.0), "adamw_8bit": (2, 2, 2.0 + 8 / 256)}
@@ -86,8 +121,8 @@ def static_of(model: nn.Module, parts: Parts, tied: bool, optimizer: str, comput
         id(p) for m in model.modules() if is_quantised(m) for n, p in m.named_parameters(recurse=False) if n == "weight"
     }
     numbers: dict[Part, list[float]] = {part: [0, 0, 0.0] for part in PARTS}
-    layer: list[dict[str, int]] = [{}, {}]
-    largest = 0
+    layer = [[0.0] * shape.vit_depth, [0.0] * shape.layers]
+    ends = [0.0, 0.0]
     for name, p in model.named_parameters():
         at = numbers[parts.part_of(name, tied_head=tied)]
         size = logical_size(p)
@@ -96,18 +131,40 @@ def static_of(model: nn.Module, parts: Parts, tied: bool, optimizer: str, comput
         if not p.requires_grad:
             continue
         at[1] += size
-        largest = max(largest, size)
         for n, path in enumerate((f"{parts.vit}.blocks.", f"{parts.layers}.")):
             if (found := name.find(path)) >= 0:
-                number = name[found + len(path) :].split(".", 1)[0]
-                layer[n][number] = layer[n].get(number, 0) + size
+                layer[n][int(name[found + len(path) :].split(".", 1)[0])] += size * gradient
+        for n, path in enumerate((f"{parts.embed}.", f"{parts.head}.")):
+            if path in name:
+                ends[n] += size * gradient
     trained = sum(at[1] for at in numbers.values())
-    first = min((int(number) for number in layer[0]), default=shape.vit_depth)
+    first = next((n for n, size in enumerate(layer[0]) if size), shape.vit_depth)
     return Static(
         parts=[PartSize(part, int(at[0]), int(at[1]), at[2]) for part, at in numbers.items() if at[0]],
-        gradients=trained * gradient, states=trained * states, largest=largest * gradient,
-        layer_gradients=tuple(gradient * max(each.values(), default=0) for each in layer),  # type: ignore[arg-type]
-        learning=(shape.vit_depth - first, shape.layers), adapted=adapted_by(model, parts),
+        gradients=trained * gradient, states=trained * states, ends=(ends[0], ends[0] if tied else ends[1]), tied=tied,
+        layer_gradients=(layer[0][first:], layer[1]),
+        copies=copies_of(model, parts, masters=weight == 4, compute=compute), adapted=adapted_by(model, parts),
+    )  # fmt: skip
+
+
+def copies_of(model: nn.Module, parts: Parts, *, masters: bool, compute: int) -> Copies:
+    """
+    Args:
+        masters: what trains is in fp32, whatever it is in here.
+    """
+    kind, gpu = torch.float32 if compute == 4 else torch.bfloat16, torch.device("cuda")
+
+    def of(p: nn.Parameter) -> torch.dtype:
+        return torch.float32 if p.requires_grad and masters else kind
+
+    towers = blocks_of(base_model(model), parts)
+    blocks = [block for tower in towers for block in tower]
+    bytes_ = [group.copied(kind, gpu, of) for block in blocks for group in block.groups()]
+    vision, language = (max((Sizes.of(block).ranks for block in tower), default=0) for tower in towers)
+    return Copies(
+        held=sum(held for held, _ in bytes_), fresh=max((fresh for _, fresh in bytes_), default=0),
+        ranks=(vision, language), adapted=sum(Sizes.of(block).ranks > 0 for block in blocks),
+        packed=sum(any(not p.plain for group in block.groups() for p in group.each) for block in blocks),
     )  # fmt: skip
 
 
@@ -138,20 +195,28 @@ def adapted_by(model: nn.Module, parts: Parts) -> tuple[float, float]:
 
 
 def towers_of(static: Static, shape: Shape, row: Row, compute: int, *, gradients: bool) -> list[Tower]:
-    """`gradients`: those of layers come up in this row, and are not there from one before."""
+    """As training sees them (`vlft.models.kernels.memory.Memory.before_row`), which takes all for like the last layer.
+
+    Args:
+        gradients: those of layers come up in this row, and are not there from one before.
+    """
     gated = len(shape.names.up)
     vision = Sizes(
-        shape.vit_width, 3 * shape.vit_width, shape.vit_heads, shape.vit_width, gated * shape.vit_inner, False, False
+        shape.vit_width, 3 * shape.vit_width, shape.vit_heads, shape.vit_width, gated * shape.vit_inner, False, False,
+        static.copies.ranks[0],
     )  # fmt: skip
     wide, narrow = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     norms = shape.names.first == "linear_fc1"  # Qwen3-VL normalises queries and keys
-    language = Sizes(shape.width, wide + 2 * narrow, shape.heads, wide, 2 * shape.inner, norms, True)
+    language = Sizes(
+        shape.width, wide + 2 * narrow, shape.heads, wide, 2 * shape.inner, norms, True, static.copies.ranks[1]
+    )  # fmt: skip
     found = []
-    for sizes, n, longest, layers, each in (
-        (vision, row.patches, row.picture, static.learning[0], static.layer_gradients[0]),
-        (language, row.tokens, row.sample, static.learning[1], static.layer_gradients[1]),
+    for sizes, n, longest, layers in (
+        (vision, row.patches, row.picture, static.layer_gradients[0]),
+        (language, row.tokens, row.sample, static.layer_gradients[1]),
     ):
-        found.append(Tower(layers, Cost.of(sizes, n, longest, compute), int(each) if gradients else 0))
+        each = int(layers[-1]) if gradients and layers else 0
+        found.append(Tower(len(layers), Cost.of(sizes, n, longest, compute), each))
     return found
 
 
@@ -171,22 +236,61 @@ def memory_of(
         rows: of a step: behind the first, gradients are there before the row.
         room: bytes of the GPU, for this process; layers keep what fits, unless `plan` says what they keep.
     """
-    towers = towers_of(static, shape, row, compute, gradients=rows == 1)
-    coming = sum(tower.layers * tower.gradients for tower in towers)
+    come = rows == 1 and not static.sharded
+    towers = towers_of(static, shape, row, compute, gradients=come)
     pixels = row.patches * shape.patch_inputs * (compute + 1)
     positions = 8 * row.tokens * shape.head_dim + 8 * row.patches * shape.vit_width // shape.vit_heads
     features = 2 * row.work.merged * shape.width * compute * (1 + len(shape.levels))
-    buffers = CONTEXT + pixels + positions + features
     logits = float(LOGITS * row.supervised * shape.vocabulary)
-    before = static.weights + static.states + (static.gradients - coming) + static.largest + buffers
-    free = room * (1 - MARGIN) - before  # what `--memory auto` leaves alone (`room_on_gpu`)
+    holds = plan != "low" and not static.sharded
+    copies = static.copies.held if holds else 0.0
+    still = static.weights + static.states + copies
     if plan == "auto" or isinstance(plan, int):
+        # As a row of training reckons: `auto` leaves a margin alone (`room_on_gpu`), and its pixels are there already.
+        coming = sum(tower.layers * tower.gradients for tower in towers)
+        free = room * (1 - MARGIN) - CONTEXT - still - pixels - (static.gradients - coming)
         keeps = choose(towers, logits, free)
     else:
         keeps = fixed_by(plan, [t.layers for t in towers])
     again = sum(t.cost.again(keep) for t, each in zip(towers, keeps, strict=True) for keep in each)
-    step = static.weights + static.states + static.gradients + CONTEXT
-    whole = max(before + peak(towers, keeps, logits), step) * PIECES
     kept = sum(t.cost.kept(keep) for t, each in zip(towers, keeps, strict=True) for keep in each)
-    return Memory(static.weights, static.gradients, static.states, kept, logits, buffers, whole,
-                  (keeps[0], keeps[1]), again)  # fmt: skip
+    inputs = pixels + positions + features
+    given = still + inputs + _worst(static, towers, keeps, kept, logits, _cast(static, shape, compute), come=come)
+    return Memory(static.weights, static.gradients, static.states, kept, logits, copies, CONTEXT + inputs,
+                  CONTEXT + given * PIECES, (keeps[0], keeps[1]), again, holds)  # fmt: skip
+
+
+def _cast(static: Static, shape: Shape, compute: int) -> float:
+    """Bytes of the head in the compute dtype beside its master, and of its gradient beside that of the master."""
+    cast = float(compute * shape.vocabulary * shape.width)
+    return cast if static.ends[1] > cast else 0.0
+
+
+def _worst(
+    static: Static,
+    towers: Sequence[Tower],
+    keeps: Sequence[Sequence[Keep]],
+    kept: float,
+    logits: float,
+    cast: float,
+    *,
+    come: bool,
+) -> float:
+    """Bytes of gradients and of what a row keeps, at the worst of three moments: at the head, in a layer's backward,
+    and at its end, when the embedding's gradient comes.
+
+    Args:
+        come: gradients are not there before.
+    """
+    embedding, head = static.ends
+    layers = static.layer_gradients if come else tuple([0.0] * len(each) for each in static.layer_gradients)
+    there = static.gradients
+    if come:
+        there -= sum(map(sum, layers)) + (head if static.tied else head + embedding)
+    at_head = there + kept + cast + max(logits, head + cast)
+    if come:
+        there += head
+    twice = 0.0 if come else max((max(each, default=0.0) for each in static.layer_gradients), default=0.0)
+    at_layers = there + peak(towers, keeps, 0.0, layers) + twice + static.copies.fresh
+    at_end = static.gradients + (embedding if static.tied or not come else 0.0)
+    return max(at_head, at_layers, at_end)

@@ -32,6 +32,7 @@ class SkeletonSource(Source):
             kept = quantisation.llm_int8_skip_modules or []
             with torch.device("meta"):
                 model = replace_with_bnb_linear(model, modules_to_not_convert=kept, quantization_config=quantisation)
+        model.tie_weights()  # which transformers leaves out together with drawing them
         assert isinstance(model, nn.Module)
         return model
 

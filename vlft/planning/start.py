@@ -47,8 +47,8 @@ def short(job: Job, gpu: Gpu) -> Sequence[str]:
 
 def _memory(m: Memory, gpu: Gpu) -> str:
     components = {
-        "weights": m.weights, "gradients": m.gradients, "optimizer states": m.states, "kept by layers": m.kept,
-        "logits": m.logits, "buffers": m.buffers,
+        "weights": m.weights, "gradients": m.gradients, "optimizer states": m.states, "copies": m.copies,
+        "kept by layers": m.kept, "logits": m.logits, "buffers": m.buffers,
     }  # fmt: skip
     each = ", ".join(f"{name} {size / GIB:.1f}" for name, size in components.items())
     over = "" if m.peak <= gpu.memory else "; that is more than there is, see 'vlft plan' with the same options"

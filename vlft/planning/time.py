@@ -12,9 +12,15 @@ from vlft.planning.memory import NF4, Memory, Static
 PRODUCTS, ATTENTION, WINDOWS, BANDWIDTH = 0.72, 0.17, 0.22, 0.8
 """Shares of the peaks that are reached, of arithmetic or (the last two) of bandwidth. Attention's are from profiles of
 an H200, the other two were assumed. docs/planning.md says what comes of them."""
-HOST = 2.64 / (8 * 60)
-"""Seconds of the host for one layer and row, forward and backward, with a driver as slow as that of the machines of
-docs/performance.md: 8 rows a step of 60 layers, all of which compute again, took it 2.64 s (2026-11-28)."""
+LAYER, FORWARD, ADAPTED, PACKED, ANEW, STEP = 2.2e-3, 0.5e-3, 0.9e-3, 3e-3, 2.2e-3, 70e-3
+"""Seconds of the host, with a driver as slow as that of the machines of docs/performance.md, fitted to the runs of
+bench/planning.py of 2026-11-28 there. Of a layer: forward and backward; forward alone (frozen, or computed again); more
+for its adapters; more for weights of 4 bits; more where layers hold no joined weights, so that each product makes them
+(from two runs with `--memory low`). Of a step: the update, the wait at its end, and what the library of products loads
+for rows of new lengths, which runs of 14 steps are full of."""
+SHARP = 3
+"""A step takes longer than GPU or host alone, the more the closer they are: (gpu^SHARP + host^SHARP)^(1/SHARP). Fitted
+as the host's seconds are."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +44,7 @@ class Time:
 
     @property
     def step(self) -> float:
-        return max(self.device, self.host)
+        return float((self.device**SHARP + self.host**SHARP) ** (1 / SHARP))
 
 
 _PAIRS = ("causal_pairs", "frame_pairs")
@@ -91,5 +97,14 @@ def time_of(
         moving=moved / (BANDWIDTH * gpu.bandwidth),
         adapters=adapted / (BANDWIDTH * gpu.bandwidth),
         optimizer=(states + 2 * static.gradients) / (BANDWIDTH * gpu.bandwidth),
-        host=HOST * (shape.layers + shape.vit_depth) * rows,
+        host=STEP + rows * host_of(shape, static, memory),
     )
+
+
+def host_of(shape: Shape, static: Static, memory: Memory) -> float:
+    """Seconds of one row."""
+    learning = sum(static.learning)
+    forwards = shape.vit_depth - static.learning[0] + sum(keep == "input" for each in memory.keeps for keep in each)
+    own = LAYER * learning + FORWARD * forwards
+    more = ADAPTED * static.copies.adapted + PACKED * static.copies.packed
+    return own + more + (0.0 if memory.holds else ANEW * learning)

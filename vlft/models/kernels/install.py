@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from types import MethodType
 from typing import Any, get_args
@@ -114,6 +115,22 @@ def install(model: nn.Module, parts: Parts) -> Installed:
         if _install(layer, _decoder_pieces, _decoder_forward, found):
             layer.is_last = layer is layers[-1]
             found.language.append(layer)
+    return found
+
+
+def blocks_of(model: nn.Module, parts: Parts) -> tuple[list[Block], list[Block]]:
+    """Of the vision tower and of the language model, from what `install` would put its forwards over; the model, which
+    may be without numbers, stays as it is."""
+    tower: Any = model.get_submodule(parts.vit)
+    layers: Any = model.get_submodule(parts.layers)
+    return _blocks(tower.blocks, _vision_pieces), _blocks(layers, _decoder_pieces)
+
+
+def _blocks(layers: Any, pieces: Callable[[Any], Block]) -> list[Block]:
+    found = []
+    for layer in layers:
+        with suppress(UnsupportedError):
+            found.append(pieces(layer))
     return found
 
 

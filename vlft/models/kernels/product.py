@@ -13,10 +13,11 @@ N tokens or patches, D columns of the input, O columns of the outputs end to end
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from itertools import accumulate
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from vlft.models.kernels.pointwise import Drop
 
 Gradients = dict[int, Tensor]
 """By the parameter's `id`: its own hash is a function of Python's."""
+DtypeOf = Callable[[nn.Parameter], torch.dtype]
 
 ALIGNED = 64
 """Columns that a width is filled up to on a GPU, in passing.
@@ -430,9 +432,8 @@ class Products:
         """
         self.drop()
         copies: Copies = []
-        pieces, widths = self._as_they_are(kind, device), self.widths(device)
-        small = sum(widths) * self.columns(device) * kind.itemsize <= HELD
-        if pieces is None and small and all(p.plain for p in self.each):
+        pieces = self._as_they_are(kind, device)
+        if pieces is None and self._may_be_held(kind, device):
             piece, joined = self._joined(kind, device)
             pieces = [piece]
             for product, weight, bias in joined:
@@ -447,17 +448,35 @@ class Products:
         """Hold nothing any more."""
         self._held = None
 
+    def copied(self, kind: torch.dtype, device: torch.device, of: DtypeOf) -> tuple[int, int]:
+        """Bytes of the copies that `hold` would keep, and of what is made anew for each product and dropped after it.
+
+        Args:
+            device: to be asked for, so that it need not be here.
+            of: a parameter's dtype in the run; here it may lie in another, or nowhere.
+        """
+        columns, width = self.columns(device), sum(self.widths(device))
+        ranks = sum(len(adapter.a_rD) for p in self.each for adapter in p.adapters())
+        held, joined = ranks * (columns + width) * kind.itemsize, columns * width * kind.itemsize
+        if self._lie_ready(kind, device, of):
+            return held, 0
+        return (held + joined, 0) if self._may_be_held(kind, device) else (held, joined)
+
+    def _may_be_held(self, kind: torch.dtype, device: torch.device) -> bool:
+        small = sum(self.widths(device)) * self.columns(device) * kind.itemsize <= HELD
+        return small and all(p.plain for p in self.each)
+
+    def _lie_ready(self, kind: torch.dtype, device: torch.device, of: DtypeOf = attrgetter("dtype")) -> bool:
+        """The modules' own weights can be multiplied with as they are, and are not better joined."""
+        if any(not p.plain or any(own is not None and of(own) != kind for own in p.own()) for p in self.each):
+            return False
+        own = self.columns(device) == self.each[0].columns and self.widths(device) == [p.rows for p in self.each]
+        return own and (len(self.each) == 1 or min(p.rows for p in self.each) >= NARROW)
+
     def _as_they_are(self, kind: torch.dtype, device: torch.device) -> list[Piece] | None:
-        """The modules' own weights, where they can be multiplied with as they are and are not better joined."""
+        if not self._lie_ready(kind, device):
+            return None
         widths = self.widths(device)
-        if any(not p.plain or any(own is not None and own.dtype != kind for own in p.own()) for p in self.each):
-            return None
-        if self.columns(device) != self.each[0].columns or any(
-            w != p.rows for w, p in zip(widths, self.each, strict=True)
-        ):
-            return None
-        if len(self.each) > 1 and min(p.rows for p in self.each) < NARROW:
-            return None
         return [
             Piece.of(start, p.base.weight, p.base.bias, sum(widths))
             for start, p in zip(_starts(widths), self.each, strict=True)
