@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import re
@@ -9,6 +10,7 @@ import shlex
 import subprocess
 import sys
 import types
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ import pytest
 import vlft
 from vlft import cli, manual
 from vlft.cli import main
+from vlft.commands import COMMANDS
 from vlft.config import RunConfig, bundled, options_of, resolved_yaml
 from vlft.discovery import STRATEGIES, find, load_strategy
 from vlft.errors import ConfigError, ModelError, StrategyError
@@ -692,6 +695,18 @@ assert "torch" not in sys.modules
 print("seconds of CPU:", time.process_time())
 assert time.process_time() < 2
 """
+
+
+def test_brief_commands_are_seldom_collected(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before, seen = gc.get_threshold(), []
+    plan = COMMANDS["plan"]
+    for brief in (True, False):
+        note = replace(plan, brief=brief, read=lambda _: None, run=lambda _: seen.append(gc.get_threshold()))
+        monkeypatch.setitem(COMMANDS, "plan", note)
+        assert main(["plan"]) == 0
+        assert gc.get_threshold() == before
+    assert seen[0][0] > 100 * before[0]
+    assert seen[1] == before
 
 
 def test_answers_without_torch(work: Path) -> None:

@@ -1,9 +1,7 @@
 """`accelerate launch -m vlft`, `torchrun -m vlft`, `deepspeed --module vlft`, `python -m vlft`."""
 
-import sys
-
-from vlft.cli import main
+from vlft.cli import run
 
 # The guard matters: data workers that are spawned import this module again.
 if __name__ == "__main__":
-    sys.exit(main())
+    run()

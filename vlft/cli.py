@@ -6,13 +6,17 @@ valid.
 
 from __future__ import annotations
 
+import atexit
+import gc
 import hashlib
 import os
 import re
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from datetime import timedelta
+from typing import NoReturn
 
 from vlft import __version__
 from vlft.allocator import prepare_allocator
@@ -27,8 +31,24 @@ SILENT_SECONDS = 5.0
 """How long a process that repeats nothing stays; a launcher ends it sooner."""
 
 
+def run() -> NoReturn:
+    """`main` as a process of its own.
+
+    After a brief command it ends as soon as all is written: Python would take a second to take PyTorch apart.
+    """
+    code = main()
+    command = COMMANDS.get("".join(sys.argv[1:2]))
+    if command is None or not command.brief:
+        sys.exit(code)
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(BrokenPipeError):  # as in `main`
+            stream.flush()
+    os._exit(code)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """The process: runs a command, prints an error once, returns the exit code (see `vlft.errors`)."""
+    """The words' work: runs a command, prints an error once, returns the exit code (see `vlft.errors`)."""
     prepare_allocator()  # here, before any command or plugin imports torch
     words = without_local_rank(sys.argv[1:] if argv is None else argv)
     try:
@@ -72,10 +92,25 @@ def _dispatch(words: list[str]) -> None:
         print(f"vlft {__version__}")
     elif asks_help:
         print(command_help(COMMANDS[name]) if name in COMMANDS else help_text(rest))
+    elif name in COMMANDS and COMMANDS[name].brief:
+        with _seldom_collected():
+            COMMANDS[name].run(parse_command(COMMANDS[name], rest))
     elif name in COMMANDS:
         COMMANDS[name].run(parse_command(COMMANDS[name], rest))
     else:
         _train(rest)
+
+
+@contextmanager
+def _seldom_collected() -> Iterator[None]:
+    """Imports make some million objects that all stay. By default Python looks through them for garbage again and
+    again, a seventh of the time of a plan. Not switched off: who made cycles without end would fill the memory."""
+    before = gc.get_threshold()
+    gc.set_threshold(200_000)
+    try:
+        yield
+    finally:
+        gc.set_threshold(*before)
 
 
 def _train(words: list[str]) -> None:
@@ -139,4 +174,4 @@ def _first_to_say(text: str) -> bool:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run()

@@ -46,6 +46,8 @@ class Command:
     """Adds what is not given but known, and refuses with a ConfigError what cannot be."""
     read: Callable[[Sequence[str]], Any] | None = None
     """Reads the words in its own way, in place of `parse_command`."""
+    brief: bool = False
+    """Most of its time goes into libraries' imports, and when it has printed, no thread, process or file is left."""
 
     @property
     def usage(self) -> str:
@@ -392,6 +394,9 @@ def read_plan(words: Sequence[str]) -> _PlanWords:
         raise ConfigError("--tuning_strategy is missing; 'vlft plugins' lists those there are.")
     for note in read.notes:
         print(note)
+    from vlft.planning.imports import import_libraries
+
+    import_libraries()
     from vlft.planning.advice import with_flags
 
     own = with_flags(words, dict.fromkeys(("gpu", "gpus", "goal")))
@@ -463,6 +468,7 @@ COMMANDS = {
             PlanOptions,
             _plan,
             read=read_plan,
+            brief=True,
         ),
         Command(
             "eval", "loss and metrics of a model on held-out data", EvalCommandOptions, _eval, ("model",), complete_eval

@@ -9,26 +9,29 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 from runs import write_data
+from torch import nn
 
 from vlft.commands import COMMANDS, parse_command, read_plan
+from vlft.data.tokens import Chat
 from vlft.errors import ConfigError
 from vlft.models.flops import Shape
 from vlft.models.forward import PackedVLM
 from vlft.models.kernels.memory import CONTEXT, MARGIN, Cost, Sizes
 from vlft.models.load import load_config, open_checkpoint, source_of
 from vlft.planning import advice, gpus
-from vlft.planning.estimate import Estimate, estimate
+from vlft.planning.estimate import Estimate, _chat, estimate
 from vlft.planning.gpus import GIB
 from vlft.planning.load import histogram
 from vlft.planning.memory import NF4, PIECES, memory_of, static_of, towers_of
 from vlft.planning.skeleton import SkeletonSource, prepared
 from vlft.planning.time import ADAPTED, ANEW, FORWARD, LAYER, PACKED, STEP
 from vlft.proof import logical_size
+from vlft.strategy import ParamGroup, Strategy
 
 STRATEGIES = ("full", "partial_llm_full_vit", "vit_only", "lora", "lora_llm_full_vit", "qlora")
 BIG = {
@@ -262,18 +265,21 @@ def test_a_policy_that_moves_pictures_takes_its_room(seven: Path, tmp_path: Path
 
 
 def test_one_model_serves_all_changes_that_leave_it_as_it_is(seven: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    made = []
-    real = SkeletonSource.load
+    made, loaded = [], []
+    real, real_chat = SkeletonSource.load, Chat.load
 
     def counted(self: SkeletonSource, **overrides: Any) -> Any:
         made.append(overrides)
         return real(self, **overrides)
 
     monkeypatch.setattr(SkeletonSource, "load", counted)
+    monkeypatch.setattr(Chat, "load", lambda *of: loaded.append(of) or real_chat(*of))
+    _chat.cache_clear()
     line = words(seven, "lora", "--lora_rank", "24")
-    run = read_plan(line).run
-    advice.ladder(line, run, lambda new: read_plan(new).run, lambda one: estimate(one, gpus.by_name("RTX 4090")))
+    before = estimate(read_plan(line).run, gpus.by_name("RTX 4090"))
+    advice.ladder(line, before, lambda new: read_plan(new).run, lambda one: estimate(one, gpus.by_name("RTX 4090")))
     assert len(made) == 3  # as it is, half the rank, and qlora
+    assert len(loaded) == 1
 
 
 def test_several_gpus_share_what_zero_cuts_up(seven: Path) -> None:
@@ -401,12 +407,100 @@ def test_histograms_count_everything_in_round_bars() -> None:
     assert histogram([]) == []
 
 
+def in_a_process(script: str, root: Path) -> subprocess.CompletedProcess[str]:
+    line = [sys.executable, "-c", script, "plan", *words(root, "qlora", "--gpu", "RTX 4090 24GB")]
+    return subprocess.run(line, capture_output=True, text=True, check=False)
+
+
+NEEDLESS = {"torch._inductor.compile_fx": 2.0, "scipy.optimize": 0.5}
+"""Modules of libraries that nothing in a plan runs, with the seconds that their imports take."""
+
+
 def test_it_needs_no_weights_and_says_what_a_run_would_hold(seven: Path) -> None:
-    compiler = "atexit.register(lambda: print('compiler imported:', 'torch._inductor.compile_fx' in sys.modules))"
-    script = f"import atexit, sys; {compiler}; from vlft.cli import main; main()"
-    line = [sys.executable, "-c", script, "plan", *words(seven, "qlora", "--gpu", "RTX 4090 24GB")]
-    done = subprocess.run(line, capture_output=True, text=True, check=False)
+    names = "atexit.register(lambda: print('needless:', [m for m in NEEDLESS if m in sys.modules]))"
+    done = in_a_process(
+        f"import atexit, sys; NEEDLESS = {[*NEEDLESS]}; {names}; from vlft.cli import main; main()", seven
+    )
     assert done.returncode == 0, done.stderr
     assert "It fits into RTX 4090 24GB." in done.stdout
     assert "161,480,704" in done.stdout  # published: rank 64 on all seven products of 28 layers
-    assert "compiler imported: False" in done.stdout, "two seconds, for nothing that a plan does"
+    assert "needless: []" in done.stdout
+
+
+MARKED = """
+import atexit, sys
+from vlft.cli import run
+class Kept:
+    def __del__(self): print("taken apart", flush=True)
+kept = Kept()
+atexit.register(print, "functions for the end ran")
+run()
+"""
+
+
+def test_its_process_ends_when_all_is_written_and_takes_nothing_apart(seven: Path) -> None:
+    done = in_a_process(MARKED, seven)
+    assert done.returncode == 0, done.stderr
+    assert "It fits into RTX 4090 24GB." in done.stdout
+    assert done.stdout.endswith("functions for the end ran\n")
+    refused = subprocess.run(
+        [sys.executable, "-c", MARKED, "plan", "--gpu", "H100"], capture_output=True, text=True, check=False
+    )
+    assert refused.returncode == 2
+    assert "--tuning_strategy is missing" in refused.stderr
+    other = subprocess.run([sys.executable, "-c", MARKED, "plugins"], capture_output=True, text=True, check=False)
+    assert other.stdout.endswith("taken apart\n"), "a command that is not brief ends as Python does"
+
+
+SAME_NAMES = """
+import sys
+from vlft.planning.imports import import_libraries
+import transformers
+if sys.argv[1] == "lean":
+    import_libraries()
+import transformers.models
+from transformers import AutoModelForImageTextToText, Qwen2_5_VLForConditionalGeneration
+from transformers.utils import is_scipy_available
+print(len(reads), is_scipy_available(), sorted(dir(transformers.models)), sorted(dir(transformers)))
+"""
+
+
+def test_lean_imports_read_less_and_leave_the_same_names() -> None:
+    """transformers reads the files of its models for their names: once, where it would read them twice."""
+    counted = (
+        "import sys; reads = []\nsys.addaudithook(lambda event, of: reads.append(of) if event == 'open' else None)"
+    )
+    done = {
+        way: subprocess.run(
+            [sys.executable, "-c", counted + SAME_NAMES, way], capture_output=True, text=True, check=True
+        ).stdout.split(maxsplit=1)
+        for way in ("lean", "plain")
+    }
+    assert done["lean"][1] == done["plain"][1]
+    assert int(done["lean"][0]) < 0.8 * int(done["plain"][0])
+
+
+class Drawn:
+    """A strategy whose adapters are the results of PyTorch's draws."""
+
+    def prepare_model(self, source: SkeletonSource) -> nn.Module:
+        model = source.load()
+        model.requires_grad_(False)
+        model.adapter = nn.Parameter(nn.init.kaiming_uniform_(torch.empty(3, 5), a=2))
+        model.numbers = nn.init.normal_(torch.empty(2), std=0.1)
+        return model
+
+    def param_groups(self, model: nn.Module) -> list[ParamGroup]:
+        return [ParamGroup("adapters", ("adapter",), "llm")]
+
+
+def test_a_skeleton_draws_nothing(seven: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    draws = {name: each for name, each in vars(nn.init).items() if name.endswith("_")}
+    monkeypatch.setattr(torch.Tensor, "uniform_", None)
+    monkeypatch.setattr(torch.Tensor, "normal_", None)
+    checkpoint = open_checkpoint(str(seven / "model"), weights=False)
+    source = SkeletonSource(checkpoint, load_config(checkpoint), torch.bfloat16, torch.device("meta"))
+    model: Any = prepared(cast("Strategy", Drawn()), source)[0]
+    assert model.adapter.shape == (3, 5)
+    assert model.numbers.shape == (2,)
+    assert {name: each for name, each in vars(nn.init).items() if name.endswith("_")} == draws

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -319,9 +319,11 @@ def nothing_left(o: DataOptions, index: Index, fitted: Fitted, held_out: int) ->
     )
 
 
-def prepare_data(options: DataOptions) -> Data:
+def prepare_data(options: DataOptions, load_chat: Callable[[Path, Family], Chat] = Chat.load) -> Data:
     """Read the registry, index (or find in the cache), fit, split and plan.
 
+    Args:
+        load_chat: from the model's folder; another one may keep what it has loaded.
     Raises:
         ConfigError: the registry is wrong; all its problems.
         DataError: a file cannot be read, too much of it cannot be used, or nothing is left to train on.
@@ -329,7 +331,7 @@ def prepare_data(options: DataOptions) -> Data:
     o = options
     specs = read_registry(o.registry, o.names)
     check_specs(o, specs)
-    chat = Chat.load(o.folder, o.family)
+    chat = load_chat(o.folder, o.family)
     index = open_index(
         specs, chat, cache_dir=o.cache_dir, workers=max(1, o.num_workers), allow_remote=o.allow_remote_images,
         progress=o.progress,

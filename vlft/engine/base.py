@@ -294,8 +294,8 @@ class Engine:
         if not ahead:
             if applied:
                 self.optimizer.step()
-                # The scale falls when a gradient overflows. Accelerate's own `optimizer_step_was_skipped` misses that of
-                # a fused optimizer, whose step is called and then leaves everything as it is.
+                # The scale falls when a gradient overflows. Accelerate's own `optimizer_step_was_skipped` misses that
+                # of a fused optimizer, whose step is called and then leaves everything as it is.
                 applied = scaler is None or scaler.get_scale() >= scale
             self.optimizer.zero_grad()
         return Update(applied, norm, norms, scaling=not applied and scale > 1.0)

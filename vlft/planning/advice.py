@@ -85,11 +85,14 @@ def changes(run: Run) -> Iterator[Change]:
         yield Change(flags, "fewer trained weights, or smaller frozen ones")
 
 
-def ladder(words: Sequence[str], run: Run, read: Reader, estimator: Estimator) -> list[Advice]:
-    """Each change alone. One that the options or the plugin refuse, or that saves nothing, is left out."""
-    before = estimator(run).memory.peak
-    tried = (_try(words, change, read, estimator) for change in changes(run))
-    return [one for one in tried if one and one.found.memory.peak < 0.99 * before]
+def ladder(words: Sequence[str], before: Estimate, read: Reader, estimator: Estimator) -> list[Advice]:
+    """Each change alone. One that the options or the plugin refuse, or that saves nothing, is left out.
+
+    Args:
+        before: the estimate of these words.
+    """
+    tried = (_try(words, change, read, estimator) for change in changes(before.run))
+    return [one for one in tried if one and one.found.memory.peak < 0.99 * before.memory.peak]
 
 
 def _try(words: Sequence[str], change: Change, read: Reader, estimator: Estimator) -> Advice | None:

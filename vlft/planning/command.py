@@ -50,7 +50,7 @@ def main(options: PlanOptions, run: Run, words: Sequence[str], read: advice.Read
         print(shown(best.found))
         return
     print(f"It does not fit into {found.gpu.name}. What would help, each alone:\n")
-    for one in advice.ladder(words, run, read, estimator):
+    for one in advice.ladder(words, found, read, estimator):
         saved = found.memory.peak - one.found.memory.peak
         fits = "fits" if one.found.fits else "does not fit"
         print(f"{one.change.why}: {gib(one.found.memory.peak)}, {gib(saved)} less, {fits}\n  {one.command}\n")

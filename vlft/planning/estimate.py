@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -15,6 +16,8 @@ from vlft.augmentation.policy import read_policy
 from vlft.config import Run, RunConfig, deepspeed_path, global_batch
 from vlft.data.budget import Budget
 from vlft.data.prepare import Data, prepare_data
+from vlft.data.tokens import Chat
+from vlft.family import Family
 from vlft.models.flops import Shape, Training, describe
 from vlft.models.load import Checkpoint, Source, compute_dtype, load_config, open_checkpoint
 from vlft.planning.gpus import Gpu
@@ -53,7 +56,7 @@ def estimate(run: Run, gpu: Gpu, *, world_size: int = 1) -> Estimate:
     batch = global_batch(config, world_size)
     # Where pictures move, so do the coordinates in texts: rows are planned with room for longer ones.
     policy = read_policy(config.augmentation) if config.augmentation else None
-    data = prepare_data(data_options(run, Alone(world_size=world_size), checkpoint, batch, policy))
+    data = prepare_data(data_options(run, Alone(world_size=world_size), checkpoint, batch, policy), _chat)
     # Of a GPU that computes in it, as nearly all do; what is here may be a laptop.
     compute = compute_dtype(config.mixed_precision or "bf16", load_config(checkpoint))
     shape, training, static = _model(run, compute)
@@ -101,6 +104,12 @@ def shared_out(static: Static, stage: int, world_size: int, *, masters: bool, co
     return replace(
         static, parts=parts, states=states / (n if stage else 1), gradients=gradients, sharded=stage > 0
     )  # fmt: skip
+
+
+@lru_cache(maxsize=2)
+def _chat(folder: Path, family: Family) -> Chat:
+    """No change that is tried leads to another tokenizer, and one of 150,000 tokens takes a second to load."""
+    return Chat.load(folder, family)
 
 
 @lru_cache(maxsize=2)

@@ -39,7 +39,7 @@ class SkeletonSource(Source):
 
 def prepared(strategy: Strategy, source: SkeletonSource) -> tuple[nn.Module, list[ParamGroup]]:
     """What the strategy makes of it. Adapters that it adds have no numbers either."""
-    with torch.device("meta"), _nothing_compiled():
+    with torch.device("meta"), _nothing_compiled(), _nothing_drawn():
         model = strategy.prepare_model(source)
     return model, list(strategy.param_groups(model))
 
@@ -58,3 +58,18 @@ def _nothing_compiled() -> Iterator[None]:
 
 def _as_it_is(model: Any = None, **_: Any) -> Any:
     return _as_it_is if model is None else model
+
+
+@contextmanager
+def _nothing_drawn() -> Iterator[None]:
+    """The first numbers of adapters are nowhere, but to find that out takes as long as the adapters themselves."""
+    real = {name: each for name, each in vars(nn.init).items() if name.endswith("_") and not name.startswith("_")}
+    vars(nn.init).update(dict.fromkeys(real, _undrawn))
+    try:
+        yield
+    finally:
+        vars(nn.init).update(real)
+
+
+def _undrawn(tensor: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+    return tensor
