@@ -109,7 +109,8 @@ def memory_bound(s: Sizes) -> Iterator[Case]:
 def windows(s: Sizes) -> Iterator[Case]:
     """Against rotation and flash attention as kernels of their own."""
     heads, each = 16, s.vision // 16
-    qkv, cos, sin = s.rand(s.patches, 3 * heads, each), *(s.rand(s.patches, each).float() for _ in range(2))
+    qkv = s.rand(s.patches, 3 * heads, each)
+    cos, sin = (s.rand(s.patches, each // 2).float().repeat(1, 2) for _ in range(2))  # a head's halves turn alike
     d_out = s.rand(s.patches, heads, each)
     borders = torch.arange(0, s.patches + 1, 64, dtype=torch.int32, device=s.device)
     scale = each**-0.5

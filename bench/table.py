@@ -24,7 +24,7 @@ WORK = {
     "7B-lora": ("7B `lora_llm_full_vit`", ">= 45% MFU", "<= 78 GiB"),
     "7B-lora-low": ("7B `lora_llm_full_vit --memory low`", "trains", "<= 24 GiB"),
     "7B-qlora": ("7B `qlora`", ">= 45% MFU, >= 3.5x", "<= 24 GiB"),
-    "7B-qlora-24": ("the same, `--memory 24GiB`", ">= 45% MFU, >= 3.5x", "<= 24 GiB"),
+    "7B-qlora-24": ("the same in two rows, `--memory 25GiB`", ">= 45% MFU, >= 3.5x", "<= 24 GiB"),
     "7B-qlora-low": ("7B `qlora --memory low`", "trains", "<= 10 GiB"),
     "7B-full": ("7B `full`", ">= 45% MFU", "<= 78 GiB"),
     "3B-short": ("3B `lora`, short samples", ">= 5x", ""),

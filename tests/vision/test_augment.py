@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 from vlft.augmentation.geometry import draw, move_place, moved
+from vlft.augmentation.ops import Op, _draws_pixels, certain, chance
 from vlft.augmentation.policy import read_policy
+from vlft.vision import augment
 from vlft.vision.augment import augment_row, warp
 
 STILL = torch.eye(3, dtype=torch.float64)[None]
@@ -50,6 +52,34 @@ def test_nothing_to_do_gives_the_same_tensor(picture: Tensor) -> None:
     out = augment_row([picture, picture], (), [0, 1], [1, 2], torch.cat([STILL, flip()[None]]))
     assert out[0] is picture
     assert torch.equal(out[1], picture.flip(-1))
+
+
+def test_ops_change_as_many_pictures_as_they_say_and_are_not_run_for_others(
+    picture: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Kornia itself would run every op for every picture."""
+    ops = [Op("RandomBrightness", (("brightness", (0.5, 0.6)), ("p", 0.25))), Op("RandomInvert", (("p", 0.0),))]
+    ran: list[str] = []
+    real = augment.certain
+    monkeypatch.setattr(augment, "certain", lambda op, device: (ran.append(op.name), real(op, device))[1])
+    out = augment_row([picture] * 200, ops, list(range(200)), list(range(200)), STILL.expand(200, 3, 3))
+    changed = [x for x in out if x is not picture]
+    assert ran == ["RandomBrightness"] * len(changed)
+    assert 30 < len(changed) < 70
+    assert all((x.float() < 0.8 * picture.float() + 1).all() for x in changed)
+    certain = Op("RandomBrightness", (("brightness", (0.5, 0.6)), ("p", 1.0)))
+    assert all(x is not picture for x in augment_row([picture] * 9, [certain], [0] * 9, [3], STILL))
+    assert chance(Op("RandomBrightness", ())) == 1.0  # Kornia's default
+
+
+def test_values_of_pixels_are_drawn_where_the_pictures_are() -> None:
+    """On the CPU a picture's noise takes longer than all else."""
+    policies = [read_policy(name).photometric for name in ("photometric", "document")]
+    found = {op.name for ops in policies for op in ops if _draws_pixels(certain(op, torch.device("cpu")))}
+    assert found == {"RandomGaussianNoise", "RandomLinearIllumination"}
+    noise = next(op for op in policies[0] if op.name == "RandomGaussianNoise")
+    assert certain(noise, torch.device("meta")).device == torch.device("meta")
+    assert certain(policies[0][0], torch.device("meta")).device == torch.device("cpu")
 
 
 def test_a_row_is_augmented_by_sample_not_by_place(picture: Tensor) -> None:

@@ -14,6 +14,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from vlft.rivals import nearest
 
@@ -104,9 +105,7 @@ def _argument_problems(name: str, kind: str, given: set[str]) -> list[str]:
     ]  # fmt: skip
 
 
-@lru_cache(maxsize=256)
-def module(op: Op, height: int, width: int) -> Any:
-    """Kornia's module of an op, for pictures of this size (which only crops ask for)."""
+def _made(op: Op, height: int, width: int) -> Any:
     import kornia.augmentation as ka
 
     arguments = dict(op.arguments)
@@ -115,10 +114,46 @@ def module(op: Op, height: int, width: int) -> Any:
     return getattr(ka, op.name)(**arguments)
 
 
+@lru_cache(maxsize=256)
+def module(op: Op, height: int, width: int) -> Any:
+    """Kornia's module of an op, for pictures of this size (which only crops ask for)."""
+    return _made(op, height, width)
+
+
+@lru_cache(maxsize=256)
+def chance(op: Op) -> float:
+    """With which it changes a picture: what it was given, or Kornia's default."""
+    import kornia.augmentation as ka
+
+    return float(dict(op.arguments).get("p", inspect.signature(getattr(ka, op.name)).parameters["p"].default))
+
+
+def _always(op: Op) -> Op:
+    return Op(op.name, tuple(sorted({**dict(op.arguments), "p": 1.0}.items())))
+
+
+@lru_cache(maxsize=256)
+def certain(op: Op, device: torch.device) -> Any:
+    """Kornia's module of a photometric op that changes every picture it is given, on this device.
+
+    Kornia draws on the CPU. A value for each pixel, as noise has, is drawn on the pictures' device instead: on the CPU
+    that takes longer than all else, and the copy would make the host wait for the device.
+    """
+    made = _made(_always(op), 0, 0)
+    if device.type != "cpu" and _draws_pixels(made):
+        made.set_rng_device_and_dtype(device, torch.float32)
+    return made
+
+
+def _draws_pixels(made: Any) -> bool:
+    side = 32
+    with torch.random.fork_rng(devices=[]):
+        params = made.forward_parameters(torch.Size((1, 3, side, side)))
+    return any(p.numel() >= side * side for p in params.values() if isinstance(p, torch.Tensor))
+
+
 def matrix(op: Op, height: int, width: int) -> Matrix | None:
     """A geometric op's matrix, (3, 3) from and to pixel centres, drawn from torch's generator; None: it is left out."""
-    import torch
-
     made = module(op, height, width)
     shape = torch.Size((1, 3, height, width))
     params = made.forward_parameters(shape)
@@ -135,18 +170,16 @@ def _try(op: Op, kind: str) -> None:
     Raises:
         Exception: Kornia's; or ValueError, what came out cannot be used.
     """
-    import torch
-
     height, width = 56, 84
-    certain = Op(op.name, tuple(sorted({**dict(op.arguments), "p": 1.0}.items())))
+    always = _always(op)
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(0)
         module(op, height, width)  # its own p may be what is wrong
         if kind == "photometric":
-            out = module(certain, height, width)(torch.rand(1, 3, height, width))
+            out = module(always, height, width)(torch.rand(1, 3, height, width))
             if out.shape != (1, 3, height, width) or not bool(torch.isfinite(out).all()):
                 raise ValueError(f"a picture of (1, 3, {height}, {width}) became {tuple(out.shape)}, or is not finite")
             return
-        moved = matrix(certain, height, width)
+        moved = matrix(always, height, width)
         if moved is not None and not (np.isfinite(moved).all() and abs(np.linalg.det(moved)) > 1e-6):
             raise ValueError("its matrix is not finite, or cannot be inverted")

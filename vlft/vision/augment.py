@@ -5,7 +5,8 @@ with Kornia. The picture keeps its size, and so its patch grid and its tokens. V
 changed by Kornia's ops afterwards, each picture of a sample by draws of its own.
 
 Kornia draws from torch's global generators. They are forked around a row and seeded anew for every picture, so that
-neither dropout nor the next picture depends on how many values an augmentation drew.
+neither dropout nor the next picture depends on how many values an augmentation drew. Which ops change a picture, and how
+much, is drawn on the CPU; a value for each pixel (noise) on the pictures' device, so that it is another on another kind.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from vlft.augmentation.ops import Op, module
+from vlft.augmentation.ops import Op, certain, chance
 
 _GOLDEN = 0x9E3779B9
 
@@ -49,11 +50,20 @@ def warp(x: Tensor, move: Tensor) -> Tensor:
     return out
 
 
-def change(x: Tensor, ops: Sequence[Op], seed: int) -> Tensor:
-    """Change the values of a picture, (1, 3, H, W) from 0 to 1. Seeds torch's generators: fork them before."""
+def drawn(ops: Sequence[Op], seed: int) -> list[Op]:
+    """Those that change a picture. Seeds torch's generators, from which they then draw: fork them before.
+
+    Drawn here, since Kornia would apply every op and choose afterwards: for the policies that ship, three of four in
+    vain, with each some dozen launches.
+    """
     torch.manual_seed(seed % 2**63)
+    return [op for op, value in zip(ops, torch.rand(len(ops)).tolist(), strict=True) if value < chance(op)]
+
+
+def change(x: Tensor, ops: Sequence[Op]) -> Tensor:
+    """Change the values of a picture, (1, 3, H, W) from 0 to 1, by all these."""
     for op in ops:
-        x = module(op, x.shape[-2], x.shape[-1])(x).clamp(0.0, 1.0)
+        x = certain(op, x.device)(x).clamp(0.0, 1.0)
     return x
 
 
@@ -85,11 +95,11 @@ def augment_row(
     with torch.random.fork_rng(devices=_fork_devices(pictures[0].device)):
         for picture, sample in zip(pictures, image_sample, strict=True):
             k = seen[sample] = seen.get(sample, -1) + 1
-            if not photometric and not moving[sample]:
+            ops = drawn(photometric, int(sample_seeds[sample]) + k * _GOLDEN)
+            if not ops and not moving[sample]:
                 out.append(picture)
                 continue
             x = picture.unsqueeze(0).float() / 255.0
-            x = warp(x, moves[sample]) if moving[sample] else x
-            x = change(x, photometric, int(sample_seeds[sample]) + k * _GOLDEN) if photometric else x
+            x = change(warp(x, moves[sample]) if moving[sample] else x, ops)
             out.append((x[0].clamp(0.0, 1.0) * 255.0).round().to(torch.uint8))
     return out
