@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vlft.engine import summing
 from vlft.models.forward import PackedVLM
 
 forward = PackedVLM.forward
@@ -216,6 +217,8 @@ def gpu_share(gib: float) -> None:
 
 
 def spoil(fault: dict[str, Any]) -> None:
+    if fault["kind"] == "none":
+        return
     if fault["kind"] == "fsdp_on_cpu":
         fsdp_on_cpu()
         return
@@ -232,6 +235,8 @@ def spoil(fault: dict[str, Any]) -> None:
 
 if __name__ == "__main__":
     found = json.loads(os.environ["FAULT"])
+    if "large" in found:  # on all ranks: elements of a gradient that is summed by itself
+        summing.LARGE = found.pop("large")
     if str(found.get("rank", os.environ.get("RANK", "0"))) == os.environ.get("RANK", "0"):
         spoil(found)
     from vlft.cli import main

@@ -1,8 +1,7 @@
 """The plain engine: one process, or a whole copy of the model on every process with gradients summed once a step.
 
-Gradients are exchanged by one explicit reduction after the last row, not by DistributedDataParallel's hooks: a step
-that runs out of memory can then be tried again (hooks would be half way through their buckets), a row without pictures
-cannot leave a rank waiting, and no second copy of the gradients lies in buckets.
+Gradients are summed by `vlft.engine.summing`, not by DistributedDataParallel: a step that runs out of memory can then
+be tried again, a row without pictures leaves no rank waiting, and no second copy of the gradients lies in buckets.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ import os
 import random
 import socket
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
@@ -25,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_
 from torch.optim import Optimizer
 
+from vlft.engine.summing import Summing
 from vlft.errors import ConfigError, VlftError
 from vlft.family import Part
 from vlft.optim import scales_gradients, step_was_left_out
@@ -32,8 +32,6 @@ from vlft.optim.rounded import add_up
 
 T = TypeVar("T")
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")
-_BUCKET = 64 << 20
-"""Elements of one reduction."""
 
 
 @dataclass(frozen=True)
@@ -193,6 +191,10 @@ class Engine:
         self.optimizer = self.accelerator.prepare_optimizer(optimizer)
         self._note_parameters(optimizer)
         assert isinstance(self.model, nn.Module)
+        if self.world_size > 1:
+            trained = {*self._parameters}
+            as_used = [p for p in self.model.parameters() if p in trained]
+            self._summing = Summing(self._parameters, as_used, self.device)
         return self.model
 
     def _note_parameters(self, optimizer: Optimizer) -> None:
@@ -215,6 +217,7 @@ class Engine:
         return int(states) - self._held
 
     _held: int = 0
+    _summing: Summing | None = None
 
     @contextmanager
     def holding_states(self) -> Iterator[None]:
@@ -236,13 +239,13 @@ class Engine:
         """Drop the gradients of rows that shall train nothing."""
         self.optimizer.zero_grad()
 
-    def backward(self, loss: Tensor, *, last: bool) -> None:  # noqa: ARG002  (sharded engines need it)
+    def backward(self, loss: Tensor, *, last: bool) -> None:
         """Add a row's gradient. `loss`: its share of the step's loss; `last`: no other row follows."""
         before = {p: p.grad for p in self._parameters if p.dtype == torch.bfloat16 and p.grad is not None}
-        if not before:
-            self.accelerator.backward(loss)
-            return
-        with _adding_up(before):
+        adding = _adding_up(before) if before else nullcontext()
+        # What is added up is final only after the pass.
+        final = self._summing.begins() if last and not before and self._summing else nullcontext()
+        with adding, final:
             self.accelerator.backward(loss)
 
     def reduce(self, fits: bool) -> bool:
@@ -253,29 +256,11 @@ class Engine:
         Returns:
             Whether all had.
         """
-        if self.world_size > 1:
-            fits = self._sum_gradients(fits)
+        if self._summing is not None:
+            fits = self._summing.finish(fits)
         if not fits:
             self.optimizer.zero_grad()
         return fits
-
-    def _sum_gradients(self, fits: bool) -> bool:
-        facts = [not fits, *(p.grad is not None for p in self._parameters)]
-        has = torch.tensor(facts, dtype=torch.int32, device=self.device)
-        torch.distributed.all_reduce(has)
-        short, *somewhere = has.tolist()
-        if short:
-            return False
-        for p, anywhere in zip(self._parameters, somewhere, strict=True):
-            if anywhere and p.grad is None:
-                p.grad = torch.zeros_like(p)
-        for bucket in _buckets([p.grad for p in self._parameters if p.grad is not None]):
-            flat = torch.cat([g.flatten() for g in bucket])
-            torch.distributed.all_reduce(flat)
-            parts = torch.split(flat, [g.numel() for g in bucket])
-            # All in one launch: the device waits for the host here.
-            torch._foreach_copy_(bucket, [part.view_as(g) for g, part in zip(bucket, parts, strict=True)])
-        return True
 
     def update(self, meanwhile: Callable[[], None] = lambda: None) -> Update:
         """Clip and step, unless a gradient is not finite; gradients are cleared.
@@ -461,20 +446,6 @@ def norms_of(gradients: Sequence[Tensor]) -> list[Tensor]:
         wide = torch.promote_types(kind, torch.float32)
         found |= zip(places, torch._foreach_norm([gradients[i] for i in places], dtype=wide), strict=True)
     return [found[i].to(gradients[0].device) for i in range(len(gradients))]
-
-
-def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """Runs of tensors of one dtype, of about `_BUCKET` elements."""
-    bucket: list[Tensor] = []
-    size = 0
-    for tensor in tensors:
-        if bucket and (size + tensor.numel() > _BUCKET or tensor.dtype != bucket[0].dtype):
-            yield bucket
-            bucket, size = [], 0
-        bucket.append(tensor)
-        size += tensor.numel()
-    if bucket:
-        yield bucket
 
 
 def alone() -> None:

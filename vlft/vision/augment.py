@@ -5,8 +5,9 @@ with Kornia. The picture keeps its size, and so its patch grid and its tokens. V
 changed by Kornia's ops afterwards, each picture of a sample by draws of its own.
 
 Kornia draws from torch's global generators. They are forked around a row and seeded anew for every picture, so that
-neither dropout nor the next picture depends on how many values an augmentation drew. Which ops change a picture, and how
-much, is drawn on the CPU; a value for each pixel (noise) on the pictures' device, so that it is another on another kind.
+neither dropout nor the next picture depends on how many values an augmentation drew. Which ops change a picture, and
+how much, is drawn on the CPU; a value for each pixel (noise) on the pictures' device, so that it is another on another
+kind of device.
 """
 
 from __future__ import annotations

@@ -1,0 +1,117 @@
+"""Sums of gradients over ranks that have different ones, real processes over gloo."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from runs import command, final_weights, ledger, metrics, start, write_data
+from torch import Tensor, nn
+
+from vlft.engine import summing
+
+RANKS = 3
+SMALL, LARGE = 6, 40
+"""Elements; see `rank`."""
+Step = dict[int, set[str]]
+"""For each rank, whose gradients its last backward pass gives."""
+STEPS: list[tuple[Step, set[int]]] = [
+    ({0: {"a", "b", "c"}, 1: {"a", "b", "c"}, 2: {"a", "b", "c"}}, set()),
+    ({0: {"a", "b", "c"}, 1: {"a", "b", "c"}, 2: {"a", "b", "c"}}, set()),
+    ({0: {"a", "c"}, 1: {"b"}, 2: set()}, set()),  # text alone on one, no row at all on another
+    ({0: {"a", "b", "c"}, 1: {"c"}, 2: {"a", "b"}}, {1}),  # one runs out of memory in the middle
+    ({0: {"a", "b", "c"}, 1: {"a", "b", "c"}, 2: {"a", "b"}}, set()),  # and it is tried again
+    ({0: {"b"}, 1: {"b"}, 2: set()}, set()),  # nobody has some of them
+    ({0: {"a", "b", "c"}, 1: set(), 2: {"a"}}, set()),
+]
+"""Gradients, and the ranks that do not fit."""
+
+
+def gradient(step: int, rank: int, name: str, size: int) -> Tensor:
+    return torch.randn(size, generator=torch.Generator().manual_seed(100 * step + 10 * rank + ord(name)))
+
+
+def rank(number: int, port: int, folder: str) -> None:
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", rank=number, world_size=RANKS)
+    summing.LARGE = LARGE
+    made = {name: nn.Parameter(torch.zeros(size)) for name, size in (("a", LARGE), ("b", SMALL), ("c", LARGE))}
+    adder = summing.Summing(list(made.values()), list(made.values()), torch.device("cpu"))
+    found = []
+    for step, (has, short) in enumerate(STEPS):
+        for p in made.values():
+            p.grad = None
+        if here := has[number]:
+            with adder.begins():
+                # c is used after a, so its gradient comes first
+                sum((made[n] * gradient(step, number, n, made[n].numel())).sum() for n in sorted(here)).backward()  # type: ignore[union-attr]
+        begun = len(adder._running)
+        fits = adder.finish(number not in short)
+        sums = {name: None if p.grad is None else p.grad.tolist() for name, p in made.items()}
+        found.append({"begun": begun, "fits": fits, "sums": sums})
+    Path(folder, f"{number}.json").write_text(json.dumps(found))
+    torch.distributed.destroy_process_group()
+
+
+def test_every_rank_has_the_sums_whatever_each_has(tmp_path: Path) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = int(probe.getsockname()[1])
+    torch.multiprocessing.spawn(rank, (port, str(tmp_path)), RANKS)  # type: ignore[attr-defined,no-untyped-call]
+    ranks = [json.loads((tmp_path / f"{n}.json").read_text()) for n in range(RANKS)]
+    for step, (has, short) in enumerate(STEPS):
+        assert [found[step]["fits"] for found in ranks] == [not short] * RANKS
+        if short:
+            continue
+        for name, size in (("a", LARGE), ("b", SMALL), ("c", LARGE)):
+            owners = [n for n in range(RANKS) if name in has[n]]
+            for found in ranks:
+                if owners:
+                    expected = torch.stack([gradient(step, n, name, size) for n in owners]).sum(0)
+                    assert torch.tensor(found[step]["sums"][name]).allclose(expected, atol=1e-6)
+                else:
+                    assert found[step]["sums"][name] is None
+    # Nothing is ahead in the first step; then both large ones, in the order in which they come; a rank that lacks the
+    # first of them begins with none; and what nobody had in the step before is not ahead.
+    begun = [[found[step]["begun"] for found in ranks] for step in range(len(STEPS))]
+    assert begun == [[0, 0, 0], [2, 2, 2], [2, 0, 0], [2, 1, 0], [2, 2, 0], [0, 0, 0], [0, 0, 0]]
+
+
+def test_a_gradient_that_comes_again_is_no_sum(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(summing, "LARGE", 2)
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda *_, **__: None)
+    p = nn.Parameter(torch.ones(4))
+    adder = summing.Summing([p], [p], torch.device("cpu"))
+    adder._ahead = [p]
+    with adder.begins():
+        p.sum().backward()
+        with pytest.raises(RuntimeError, match="came again"):
+            p.sum().backward()
+
+
+@pytest.mark.parametrize("fails", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_a_run_is_the_same_with_and_without(tiny: Callable[..., Path], tmp_path: Path, fails: bool) -> None:
+    """Two ranks, bit for bit; of mixed samples, so that some ranks have no pictures; also if one runs out of memory."""
+    registry = write_data(tmp_path, 7, counts=(0, 5, 0, 1, 0, 0, 2))
+    options: dict[str, Any] = {"max_steps": 6, "per_device_train_batch_size": 2, "save_steps": 6}
+    options |= dict.fromkeys([f"learning_rate_{part}" for part in ("llm", "vit", "projector")], 1e-3)
+    said = {}
+    for name, elements in (("after", 1 << 30), ("ahead", 8)):
+        fault: dict[str, Any] = {"kind": "small_memory", "tokens": 150, "where": "backward", "rank": 1} if fails else {"kind": "none"}
+        words = command(tiny(), registry, tmp_path / name, "full", mixed_precision="no", **options)
+        said[name] = start(words, processes=2, fault=fault | {"large": elements}).stdout
+        card = json.loads((tmp_path / name / "run_card.json").read_text())
+        assert (card["world_size"], card["distributed_type"]) == (2, "MULTI_CPU")
+    assert ("out of memory in step" in said["ahead"]) == fails
+    assert metrics(tmp_path / "after") == metrics(tmp_path / "ahead")
+    assert not fails or ledger(tmp_path / "after") == ledger(tmp_path / "ahead")
+    one, other = final_weights(tmp_path / "after"), final_weights(tmp_path / "ahead")
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)

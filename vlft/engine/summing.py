@@ -1,0 +1,131 @@
+"""The sum of the ranks' gradients: large ones while the backward pass that gives them still runs, the rest after it.
+
+Not by DistributedDataParallel: a rank without pictures, or one that ran out of memory, would leave the others waiting
+in the middle of its buckets, and a second copy of the gradients would lie in them. Here the ranks agree on what is
+summed ahead: what had a gradient on any of them in the step before. All sum these, in one order, whatever becomes of
+the row: a rank that has none gives zeros, and one that ran out of memory does so, too, before all drop the step and try
+again. Large gradients are summed where they lie.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+LARGE = 1 << 20
+"""Elements of a gradient that is summed by itself; smaller ones are joined."""
+_BUCKET = 64 << 20
+"""Elements of what is joined."""
+
+
+class Summing:
+    """Of the gradients of `parameters`, over the ranks."""
+
+    def __init__(
+        self, parameters: Sequence[nn.Parameter], as_used: Sequence[nn.Parameter], device: torch.device
+    ) -> None:
+        """
+        Args:
+            as_used: the same parameters, about in the order in which a forward pass uses them.
+        """
+        self._parameters, self._device = parameters, device
+        self._large = [p for p in reversed(as_used) if p.numel() >= LARGE]
+        self._ahead: list[nn.Parameter] = []
+        """Whose sums begin during the backward pass, in this order; the same on all ranks."""
+        self._arrived: set[nn.Parameter] = set()
+        self._running: list[Any] = []
+        self._open = False
+        for p in self._large:
+            p.register_post_accumulate_grad_hook(self._arrive)  # type: ignore[no-untyped-call]
+
+    @contextmanager
+    def begins(self) -> Iterator[None]:
+        """Inside is the last backward pass of a step: what arrives is final."""
+        self._open = True
+        try:
+            yield
+        finally:
+            self._open = False
+
+    def _arrive(self, p: nn.Parameter) -> None:
+        if not self._open:
+            return
+        if p in self._arrived and any(p is summed for summed in self._ahead[: len(self._running)]):
+            raise RuntimeError("a gradient came again in one backward pass, after it was summed over the ranks.")
+        self._arrived.add(p)
+        for following in self._ahead[len(self._running) :]:
+            if following not in self._arrived:
+                break
+            self._sum_ahead(following.grad)
+
+    def _sum_ahead(self, gradient: Tensor | None) -> None:
+        assert gradient is not None
+        self._running.append(torch.distributed.all_reduce(gradient, async_op=True))
+
+    def finish(self, fits: bool) -> bool:
+        """After the last row of a step. Every rank's gradients are the sums; None where no rank has one.
+
+        Args:
+            fits: this rank had memory enough.
+        Returns:
+            Whether all had; if not, the gradients are of no use.
+        """
+        zeros: dict[nn.Parameter, Tensor] = {}
+        for p in self._ahead[len(self._running) :]:
+            if not fits:  # nobody reads them: one at a time, where memory is short
+                torch.distributed.all_reduce(torch.zeros_like(p))
+            elif p.grad is None:
+                zeros[p] = torch.zeros_like(p)
+                self._sum_ahead(zeros[p])
+            else:
+                self._sum_ahead(p.grad)
+        facts = [not fits, *(p.grad is not None for p in self._parameters)]
+        has = torch.tensor(facts, dtype=torch.int32, device=self._device)
+        torch.distributed.all_reduce(has)
+        for work in self._running:
+            work.wait()
+        done, self._running = {*self._ahead}, []
+        self._arrived.clear()
+        short, *somewhere = has.tolist()
+        if short:
+            return False
+        having = [p for p, anywhere in zip(self._parameters, somewhere, strict=True) if anywhere]
+        for p in having:
+            if p.grad is None:
+                p.grad = zeros[p] if p in done else torch.zeros_like(p)
+        self._sum([p for p in having if p not in done])
+        there = {*having}
+        self._ahead = [p for p in self._large if p in there]
+        return True
+
+    def _sum(self, parameters: Sequence[nn.Parameter]) -> None:
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        for gradient in gradients:
+            # By itself now too, since the order in which ranks are added may depend on what is joined: a resume begins
+            # with nothing ahead, and must come to the same digits.
+            if gradient.numel() >= LARGE:
+                torch.distributed.all_reduce(gradient)
+        for bucket in _buckets([g for g in gradients if g.numel() < LARGE]):
+            flat = torch.cat([g.flatten() for g in bucket])
+            torch.distributed.all_reduce(flat)
+            parts = torch.split(flat, [g.numel() for g in bucket])
+            # All in one launch: the device waits for the host here.
+            torch._foreach_copy_(bucket, [part.view_as(g) for g, part in zip(bucket, parts, strict=True)])
+
+
+def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """Runs of tensors of one dtype, of about `_BUCKET` elements."""
+    bucket: list[Tensor] = []
+    size = 0
+    for tensor in tensors:
+        if bucket and (size + tensor.numel() > _BUCKET or tensor.dtype != bucket[0].dtype):
+            yield bucket
+            bucket, size = [], 0
+        bucket.append(tensor)
+        size += tensor.numel()
+    if bucket:
+        yield bucket
