@@ -561,8 +561,8 @@ def test_less_is_kept_where_less_is_asked_for(tiny: Callable[..., Path]) -> None
     assert held[0] > held[1] > held[2]
 
 
-VISION = Tower(2, Cost(input=10, attention=50, inner=100, again_attention=10.0, again_inner=10.0), gradients=0)
-LANGUAGE = Tower(3, Cost(input=10, attention=50, inner=100, again_attention=1.0, again_inner=15.0), gradients=0)
+VISION = Tower(Cost(input=10, attention=50, inner=100, again_attention=10.0, again_inner=10.0), (0, 0))
+LANGUAGE = Tower(Cost(input=10, attention=50, inner=100, again_attention=1.0, again_inner=15.0), (0, 0, 0))
 
 
 def test_what_is_cheap_to_compute_again_goes_first() -> None:
@@ -605,10 +605,9 @@ def test_the_search_finds_what_dropping_one_by_one_does() -> None:
     for _ in range(300):
         towers = [
             Tower(
-                draw.choice([0, 1, 2, 5]),
                 Cost(draw.choice([0, 7]), draw.choice([0, 40, 60]), draw.choice([0, 50, 100]),
                      60.0 * draw.randrange(4), 50.0 * draw.randrange(4)),
-                gradients=draw.choice([0, 0, 300]),
+                tuple(draw.choice([0, 0, 300]) for _ in range(draw.choice([0, 1, 2, 5]))),
             )
             for _ in range(draw.choice([1, 2, 2, 3]))
         ]  # fmt: skip
@@ -619,14 +618,66 @@ def test_the_search_finds_what_dropping_one_by_one_does() -> None:
 
 
 def test_gradients_come_as_kept_values_go() -> None:
-    def of(gradients: int) -> float:
-        return peak([Tower(4, LANGUAGE.cost, gradients)], [["input"] * 4], 0.0)
+    def of(*gradients: int) -> float:
+        return peak([Tower(LANGUAGE.cost, gradients)], [["input"] * 4], 0.0)
 
     # Bytes of the first layer's backward: its input, what it computes again, and all gradients.
-    assert of(1000) == 10 + 150 + 300 + 4 * 1000
-    assert of(0) == 4 * 10 + 150 + 300
+    assert of(*[1000] * 4) == 10 + 150 + 300 + 4 * 1000
+    assert of(*[0] * 4) == 4 * 10 + 150 + 300
+    # Where the upper half trains, all gradients are there with 3 inputs still kept; where the lower does, with one.
+    assert of(0, 0, 1000, 1000) == 3 * 10 + 150 + 300 + 2 * 1000
+    assert of(1000, 1000, 0, 0) == 10 + 150 + 300 + 2 * 1000
     assert peak([], [], 77.0) == 77.0
-    assert peak([Tower(4, LANGUAGE.cost, 0)], [["input"] * 4], 1e6) == 4 * 10 + 1e6
+    assert peak([Tower(LANGUAGE.cost, (0,) * 4)], [["input"] * 4], 1e6) == 4 * 10 + 1e6
+
+
+@pytest.mark.parametrize("frozen", [slice(0, 2), slice(1, 3)])
+def test_frozen_layers_of_a_tower_that_trains_have_no_gradients_to_come(
+    tiny: Callable[..., Path], frozen: slice
+) -> None:
+    """Room was once given for as many as all layers have that are like the last."""
+    packed, row = prepared(tiny(), "full")
+    for layer in packed.installed.language[frozen]:
+        layer.requires_grad_(False)
+    rooms = [1e12]
+    memory = packed.memory = Memory(packed.installed.learning(), 512, room=lambda: rooms[0])
+    sizes = [
+        [4 * sum(p.numel() for p in layer.parameters() if p.requires_grad) for layer in tower]
+        for tower in packed.installed.learning()
+    ]
+    assert [size > 0 for size in sizes[1]].count(False) == 2
+
+    def most(come: list[list[int]]) -> float:
+        patches, tokens, sample = len(row["pixel_values"]), row["input_ids_T"].shape[1], row["max_seqlen"]
+        picture = int(row["image_grid_thw"][:, 1:].prod(1).max())
+        head = 14.0 * int((row["labels_T"] != -100).sum()) * 512
+        costs = [
+            Cost.of(Sizes.of(layers[0].vlft_block), n, longest, 4)  # type: ignore[arg-type]
+            for layers, n, longest in zip(memory.towers, (patches, tokens), (picture, sample), strict=True)
+        ]
+        towers = [Tower(cost, tuple(each)) for cost, each in zip(costs, come, strict=True)]
+        return peak(towers, [["all"] * 3, ["all"] * 3], head)
+
+    losses_S = packed(**row)
+    assert memory.reckoned == most(sizes)
+    for come in (sizes, [[0] * 3, [0] * 3]):  # a step's first row, and one behind it
+        for less, fits in ((0, True), (1, False)):
+            rooms[0] = most(come) - sum(map(sum, come)) - less
+            again_S = packed(**row)
+            assert (memory.now == [["all"] * 3, ["all"] * 3]) == fits
+        losses_S.sum().backward()
+        losses_S = again_S
+    # Behind the step they are to come again; so are those of layers that are thawed, once the model is looked at anew.
+    packed.zero_grad()
+    for layer in packed.installed.language[frozen]:
+        layer.requires_grad_(True)
+    packed.settle()
+    packed(**row)
+    towers = packed.installed.learning()
+    assert memory._row[0] == [
+        Tower(tower.cost, tuple(4 * sum(p.numel() for p in layer.parameters()) for layer in layers))
+        for tower, layers in zip(memory._row[0], towers, strict=True)
+    ]
 
 
 def test_a_row_chooses_by_the_room_there_is(tiny: Callable[..., Path]) -> None:

@@ -85,10 +85,11 @@ class PackedVLM(nn.Module):
         """Before the first forward, when whoever wanted to put hooks on the model has done so; and as adapters come."""
         self._lying = kernels.Lying([self._part(self.parts.vit), self._part(self.parts.llm)])
         self._of_tower = [module._parameters for module in self._part(self.parts.vit).modules()]
-        if not (late := self.installed.settle()):
-            return
+        late = self.installed.settle()
         if self.memory is not None:
             self.memory.leave(late)
+        if not late:
+            return
         for layer in late:
             # Where Hugging Face's checkpointing was switched on for such layers (`vlft.setup.remember`).
             layer.gradient_checkpointing = hasattr(layer, "_gradient_checkpointing_func")  # type: ignore[assignment]

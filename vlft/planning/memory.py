@@ -195,7 +195,7 @@ def adapted_by(model: nn.Module, parts: Parts) -> tuple[float, float]:
 
 
 def towers_of(static: Static, shape: Shape, row: Row, compute: int, *, gradients: bool) -> list[Tower]:
-    """As training sees them (`vlft.models.kernels.memory.Memory.before_row`), which takes all for like the last layer.
+    """As training sees them (`vlft.models.kernels.memory.Memory.before_row`).
 
     Args:
         gradients: those of layers come up in this row, and are not there from one before.
@@ -215,8 +215,8 @@ def towers_of(static: Static, shape: Shape, row: Row, compute: int, *, gradients
         (vision, row.patches, row.picture, static.layer_gradients[0]),
         (language, row.tokens, row.sample, static.layer_gradients[1]),
     ):
-        each = int(layers[-1]) if gradients and layers else 0
-        found.append(Tower(len(layers), Cost.of(sizes, n, longest, compute), each))
+        each = tuple(int(size) if gradients else 0 for size in layers)
+        found.append(Tower(Cost.of(sizes, n, longest, compute), each))
     return found
 
 
@@ -247,7 +247,7 @@ def memory_of(
     still = static.weights + static.states + copies
     if plan == "auto" or isinstance(plan, int):
         # As a row of training reckons: `auto` leaves a margin alone (`room_on_gpu`), and its pixels are there already.
-        coming = sum(tower.layers * tower.gradients for tower in towers)
+        coming = sum(sum(tower.gradients) for tower in towers)
         free = room * (1 - MARGIN) - CONTEXT - still - pixels - (static.gradients - coming)
         keeps = choose(towers, logits, free)
     else:
@@ -283,14 +283,13 @@ def _worst(
         come: gradients are not there before.
     """
     embedding, head = static.ends
-    layers = static.layer_gradients if come else tuple([0.0] * len(each) for each in static.layer_gradients)
     there = static.gradients
     if come:
-        there -= sum(map(sum, layers)) + (head if static.tied else head + embedding)
+        there -= sum(map(sum, static.layer_gradients)) + (head if static.tied else head + embedding)
     at_head = there + kept + cast + max(logits, head + cast)
     if come:
         there += head
     twice = 0.0 if come else max((max(each, default=0.0) for each in static.layer_gradients), default=0.0)
-    at_layers = there + peak(towers, keeps, 0.0, layers) + twice + static.copies.fresh
+    at_layers = there + peak(towers, keeps, 0.0) + twice + static.copies.fresh
     at_end = static.gradients + (embedding if static.tied or not come else 0.0)
     return max(at_head, at_layers, at_end)

@@ -105,20 +105,19 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Tower:
-    """The layers of one tower that learn."""
+    """The layers of one tower through which a gradient flows."""
 
-    layers: int
     cost: Cost
-    gradients: int
-    """Bytes of one layer's gradients that come up in its backward; 0 where they are there already."""
+    gradients: tuple[int, ...]
+    """Bytes of each layer's gradients that come up in its backward: 0 where they are there already, and where the layer
+    is frozen"""
+
+    @property
+    def layers(self) -> int:
+        return len(self.gradients)
 
 
-def peak(
-    towers: Sequence[Tower],
-    keeps: Sequence[Sequence[Keep]],
-    head: float,
-    come: Sequence[Sequence[float]] | None = None,
-) -> float:
+def peak(towers: Sequence[Tower], keeps: Sequence[Sequence[Keep]], head: float) -> float:
     """Bytes above what is there before a row, at the worst moment of its backward pass.
 
     What layers keep goes as their gradients come, from the last layer to the first.
@@ -126,19 +125,18 @@ def peak(
     Args:
         towers: in the order of the forward.
         head: bytes of the logits and all that comes of them.
-        come: gradients of each layer, where layers of a tower differ in that.
     """
     kept: list[float] = []
     passing: list[float] = []
-    gradients: list[float] = []
-    for t, (tower, each) in enumerate(zip(towers, keeps, strict=True)):
+    gradients: list[int] = []
+    for tower, each in zip(towers, keeps, strict=True):
         cost = tower.cost
         of = {keep: cost.kept(keep) for keep in KEEPS}
         # What was dropped is there again while the layer's backward runs.
         again = {keep: cost.passing + of["all"] - of[keep] for keep in KEEPS}
         kept += [of[keep] for keep in each]
         passing += [again[keep] for keep in each]
-        gradients += [tower.gradients] * len(each) if come is None else come[t]
+        gradients += tower.gradients
     if not kept:
         return head
     held = np.cumsum(kept)
@@ -202,6 +200,8 @@ class Memory:
         self.room = None if fixed is not None else room
         self.short = 0
         """Bytes of the room that are not really there, as rows that did not fit have taught."""
+        self._trained: list[list[tuple[nn.Parameter | None, int]]] | None = None
+        """What `_gradients` says of each layer; parameters are too many to be asked for every row."""
         self._row: tuple[list[Tower], float, float] = ([], 0.0, 0.0)
         """Of the last row: towers, and in bytes all that comes of its logits, and the room for it."""
         self.now: list[list[Keep]] = [list(row) for row in fixed or [["all"] * len(layers) for layers in towers]]
@@ -217,14 +217,13 @@ class Memory:
         if self.room is None:
             return
         towers, coming = [], 0
-        for layers, n, longest in zip(self.towers, (patches, tokens), (picture, sample), strict=True):
+        missing = self._missing()
+        for layers, each, n, longest in zip(self.towers, missing, (patches, tokens), (picture, sample), strict=True):
+            cost = Cost(0, 0, 0, 0.0, 0.0)
             if layers:
                 cost = Cost.of(Sizes.of(layers[0].vlft_block), n, longest, kind.itemsize)  # type: ignore[arg-type]
-                each = _missing_gradients(layers[-1]) if self.gradients_stay else 0
-                coming += len(layers) * each
-                towers.append(Tower(len(layers), cost, each))
-            else:
-                towers.append(Tower(0, Cost(0, 0, 0, 0.0, 0.0), 0))
+            towers.append(Tower(cost, each))
+            coming += sum(each)
         head, room = float(LOGITS * supervised * self.vocabulary), self.room() + coming - self.short
         self.now = choose(towers, head, room)
         self._row = towers, head, room
@@ -236,8 +235,18 @@ class Memory:
         towers, head, _ = self._row
         return peak(towers, self.now, head)
 
+    def _missing(self) -> list[tuple[int, ...]]:
+        """Bytes of each layer's gradients that are not there before this row."""
+        if not self.gradients_stay:
+            return [(0,) * len(layers) for layers in self.towers]
+        if self._trained is None:
+            self._trained = [[_gradients(layer) for layer in layers] for layers in self.towers]
+        # A layer's gradients come together, in its backward, and go together, with the step: one look tells of all.
+        return [tuple(0 if p is None or p.grad is not None else size for p, size in tower) for tower in self._trained]
+
     def leave(self, layers: Sequence[nn.Module]) -> None:
         """These run their own forward from now on; it asks for no plan."""
+        self._trained = None  # of those that stay, too: adapters may have come
         gone = {id(layer) for layer in layers}
         for t, (tower, keeps) in enumerate(zip(self.towers, self.now, strict=True)):
             stay = [(layer, keep) for layer, keep in zip(tower, keeps, strict=True) if id(layer) not in gone]
@@ -331,5 +340,7 @@ def said(keeps: Sequence[Sequence[Keep]]) -> str:
     )
 
 
-def _missing_gradients(layer: nn.Module) -> int:
-    return sum(p.numel() * p.element_size() for p in layer.parameters() if p.requires_grad and p.grad is None)
+def _gradients(layer: nn.Module) -> tuple[nn.Parameter | None, int]:
+    """A parameter that trains, and the bytes of the gradients of all that do."""
+    trained = [p for p in layer.parameters() if p.requires_grad]
+    return (trained[0] if trained else None), sum(p.numel() * p.element_size() for p in trained)
