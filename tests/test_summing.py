@@ -104,7 +104,9 @@ def test_a_run_is_the_same_with_and_without(tiny: Callable[..., Path], tmp_path:
     options |= dict.fromkeys([f"learning_rate_{part}" for part in ("llm", "vit", "projector")], 1e-3)
     said = {}
     for name, elements in (("after", 1 << 30), ("ahead", 8)):
-        fault: dict[str, Any] = {"kind": "small_memory", "tokens": 150, "where": "backward", "rank": 1} if fails else {"kind": "none"}
+        fault: dict[str, Any] = (
+            {"kind": "small_memory", "tokens": 150, "where": "backward", "rank": 1} if fails else {"kind": "none"}
+        )
         words = command(tiny(), registry, tmp_path / name, "full", mixed_precision="no", **options)
         said[name] = start(words, processes=2, fault=fault | {"large": elements}).stdout
         card = json.loads((tmp_path / name / "run_card.json").read_text())
