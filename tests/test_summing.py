@@ -43,7 +43,7 @@ def rank(number: int, port: int, folder: str) -> None:
     torch.distributed.init_process_group("gloo", rank=number, world_size=RANKS)
     summing.LARGE = LARGE
     made = {name: nn.Parameter(torch.zeros(size)) for name, size in (("a", LARGE), ("b", SMALL), ("c", LARGE))}
-    adder = summing.Summing(list(made.values()), list(made.values()), torch.device("cpu"))
+    adder = summing.Summing(list(made.values()), torch.device("cpu"))
     found = []
     for step, (has, short) in enumerate(STEPS):
         for p in made.values():
@@ -88,12 +88,27 @@ def test_a_gradient_that_comes_again_is_no_sum(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(summing, "LARGE", 2)
     monkeypatch.setattr(torch.distributed, "all_reduce", lambda *_, **__: None)
     p = nn.Parameter(torch.ones(4))
-    adder = summing.Summing([p], [p], torch.device("cpu"))
+    adder = summing.Summing([p], torch.device("cpu"))
     adder._ahead = [p]
     with adder.begins():
         p.sum().backward()
         with pytest.raises(RuntimeError, match="came again"):
             p.sum().backward()
+
+
+def test_a_gradient_on_its_way_to_others_is_not_summed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Behind a view, autograd gives the parameter the same memory as what it goes on with."""
+    monkeypatch.setattr(summing, "LARGE", 2)
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda x, **_: x.mul_(100))
+    p, x = nn.Parameter(torch.ones(4)), torch.ones(2, 2, requires_grad=True)
+    adder = summing.Summing([p], torch.device("cpu"))
+    adder._ahead = [p]
+    with adder.begins():
+        (2 * (x.sin() + p.view(2, 2))).sum().backward()
+    assert p.grad is not None
+    assert p.grad.tolist() == [200.0] * 4
+    assert x.grad is not None
+    assert x.grad.allclose(2 * torch.ones(2, 2).cos())
 
 
 @pytest.mark.parametrize("fails", [False, pytest.param(True, marks=pytest.mark.slow)])

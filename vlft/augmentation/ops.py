@@ -136,8 +136,8 @@ def _always(op: Op) -> Op:
 def certain(op: Op, device: torch.device) -> Any:
     """Kornia's module of a photometric op that changes every picture it is given, on this device.
 
-    Kornia draws on the CPU. A value for each pixel, as noise has, is drawn on the pictures' device instead: on the CPU
-    that takes longer than all else, and the copy would make the host wait for the device.
+    Kornia draws on the CPU. Where it draws a value for each pixel, as of noise, it does so on the pictures' device
+    instead: on the CPU that takes longer than all else, and the copy would make the host wait for the device.
     """
     made = _made(_always(op), 0, 0)
     if device.type != "cpu" and _draws_pixels(made):
@@ -146,10 +146,17 @@ def certain(op: Op, device: torch.device) -> Any:
 
 
 def _draws_pixels(made: Any) -> bool:
-    side = 32
+    """Whether the number of values that are drawn depends on the picture's size.
+
+    Not whether there is a value for each pixel: shading has one, and draws three numbers.
+    """
+    following = []
     with torch.random.fork_rng(devices=[]):
-        params = made.forward_parameters(torch.Size((1, 3, side, side)))
-    return any(p.numel() >= side * side for p in params.values() if isinstance(p, torch.Tensor))
+        for side in (32, 64):
+            torch.manual_seed(0)
+            made.forward_parameters(torch.Size((1, 3, side, side)))
+            following.append(torch.rand(()).item())
+    return following[0] != following[1]
 
 
 def matrix(op: Op, height: int, width: int) -> Matrix | None:

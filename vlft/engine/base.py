@@ -192,9 +192,7 @@ class Engine:
         self._note_parameters(optimizer)
         assert isinstance(self.model, nn.Module)
         if self.world_size > 1:
-            trained = {*self._parameters}
-            as_used = [p for p in self.model.parameters() if p in trained]
-            self._summing = Summing(self._parameters, as_used, self.device)
+            self._summing = Summing(self._parameters, self.device)
         return self.model
 
     def _note_parameters(self, optimizer: Optimizer) -> None:

@@ -4,7 +4,7 @@ Not by DistributedDataParallel: a rank without pictures, or one that ran out of 
 in the middle of its buckets, and a second copy of the gradients would lie in them. Here the ranks agree on what is
 summed ahead: what had a gradient on any of them in the step before. All sum these, in one order, whatever becomes of
 the row: a rank that has none gives zeros, and one that ran out of memory does so, too, before all drop the step and try
-again. Large gradients are summed where they lie.
+again.
 """
 
 from __future__ import annotations
@@ -25,18 +25,14 @@ _BUCKET = 64 << 20
 class Summing:
     """Of the gradients of `parameters`, over the ranks."""
 
-    def __init__(
-        self, parameters: Sequence[nn.Parameter], as_used: Sequence[nn.Parameter], device: torch.device
-    ) -> None:
-        """
-        Args:
-            as_used: the same parameters, about in the order in which a forward pass uses them.
-        """
+    def __init__(self, parameters: Sequence[nn.Parameter], device: torch.device) -> None:
         self._parameters, self._device = parameters, device
-        self._large = [p for p in reversed(as_used) if p.numel() >= LARGE]
+        # NCCL takes no other; a gradient has the strides of its parameter.
+        self._large = [p for p in parameters if p.numel() >= LARGE and p.is_contiguous()]
         self._ahead: list[nn.Parameter] = []
         """Whose sums begin during the backward pass, in this order; the same on all ranks."""
-        self._arrived: set[nn.Parameter] = set()
+        self._arrived: dict[nn.Parameter, int] = {}
+        """In the last backward pass of this step, and as which."""
         self._running: list[Any] = []
         self._open = False
         for p in self._large:
@@ -56,7 +52,9 @@ class Summing:
             return
         if p in self._arrived and any(p is summed for summed in self._ahead[: len(self._running)]):
             raise RuntimeError("a gradient came again in one backward pass, after it was summed over the ranks.")
-        self._arrived.add(p)
+        self._arrived[p] = len(self._arrived)
+        # Autograd may have taken for it the very memory of a gradient that is still on its way to others.
+        p.grad = p.grad.clone() if p.grad is not None else None
         for following in self._ahead[len(self._running) :]:
             if following not in self._arrived:
                 break
@@ -77,7 +75,7 @@ class Summing:
         zeros: dict[nn.Parameter, Tensor] = {}
         for p in self._ahead[len(self._running) :]:
             if not fits:  # nobody reads them: one at a time, where memory is short
-                torch.distributed.all_reduce(torch.zeros_like(p))
+                torch.distributed.all_reduce(torch.zeros_like(p) if p.grad is None else p.grad)
             elif p.grad is None:
                 zeros[p] = torch.zeros_like(p)
                 self._sum_ahead(zeros[p])
@@ -89,7 +87,7 @@ class Summing:
         for work in self._running:
             work.wait()
         done, self._running = {*self._ahead}, []
-        self._arrived.clear()
+        arrived, self._arrived = self._arrived, {}
         short, *somewhere = has.tolist()
         if short:
             return False
@@ -99,8 +97,16 @@ class Summing:
                 p.grad = zeros[p] if p in done else torch.zeros_like(p)
         self._sum([p for p in having if p not in done])
         there = {*having}
-        self._ahead = [p for p in self._large if p in there]
+        if (large := {p for p in self._large if p in there}) != done:
+            self._ahead = self._in_order(large, arrived)
         return True
+
+    def _in_order(self, large: set[nn.Parameter], arrived: dict[nn.Parameter, int]) -> list[nn.Parameter]:
+        """In which they came on the first rank; what did not come there, last."""
+        places = torch.tensor([arrived.get(p, len(self._large)) for p in self._large], device=self._device)
+        torch.distributed.broadcast(places, 0)
+        place = dict(zip(self._large, places.tolist(), strict=True))
+        return sorted([p for p in self._large if p in large], key=lambda p: place[p])  # the same on all ranks
 
     def _sum(self, parameters: Sequence[nn.Parameter]) -> None:
         gradients = [p.grad for p in parameters if p.grad is not None]

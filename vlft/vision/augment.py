@@ -6,8 +6,8 @@ changed by Kornia's ops afterwards, each picture of a sample by draws of its own
 
 Kornia draws from torch's global generators. They are forked around a row and seeded anew for every picture, so that
 neither dropout nor the next picture depends on how many values an augmentation drew. Which ops change a picture, and
-how much, is drawn on the CPU; a value for each pixel (noise) on the pictures' device, so that it is another on another
-kind of device.
+how much, is drawn on the CPU; the pixels of noise on the pictures' device, so that they are others on another kind of
+device.
 """
 
 from __future__ import annotations
@@ -64,7 +64,9 @@ def drawn(ops: Sequence[Op], seed: int) -> list[Op]:
 def change(x: Tensor, ops: Sequence[Op]) -> Tensor:
     """Change the values of a picture, (1, 3, H, W) from 0 to 1, by all these."""
     for op in ops:
-        x = certain(op, x.device)(x).clamp(0.0, 1.0)
+        made = certain(op, x.device)
+        x = made(x).clamp(0.0, 1.0)
+        made._params = {}  # Kornia would keep the last picture's noise until the next one
     return x
 
 
