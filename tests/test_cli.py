@@ -684,7 +684,7 @@ def test_nearest() -> None:
 
 
 SCRIPT = """
-import sys, time
+import sys
 import vlft.cli
 for argv in {argvs}:
     vlft.cli.main(argv)
@@ -692,8 +692,6 @@ heavy = {{"torch", "transformers", "peft", "accelerate", "kornia", "numpy"}} & s
 assert not heavy, heavy
 vlft.cli.main(["plugins"])  # imports the metrics, whose libraries may want numpy
 assert "torch" not in sys.modules
-print("seconds of CPU:", time.process_time())
-assert time.process_time() < 2
 """
 
 

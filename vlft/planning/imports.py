@@ -6,7 +6,6 @@ as soon as the one import is done. Where the libraries are loaded already, nothi
 
 from __future__ import annotations
 
-import importlib
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,15 +19,16 @@ def import_libraries() -> None:
     """PyTorch, and of transformers what every model needs: under a second less than as they come."""
     if "transformers.modeling_utils" in sys.modules:
         return
-    utils = importlib.import_module("transformers.utils")
+    from transformers import utils
+
     # For the names of its models, transformers reads their thousand files; and once more for the package of models,
     # because its cache has 128 places. The package's file stands for its folder, whose names came last into the cache.
     scan = getattr(utils.import_utils, _SCAN, None)
     with _in_place_of(utils.import_utils, _SCAN, lambda path: scan and scan(_folder(path))):
-        importlib.import_module("transformers.models")
+        import transformers.models
     # The losses of object detection match boxes with SciPy, which is half a second; no plan computes a loss.
     with _in_place_of(utils, "is_scipy_available", lambda: False):
-        importlib.import_module("transformers.loss.loss_utils")
+        import transformers.loss.loss_utils  # noqa: F401
 
 
 def _folder(path: Any) -> Any:
