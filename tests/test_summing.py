@@ -111,7 +111,8 @@ def test_a_gradient_on_its_way_to_others_is_not_summed(monkeypatch: pytest.Monke
     assert x.grad.allclose(2 * torch.ones(2, 2).cos())
 
 
-@pytest.mark.parametrize("fails", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("fails", [False, True])
 def test_a_run_is_the_same_with_and_without(tiny: Callable[..., Path], tmp_path: Path, fails: bool) -> None:
     """Two ranks, bit for bit; of mixed samples, so that some ranks have no pictures; also if one runs out of memory."""
     registry = write_data(tmp_path, 7, counts=(0, 5, 0, 1, 0, 0, 2))
