@@ -17,13 +17,14 @@ from torch import Tensor, nn
 from vlft.engine import summing
 
 RANKS = 3
-SMALL, LARGE = 6, 40
-"""Elements; see `rank`."""
+LARGE = 40
+SIZES = {"a": LARGE, "b": 6, "c": LARGE, "d": LARGE}
+"""Elements of parameters. `d` lies in memory by columns, and so does its gradient, which NCCL would refuse."""
 Step = dict[int, set[str]]
 """For each rank, whose gradients its last backward pass gives."""
 STEPS: list[tuple[Step, set[int]]] = [
-    ({0: {"a", "b", "c"}, 1: {"a", "b", "c"}, 2: {"a", "b", "c"}}, set()),
-    ({0: {"a", "b", "c"}, 1: {"a", "b", "c"}, 2: {"a", "b", "c"}}, set()),
+    ({0: {"a", "b", "c", "d"}, 1: {"a", "b", "c"}, 2: {"a", "b", "c", "d"}}, set()),
+    ({0: {"a", "b", "c"}, 1: {"a", "b", "c", "d"}, 2: {"a", "b", "c"}}, set()),
     ({0: {"a", "c"}, 1: {"b"}, 2: set()}, set()),  # text alone on one, no row at all on another
     ({0: {"a", "b", "c"}, 1: {"c"}, 2: {"a", "b"}}, {1}),  # one runs out of memory in the middle
     ({0: {"a", "b", "c"}, 1: {"a", "b", "c"}, 2: {"a", "b"}}, set()),  # and it is tried again
@@ -42,19 +43,27 @@ def rank(number: int, port: int, folder: str) -> None:
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", rank=number, world_size=RANKS)
     summing.LARGE = LARGE
-    made = {name: nn.Parameter(torch.zeros(size)) for name, size in (("a", LARGE), ("b", SMALL), ("c", LARGE))}
+    made = {name: nn.Parameter(torch.zeros(size)) for name, size in SIZES.items() if name != "d"}
+    made["d"] = nn.Parameter(torch.zeros(4, LARGE // 4).t())
     adder = summing.Summing(list(made.values()), torch.device("cpu"))
+    real = torch.distributed.all_reduce
+
+    def contiguous(x: Tensor, **how: Any) -> Any:
+        assert x.is_contiguous(), "as NCCL, which gloo is not"
+        return real(x, **how)
+
+    torch.distributed.all_reduce = contiguous
     found = []
     for step, (has, short) in enumerate(STEPS):
         for p in made.values():
             p.grad = None
         if here := has[number]:
+            used = [made[n].flatten() * gradient(step, number, n, SIZES[n]) for n in sorted(here)]
             with adder.begins():
-                # c is used after a, so its gradient comes first
-                sum((made[n] * gradient(step, number, n, made[n].numel())).sum() for n in sorted(here)).backward()  # type: ignore[union-attr]
+                torch.cat(used).sum().backward()  # c is used after a, so its gradient comes first
         begun = len(adder._running)
         fits = adder.finish(number not in short)
-        sums = {name: None if p.grad is None else p.grad.tolist() for name, p in made.items()}
+        sums = {name: None if p.grad is None else p.grad.flatten().tolist() for name, p in made.items()}
         found.append({"begun": begun, "fits": fits, "sums": sums})
     Path(folder, f"{number}.json").write_text(json.dumps(found))
     torch.distributed.destroy_process_group()
@@ -70,7 +79,7 @@ def test_every_rank_has_the_sums_whatever_each_has(tmp_path: Path) -> None:
         assert [found[step]["fits"] for found in ranks] == [not short] * RANKS
         if short:
             continue
-        for name, size in (("a", LARGE), ("b", SMALL), ("c", LARGE)):
+        for name, size in SIZES.items():
             owners = [n for n in range(RANKS) if name in has[n]]
             for found in ranks:
                 if owners:

@@ -27,7 +27,7 @@ class Summing:
 
     def __init__(self, parameters: Sequence[nn.Parameter], device: torch.device) -> None:
         self._parameters, self._device = parameters, device
-        # NCCL takes no other; a gradient has the strides of its parameter.
+        # NCCL takes no other as it lies; a gradient has the strides of its parameter.
         self._large = [p for p in parameters if p.numel() >= LARGE and p.is_contiguous()]
         self._ahead: list[nn.Parameter] = []
         """Whose sums begin during the backward pass, in this order; the same on all ranks."""
@@ -109,13 +109,17 @@ class Summing:
         return sorted([p for p in self._large if p in large], key=lambda p: place[p])  # the same on all ranks
 
     def _sum(self, parameters: Sequence[nn.Parameter]) -> None:
-        gradients = [p.grad for p in parameters if p.grad is not None]
-        for gradient in gradients:
+        alone = {*self._large}
+        joined = []
+        for p in parameters:
+            assert p.grad is not None
             # By itself now too, since the order in which ranks are added may depend on what is joined: a resume begins
             # with nothing ahead, and must come to the same digits.
-            if gradient.numel() >= LARGE:
-                torch.distributed.all_reduce(gradient)
-        for bucket in _buckets([g for g in gradients if g.numel() < LARGE]):
+            if p in alone:
+                torch.distributed.all_reduce(p.grad)
+            else:
+                joined.append(p.grad)
+        for bucket in _buckets(joined):
             flat = torch.cat([g.flatten() for g in bucket])
             torch.distributed.all_reduce(flat)
             parts = torch.split(flat, [g.numel() for g in bucket])
