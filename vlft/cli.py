@@ -14,7 +14,7 @@ import re
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from datetime import timedelta
 from typing import NoReturn
 
@@ -92,11 +92,9 @@ def _dispatch(words: list[str]) -> None:
         print(f"vlft {__version__}")
     elif asks_help:
         print(command_help(COMMANDS[name]) if name in COMMANDS else help_text(rest))
-    elif name in COMMANDS and COMMANDS[name].brief:
-        with _seldom_collected():
-            COMMANDS[name].run(parse_command(COMMANDS[name], rest))
     elif name in COMMANDS:
-        COMMANDS[name].run(parse_command(COMMANDS[name], rest))
+        with _seldom_collected() if COMMANDS[name].brief else nullcontext():
+            COMMANDS[name].run(parse_command(COMMANDS[name], rest))
     else:
         _train(rest)
 

@@ -90,6 +90,14 @@ def _segment(borders_ptr, LONGEST: tl.constexpr):
 
 
 @triton.jit
+def _read(qkv_ptr, row, column, there, width, HALF: tl.constexpr):
+    """These columns of both halves: (places in qkv, which are there, queries, keys, values)."""
+    place, inside = row * 3 * width + column, there & (column < HALF)
+    q, k = _halves(qkv_ptr, place, inside, HALF), _halves(qkv_ptr, place + width, inside, HALF)
+    return place, inside, q, k, _halves(qkv_ptr, place + 2 * width, inside, HALF)
+
+
+@triton.jit
 def _windows_kernel(
     qkv_ptr, cos_ptr, sin_ptr, out_ptr, borders_ptr, scale, heads,
     SIZE: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr, LONGEST: tl.constexpr,
@@ -102,17 +110,13 @@ def _windows_kernel(
     sin_ptr += start * SIZE
     width = heads * SIZE
     column = tl.arange(0, MAIN)[None, :]
-    place, inside = row * 3 * width + column, there & (column < HALF)
-    q, k = _halves(qkv_ptr, place, inside, HALF), _halves(qkv_ptr, place + width, inside, HALF)
-    v = _halves(qkv_ptr, place + 2 * width, inside, HALF)
+    _, inside, q, k, v = _read(qkv_ptr, row, column, there, width, HALF)
     turn = _turn(cos_ptr, sin_ptr, row * SIZE + column, inside)
     q, k = _turned(q, turn), _turned(k, turn)
     q_rest, k_rest = q, k
     if REST:
         rest = MAIN + tl.arange(0, REST)[None, :]
-        place, in_rest = row * 3 * width + rest, there & (rest < HALF)
-        q_rest, k_rest = _halves(qkv_ptr, place, in_rest, HALF), _halves(qkv_ptr, place + width, in_rest, HALF)
-        v_rest = _halves(qkv_ptr, place + 2 * width, in_rest, HALF)
+        _, in_rest, q_rest, k_rest, v_rest = _read(qkv_ptr, row, rest, there, width, HALF)
         turn = _turn(cos_ptr, sin_ptr, row * SIZE + rest, in_rest)
         q_rest, k_rest = _turned(q_rest, turn), _turned(k_rest, turn)
     weights = _softmax(_products(q, k, q_rest, k_rest, REST) * scale, known).to(q[0].dtype)
@@ -135,18 +139,14 @@ def _windows_backward_kernel(
     sin_ptr += start * SIZE
     width = heads * SIZE
     column = tl.arange(0, MAIN)[None, :]
-    place, inside = row * 3 * width + column, there & (column < HALF)
-    q, k = _halves(qkv_ptr, place, inside, HALF), _halves(qkv_ptr, place + width, inside, HALF)
-    v = _halves(qkv_ptr, place + 2 * width, inside, HALF)
+    place, inside, q, k, v = _read(qkv_ptr, row, column, there, width, HALF)
     d = _halves(d_out_ptr, row * width + column, inside, HALF)
     turn = _turn(cos_ptr, sin_ptr, row * SIZE + column, inside)
     q, k = _turned(q, turn), _turned(k, turn)
     q_rest, k_rest, v_rest, d_rest = q, k, v, d
     if REST:
         rest = MAIN + tl.arange(0, REST)[None, :]
-        at_rest, in_rest = row * 3 * width + rest, there & (rest < HALF)
-        q_rest, k_rest = _halves(qkv_ptr, at_rest, in_rest, HALF), _halves(qkv_ptr, at_rest + width, in_rest, HALF)
-        v_rest = _halves(qkv_ptr, at_rest + 2 * width, in_rest, HALF)
+        at_rest, in_rest, q_rest, k_rest, v_rest = _read(qkv_ptr, row, rest, there, width, HALF)
         d_rest = _halves(d_out_ptr, row * width + rest, in_rest, HALF)
         turn = _turn(cos_ptr, sin_ptr, row * SIZE + rest, in_rest)
         q_rest, k_rest = _turned(q_rest, turn), _turned(k_rest, turn)

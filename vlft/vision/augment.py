@@ -54,7 +54,7 @@ def warp(x: Tensor, move: Tensor) -> Tensor:
 def drawn(ops: Sequence[Op], seed: int) -> list[Op]:
     """Those that change a picture. Seeds torch's generators, from which they then draw: fork them before.
 
-    Drawn here, since Kornia would apply every op and choose afterwards: for the policies that ship, three of four in
+    Drawn here, since Kornia would apply every op and choose afterwards: for the policies that ship, seven of ten in
     vain, with each some dozen launches.
     """
     torch.manual_seed(seed % 2**63)
