@@ -124,7 +124,8 @@ def words_of(row: Row, given: argparse.Namespace, registry: Path, steps: int) ->
     return [word for name, value in options.items() for word in (f"--{name}", *value.split())]
 
 
-def run_vlft(row: Row, given: argparse.Namespace) -> dict[str, Any]:
+def run_vlft(row: Row, given: argparse.Namespace, more: int = 0) -> dict[str, Any]:
+    """Args: more: steps after those that are noted."""
     from vlft import train
     from vlft.parse import parse
 
@@ -135,7 +136,7 @@ def run_vlft(row: Row, given: argparse.Namespace) -> dict[str, Any]:
     train.save_checkpoint = lambda _: None
     train.hand_over = lambda _: None
     shutil.rmtree(given.root / "vlft-out", ignore_errors=True)
-    words = words_of(row, given, registry, recorder.total)
+    words = words_of(row, given, registry, recorder.total + more)
     train.main(parse(words))
     return vlft_line(kept["job"], recorder, row, words)
 

@@ -14,19 +14,37 @@ import torch
 from vlft.augmentation.policy import Policy
 from vlft.data.collate import Row
 from vlft.data.loader import Step
+from vlft.grids import TowerInputs
 from vlft.models.load import PictureFacts
 from vlft.vision.augment import augment_row
 from vlft.vision.patches import cut_patches, normalisation_table, split_pictures
 
 
 class ToInputs:
-    """Callable (row, training) -> keyword arguments of `PackedVLM.forward`."""
+    """Callable (row, training) -> keyword arguments of `PackedVLM.forward`.
+
+    On a GPU in a stream of its own, beside what the device is at work on: Kornia brings each number that it draws to
+    the device and waits for it, which would be to wait for all that the device was asked for before.
+    """
 
     def __init__(self, pictures: PictureFacts, policy: Policy | None, device: torch.device) -> None:
         self.pictures, self.policy, self.device = pictures, policy, device
         self.table = normalisation_table(pictures.mean, pictures.std, pictures.rescale_factor).to(device)
+        # Before what waits for a free place: a chain of many small kernels would otherwise wait before each of them.
+        self._aside = torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
 
     def __call__(self, row: Row, training: bool) -> dict[str, Any]:
+        if self._aside is None:
+            return self._made(row, training)
+        with torch.cuda.stream(self._aside):
+            made = self._made(row, training)
+        user = torch.cuda.current_stream(self.device)
+        user.wait_stream(self._aside)
+        for value in made.values():
+            _used_in(user, value)
+        return made
+
+    def _made(self, row: Row, training: bool) -> dict[str, Any]:
         row = row.to(self.device)
         return {
             "input_ids_T": row.input_ids_T,
@@ -54,6 +72,20 @@ class ToInputs:
             row.moves,
         )
         return cut_patches(shown, self.table, p.patch_size, p.merge_size, p.temporal_patch_size)
+
+
+def _used_in(stream: torch.cuda.Stream, value: Any) -> None:
+    """The memory of these tensors serves nothing else before the stream is done with them."""
+
+    def note(x: torch.Tensor) -> torch.Tensor:
+        if x.is_cuda:
+            x.record_stream(stream)
+        return x
+
+    if isinstance(value, torch.Tensor):
+        note(value)
+    elif isinstance(value, TowerInputs):
+        value.map(note)
 
 
 class Feed:

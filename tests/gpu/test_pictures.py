@@ -1,0 +1,84 @@
+"""Pictures are made ready beside what the GPU is at work on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from vlft.augmentation.geometry import draw
+from vlft.augmentation.policy import read_policy
+from vlft.batch import ToInputs
+from vlft.data.collate import Row
+from vlft.grids import Layout, tower_inputs
+from vlft.models.load import PictureFacts
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+LAYOUT = Layout(patch=14, merge=2, window=112)
+FACTS = PictureFacts(LAYOUT, 2, (0.48, 0.46, 0.41), (0.27, 0.26, 0.28), 1 / 255, 3136, 1 << 20)
+PICTURES = 6
+SIDES = (504, 700)
+
+
+@pytest.fixture
+def row() -> Row:
+    height, width = SIDES
+    grids = torch.tensor([[1, height // 14, width // 14]] * PICTURES)
+    tokens = PICTURES * height * width // 784
+    moved = draw(read_policy("document"), 5, (width, height))
+    moves = np.stack([np.eye(3) if i % 2 or moved is None else np.asarray(moved) for i in range(PICTURES)])
+    made = Row(
+        input_ids_T=torch.arange(tokens)[None], position_ids_4T=torch.zeros(4, 1, tokens, dtype=torch.int64),
+        labels_T=torch.full((1, tokens), -100), supervised_S=torch.zeros(0, dtype=torch.int64),
+        pictured_M=torch.arange(tokens), cu_seqlens=torch.arange(PICTURES + 1, dtype=torch.int32),
+        pixels_u8=torch.randint(0, 256, (PICTURES * 3 * height * width,), dtype=torch.uint8), image_grid_thw=grids,
+        image_sample=torch.arange(PICTURES), sample_seeds=torch.arange(PICTURES) * 7919, moves=torch.from_numpy(moves),
+        sample_ids=tuple(range(PICTURES)), dataset_ids=(0,) * PICTURES, tower=tower_inputs(grids, LAYOUT),
+    )  # fmt: skip
+    return made.pin_memory()
+
+
+def without_jpeg(path: Path) -> Path:
+    """Photometric values of `document`, each of which changes every picture."""
+    import yaml
+
+    from vlft.augmentation import policy
+
+    raw: dict[str, Any] = yaml.safe_load((Path(policy.__file__).parent / "policies" / "document.yaml").read_text())
+    raw["ops"] = [{name: {**op[name], "p": 1.0}} for op in raw["ops"] for name in op if name != "RandomJPEG"]
+    path.write_text(yaml.safe_dump(raw))
+    return path
+
+
+def test_the_host_does_not_wait_for_what_the_gpu_was_asked_for_before(row: Row, tmp_path: Path) -> None:
+    to_inputs = ToInputs(FACTS, read_policy(str(without_jpeg(tmp_path / "all.yaml"))), torch.device("cuda"))
+    to_inputs(row, True)  # kernels are loaded, which waits
+    torch.cuda.synchronize()
+    torch.cuda._sleep(8_000_000_000)  # some four seconds
+    busy = torch.cuda.Event()
+    busy.record()
+    to_inputs(row, True)
+    waiting = not busy.query()
+    torch.cuda.synchronize()
+    assert waiting
+
+
+def test_it_is_used_only_when_it_is_there_and_its_memory_serves_nothing_else_meanwhile(row: Row) -> None:
+    to_inputs = ToInputs(FACTS, read_policy("document"), torch.device("cuda"))
+    made = to_inputs(row, True)
+    torch.cuda.synchronize()
+    right = {name: x.clone() for name, x in made.items() if isinstance(x, torch.Tensor)}
+    tower = made["tower"].map(lambda x: x.clone())
+    del made
+    for _ in range(8):
+        made = to_inputs(row, True)
+        torch.cuda._sleep(50_000_000)  # so that the next row is made before this one is read
+        copies = {name: x + 0 for name, x in made.items() if isinstance(x, torch.Tensor)}
+        copied = made["tower"].map(lambda x: x + 0)
+        del made
+        to_inputs(row, False)  # others, in the memory that is free by now
+        assert all(copies[name].equal(x) for name, x in right.items())
+        assert copied.equal(tower)
