@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from vlft.augmentation.geometry import draw, move_place, moved
-from vlft.augmentation.ops import Op, _draws_pixels, certain, chance
+from vlft.augmentation.ops import Op, _draws_pixels, certain, chance, read_op
 from vlft.augmentation.policy import read_policy
 from vlft.vision import augment
 from vlft.vision.augment import augment_row, warp
@@ -84,6 +84,19 @@ def test_values_of_pixels_are_drawn_where_the_pictures_are() -> None:
     noise = next(op for op in policies[0] if op.name == "RandomGaussianNoise")
     assert certain(noise, torch.device("meta")).device == torch.device("meta")
     assert certain(policies[0][0], torch.device("meta")).device == torch.device("cpu")
+
+
+def test_what_is_found_out_about_an_op_seeds_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the middle of a row: the noise of the first picture would be another one than after a resume."""
+    seeded: list[int] = []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded.append)
+    fresh = {"RandomGaussianNoise": {"std": 0.0123, "p": 0.5}}
+    kind, op, wrong = read_op(fresh)
+    assert (kind, wrong) == ("photometric", [])
+    assert op is not None
+    certain(op, torch.device("meta"))
+    draw(read_policy("geometric"), 5, (700, 504))
+    assert seeded == []
 
 
 def test_a_row_is_augmented_by_sample_not_by_place(picture: Tensor) -> None:

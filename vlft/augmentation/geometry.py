@@ -11,7 +11,7 @@ from functools import reduce
 
 import numpy as np
 
-from vlft.augmentation.ops import Matrix, matrix
+from vlft.augmentation.ops import Matrix, matrix, seed_cpu
 from vlft.augmentation.policy import Policy
 
 TRIES = 8
@@ -42,7 +42,7 @@ def draw(policy: Policy, seed: int, size: tuple[int, int]) -> Matrix | None:
 
     width, height = size
     with torch.random.fork_rng(devices=[]), torch.no_grad():
-        torch.manual_seed(seed % 2**63)
+        seed_cpu(seed)
         drawn = [matrix(op, height, width) for op in policy.geometric]
     moved = [one for one in drawn if one is not None]
     if not moved:
