@@ -72,7 +72,9 @@ def note_steps(asked: dict[str, Any]) -> None:
         out.write(json.dumps(facts) + "\n")
 
     note(pid=os.getpid())
-    recorder = Recorder(asked["steps"], asked["warm"], device=asked["device"])
+    # On one rank, for which the others wait: it comes after the steps that are timed.
+    profile = Path(asked["profile"]) if "profile" in asked and not rank else None
+    recorder = Recorder(asked["steps"], asked["warm"], device=asked["device"], profile=profile)
     busy = Busy(cuda=asked["device"] == "cuda")
     train.forward_backward = busy.around(train.forward_backward)
 

@@ -134,6 +134,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--size", help="another size for every row: " + ", ".join(workload.SIZES))
     made.add_argument("--option", nargs="*", action="extend", default=[], help="options of vlft, key=value")
     made.add_argument("--deepspeed", type=Path, help="another DeepSpeed file for the rows of zero2 or zero3")
+    made.add_argument("--profile", action="store_true", help="the first rank, a few steps after the timed ones")
     made.add_argument("--workers", type=int, default=8)
     made.add_argument("--records", type=int, default=0, help="of the data set; 0: 256")
     made.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
@@ -187,6 +188,10 @@ class Launch:
         self.notes.mkdir()
         asked = {"folder": str(self.notes), "strategy": STRATEGIES[spread.strategy], "device": given.device}
         asked |= {"steps": given.steps - given.warm, "warm": given.warm}
+        if given.profile:
+            asked["profile"] = str(
+                given.out / f"profile-{spread.size}-{spread.strategy}-{spread.layout}-{processes}.txt"
+            )
         env = bench.environment(given, "vlft") | env | {ASKED: json.dumps(asked), LAUNCH: self.mark}
         env |= {bench.BEGAN: str(time.time()), "NCCL_NVLS_ENABLE": os.environ.get("NCCL_NVLS_ENABLE", "0")}
         self.metrics = Path(words[words.index("--output_dir") + 1]) / "metrics.jsonl"

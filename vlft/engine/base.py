@@ -211,7 +211,8 @@ class Engine:
     def _pending_states(self) -> int:
         """Bytes of the states that the first update will make, but for what is held for them."""
         of = getattr(getattr(self.optimizer, "optimizer", None), "state_bytes", lambda p: 2 * _local_bytes(p))
-        states = sum(of(p) for p in self._parameters if p not in self.optimizer.state)
+        state = self.optimizer.state
+        states = sum(of(p) for group in self.optimizer.param_groups for p in group["params"] if p not in state)
         return int(states) - self._held
 
     _held: int = 0
@@ -234,7 +235,7 @@ class Engine:
         return torch.empty(size, dtype=torch.uint8, device=self.device) if self.device.type == "cuda" else None
 
     def forget(self) -> None:
-        """Drop the gradients of rows that shall train nothing."""
+        """Drop the gradients: of rows that shall train nothing, or after the step."""
         self.optimizer.zero_grad()
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
@@ -257,7 +258,7 @@ class Engine:
         if self._summing is not None:
             fits = self._summing.finish(fits)
         if not fits:
-            self.optimizer.zero_grad()
+            self.forget()
         return fits
 
     def update(self, meanwhile: Callable[[], None] = lambda: None) -> Update:
@@ -280,7 +281,7 @@ class Engine:
                 # The scale falls when a gradient overflows. Accelerate's own `optimizer_step_was_skipped` misses that
                 # of a fused optimizer, whose step is called and then leaves everything as it is.
                 applied = scaler is None or scaler.get_scale() >= scale
-            self.optimizer.zero_grad()
+            self.forget()
         return Update(applied, norm, norms, scaling=not applied and scale > 1.0)
 
     def _step_ahead(self, optimizer: Any, meanwhile: Callable[[], None]) -> tuple[float, dict[Part, float]]:
@@ -297,7 +298,7 @@ class Engine:
         optimizer.found_inf = (~whole.isfinite()).float()
         self.optimizer.step()
         optimizer.grad_scale = optimizer.found_inf = None
-        self.optimizer.zero_grad()
+        self.forget()
         meanwhile()
         found = read_norms(whole, norms)
         if not math.isfinite(found[0]):
@@ -373,7 +374,11 @@ class Engine:
             for name, p in zip(group["names"], group["params"], strict=True):
                 # AdamW's `MOMENTS`, or what another optimizer has in their place.
                 for moment, value in optimizer.state.get(p, {}).items():
-                    yield "optimizer", f"{moment}/{name}", partial(_whole_state, value)
+                    yield "optimizer", f"{moment}/{name}", partial(self._whole_state, p, value)
+
+    def _whole_state(self, p: nn.Parameter, state: Tensor) -> Tensor:  # noqa: ARG002
+        """Of a parameter as the optimizer has it."""
+        return state
 
     def restore_weights(self, model: nn.Module, saved: Mapping[str, Tensor]) -> None:
         """Copy saved weights into the trained parameters, before `prepare`."""
@@ -414,10 +419,6 @@ class Engine:
 
     def close(self) -> None:
         self.accelerator.end_training()
-
-
-def _whole_state(state: Tensor) -> Tensor:
-    return state
 
 
 def _local_bytes(p: Tensor) -> int:

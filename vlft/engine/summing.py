@@ -5,6 +5,9 @@ in the middle of its buckets, and a second copy of the gradients would lie in th
 summed ahead: what had a gradient on any of them in the step before. All sum these, in one order, whatever becomes of
 the row: a rank that has none gives zeros, and one that ran out of memory does so, too, before all drop the step and try
 again.
+
+What each rank has, and whether it had memory enough, its host knows long before its device has done the work. The hosts
+tell each other, so that they can ask for the sums and the update while the devices are still busy with the backward.
 """
 
 from __future__ import annotations
@@ -26,7 +29,9 @@ class Summing:
     """Of the gradients of `parameters`, over the ranks."""
 
     def __init__(self, parameters: Sequence[nn.Parameter], device: torch.device) -> None:
-        self._parameters, self._device = parameters, device
+        self._parameters = parameters
+        # NCCL would carry what hosts tell each other from device to device, behind all that these were asked for.
+        self._hosts = None if device.type == "cpu" else torch.distributed.new_group(backend="gloo")
         # NCCL takes no other as it lies; a gradient has the strides of its parameter.
         self._large = [p for p in parameters if p.numel() >= LARGE and p.is_contiguous()]
         self._ahead: list[nn.Parameter] = []
@@ -82,8 +87,8 @@ class Summing:
             else:
                 self._sum_ahead(p.grad)
         facts = [not fits, *(p.grad is not None for p in self._parameters)]
-        has = torch.tensor(facts, dtype=torch.int32, device=self._device)
-        torch.distributed.all_reduce(has)
+        has = torch.tensor(facts, dtype=torch.int32)
+        torch.distributed.all_reduce(has, group=self._hosts)
         for work in self._running:
             work.wait()
         done, self._running = {*self._ahead}, []
@@ -103,8 +108,8 @@ class Summing:
 
     def _in_order(self, large: set[nn.Parameter], arrived: dict[nn.Parameter, int]) -> list[nn.Parameter]:
         """In which they came on the first rank; what did not come there, last."""
-        places = torch.tensor([arrived.get(p, len(self._large)) for p in self._large], device=self._device)
-        torch.distributed.broadcast(places, 0)
+        places = torch.tensor([arrived.get(p, len(self._large)) for p in self._large])
+        torch.distributed.broadcast(places, 0, group=self._hosts)
         place = dict(zip(self._large, places.tolist(), strict=True))
         return sorted([p for p in self._large if p in large], key=lambda p: place[p])  # the same on all ranks
 
@@ -123,7 +128,7 @@ class Summing:
             flat = torch.cat([g.flatten() for g in bucket])
             torch.distributed.all_reduce(flat)
             parts = torch.split(flat, [g.numel() for g in bucket])
-            # All in one launch: the device waits for the host here.
+            # All in one launch: one for each would take the host longer than the device.
             torch._foreach_copy_(bucket, [part.view_as(g) for g, part in zip(bucket, parts, strict=True)])
 
 
