@@ -120,6 +120,35 @@ def test_a_gradient_on_its_way_to_others_is_not_summed(monkeypatch: pytest.Monke
     assert x.grad.allclose(2 * torch.ones(2, 2).cos())
 
 
+@pytest.mark.parametrize(("seconds", "during"), [(None, True), (0.2, True), (0.015, False)])
+def test_sums_begin_during_the_backward_pass_where_they_take_long(
+    monkeypatch: pytest.MonkeyPatch, seconds: float | None, during: bool
+) -> None:
+    """Where the connection is quick, they would cost the backward pass more than they take after it."""
+    monkeypatch.setattr(summing, "LARGE", 2)
+    monkeypatch.setattr(summing.Summing, "_measured", lambda *_: seconds)
+    begun: list[int] = []
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda x, **_: begun.append(x.numel()) or Done())
+    monkeypatch.setattr(torch.distributed, "broadcast", lambda *_, **__: None)
+    p = nn.Parameter(torch.ones(4))
+    adder = summing.Summing([p], torch.device("cpu"))
+    for step in range(2):
+        p.grad = None
+        begun.clear()
+        with adder.begins():
+            p.sum().backward()
+        assert begun == ([4] if during and step else [])
+        assert adder.finish(True)
+        assert sorted(begun) == [2, 4]  # and who has what
+
+
+class Done:
+    """A sum that is ready."""
+
+    def wait(self) -> None:
+        pass
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("fails", [False, True])
 def test_a_run_is_the_same_with_and_without(tiny: Callable[..., Path], tmp_path: Path, fails: bool) -> None:

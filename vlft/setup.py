@@ -202,7 +202,7 @@ def setup(run: Run, engine: Engine) -> Job:
     if engine.is_main:
         counts = dataset_table(read_json(folder.data)["datasets"])
         chosen = [best_sentence(best)] if best else []
-        runs = (wrapped.said(), *kernels, start_sentence(job))
+        runs = (wrapped.said(), *kernels, *engine.said(), start_sentence(job))
         for note in (*run.notes, *data.summary, counts, *chosen, *runs, render(table)):
             job.journal.say(note)
     return job

@@ -234,6 +234,15 @@ class Engine:
         """That many bytes of a GPU; a CPU's memory is not taken before it is written to."""
         return torch.empty(size, dtype=torch.uint8, device=self.device) if self.device.type == "cuda" else None
 
+    def said(self) -> list[str]:
+        """What was chosen in `prepare`, in sentences."""
+        if self._summing is None or self._summing.seconds is None:
+            return []
+        when = "begin during" if self._summing.during else "follow"
+        return [
+            f"sums of gradients over the processes {when} the backward pass: {self._summing.seconds:.3f} s of a step."
+        ]
+
     def forget(self) -> None:
         """Drop the gradients: of rows that shall train nothing, or after the step."""
         self.optimizer.zero_grad()

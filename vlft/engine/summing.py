@@ -1,4 +1,8 @@
-"""The sum of the ranks' gradients: large ones while the backward pass that gives them still runs, the rest after it.
+"""The sum of the ranks' gradients: after the backward pass, or, of large ones, while it still runs.
+
+Whichever is faster. What is summed beside a backward pass takes processors from its products, which are laid out for
+all of them: over NVLink the products lose more time than the sums, which are quick there. Over a slow connection the
+sums would take long. How long is measured once, before the first step.
 
 Not by DistributedDataParallel: a rank without pictures, or one that ran out of memory, would leave the others waiting
 in the middle of its buckets, and a second copy of the gradients would lie in them. Here the ranks agree on what is
@@ -12,6 +16,7 @@ tell each other, so that they can ask for the sums and the update while the devi
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -23,6 +28,11 @@ LARGE = 1 << 20
 """Elements of a gradient that is summed by itself; smaller ones are joined."""
 _BUCKET = 64 << 20
 """Elements of what is joined."""
+WORTH = 0.03
+"""Seconds that the sums of large gradients must take, for them to begin during the backward pass. Two H200s summed
+2.7 GB in 0.015 after it; beside it products lost that time and 0.005 more (bench/scaling.py, 3B-lora-ddp)."""
+_TRIED = 16 << 20
+"""Elements of the tensor whose sum is timed."""
 
 
 class Summing:
@@ -40,8 +50,29 @@ class Summing:
         """In the last backward pass of this step, and as which."""
         self._running: list[Any] = []
         self._open = False
-        for p in self._large:
+        self.seconds = self._measured(device)
+        """Of the sums of all large gradients; None: not measured, as on a CPU, whose cores serve both."""
+        self.during = self.seconds is None or self.seconds > WORTH
+        """Large sums begin during the backward pass."""
+        for p in self._large if self.during else ():
             p.register_post_accumulate_grad_hook(self._arrive)  # type: ignore[no-untyped-call]
+
+    def _measured(self, device: torch.device) -> float | None:
+        if device.type == "cpu":
+            return None
+        tried = torch.zeros(_TRIED, device=device)
+        each = []
+        for _ in range(4):  # the first connects, and something may come in between
+            torch.accelerator.synchronize(device)
+            began = time.perf_counter()
+            torch.distributed.all_reduce(tried)
+            torch.accelerator.synchronize(device)
+            each.append(time.perf_counter() - began)
+        took = torch.tensor(min(each))
+        # All ranks must come to the same choice.
+        torch.distributed.all_reduce(took, torch.distributed.ReduceOp.MAX, group=self._hosts)
+        size = sum(p.numel() * p.element_size() for p in self._large)
+        return float(took) * size / (tried.numel() * tried.element_size())
 
     @contextmanager
     def begins(self) -> Iterator[None]:
@@ -102,7 +133,7 @@ class Summing:
                 p.grad = zeros[p] if p in done else torch.zeros_like(p)
         self._sum([p for p in having if p not in done])
         there = {*having}
-        if (large := {p for p in self._large if p in there}) != done:
+        if self.during and (large := {p for p in self._large if p in there}) != done:
             self._ahead = self._in_order(large, arrived)
         return True
 
@@ -119,7 +150,7 @@ class Summing:
         for p in parameters:
             assert p.grad is not None
             # By itself now too, since the order in which ranks are added may depend on what is joined: a resume begins
-            # with nothing ahead, and must come to the same digits.
+            # with nothing ahead, or measures another time, and must come to the same digits.
             if p in alone:
                 torch.distributed.all_reduce(p.grad)
             else:
