@@ -1,6 +1,6 @@
 """Samples a second of the data path on one core, against Hugging Face's processor; start-up time against records.
 
-    python bench/data.py [--records 64] [--rounds 3] [--workers 4] [--startup 1000 10000]
+    python bench/data.py [--data documents] [--records 64] [--rounds 3] [--workers 4] [--startup 1000 10000]
 
 Both make the same samples from the same JPEG files: the same tokens and the same patches, which is checked. They take
 turns, so that a busy machine slows both. Ours ends where the worker's work ends, with pixels of one byte; what the GPU
@@ -23,9 +23,12 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 import workload
 
+DATA = {"documents": (workload.documents, (4, 2)), "short": (workload.short, (64, 1))}
+"""Sets of bench/train.py; samples of a forward, and forwards of a step."""
 
-def job_of(root: Path, records: int, workers: int) -> tuple[Any, Any, Path]:
-    """The real data side of a run over the document set, its pictures' facts, and the model folder."""
+
+def job_of(root: Path, registry: Path, batch: tuple[int, int], workers: int) -> tuple[Any, Any, Path]:
+    """The real data side of a run over a set, its pictures' facts, and the model folder."""
     from vlft.data.prepare import prepare_data
     from vlft.engine import start_engine
     from vlft.models.load import open_checkpoint
@@ -34,11 +37,11 @@ def job_of(root: Path, records: int, workers: int) -> tuple[Any, Any, Path]:
 
     folder = workload.make_model("tiny", root / "model-tiny")
     words = ["--model_name_or_path", str(folder), "--output_dir", str(root / "none"), "--tuning_strategy", "full"]
-    words += ["--dataset_config_path", str(workload.documents(root, records)), "--cache_dir", str(root / "cache")]
-    words += ["--train_split_ratio", "1", "--num_workers", str(workers), "--per_device_train_batch_size", "4"]
-    words += ["--gradient_accumulation_steps", "2"]
+    words += ["--dataset_config_path", str(registry), "--cache_dir", str(root / "cache")]
+    words += ["--train_split_ratio", "1", "--num_workers", str(workers), "--per_device_train_batch_size", str(batch[0])]
+    words += ["--gradient_accumulation_steps", str(batch[1])]
     checkpoint = open_checkpoint(str(folder))
-    data = prepare_data(data_options(parse(words), start_engine("no"), checkpoint, 8))
+    data = prepare_data(data_options(parse(words), start_engine("no"), checkpoint, batch[0] * batch[1]))
     return data, checkpoint.pictures, folder
 
 
@@ -144,18 +147,20 @@ def loader(data: Any, workers: int, steps: int) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", choices=tuple(DATA), default="documents")
     parser.add_argument("--records", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--workers", type=int, default=0, help="time the loader with so many workers; 0: do not")
-    parser.add_argument("--steps", type=int, default=40, help="of 8 samples, with --workers")
+    parser.add_argument("--steps", type=int, default=40, help="of 8 documents or 64 short samples, with --workers")
     parser.add_argument("--startup", type=int, nargs="*", default=[1_000, 10_000], help="numbers of records")
     parser.add_argument("--root", type=Path, default=Path("/tmp/vlft_bench/data"))
     given = parser.parse_args()
-    data, pictures, folder = job_of(given.root, given.records, given.workers)
-    registry = workload.documents(given.root, given.records)
+    make, batch = DATA[given.data]
+    registry = make(given.root, given.records)
+    data, pictures, folder = job_of(given.root, registry, batch, given.workers)
     print(json.dumps(one_core(data, pictures, folder, registry, given.rounds)), flush=True)
     if given.workers:
-        print(json.dumps(loader(data, given.workers, given.steps)), flush=True)
+        print(json.dumps({"data": given.data} | loader(data, given.workers, given.steps)), flush=True)
     if given.startup:
         import index
 
