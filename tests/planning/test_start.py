@@ -61,6 +61,20 @@ def test_it_is_what_the_command_says(
     assert seconds < 0.5
 
 
+def test_a_size_that_a_process_may_have_is_what_there_is(
+    tiny: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vlft.setup.check_memory", lambda *_: None)  # this one has no GPU
+    words = command(
+        tiny(), write_data(tmp_path, 40), tmp_path / "out", "full", mixed_precision="bf16", max_steps=4,
+        per_device_train_batch_size=8, memory="0.9GiB",
+    )  # fmt: skip
+    expected = planned(words)
+    lines, _ = said(monkeypatch, words)
+    assert lines[0] == start._memory(expected.memory, expected.gpu)
+    assert "of 0.9 GiB at the worst moment" in lines[0]
+
+
 def test_a_cpu_is_told_nothing_of_memory_and_time(
     tiny: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

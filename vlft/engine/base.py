@@ -236,12 +236,10 @@ class Engine:
 
     def said(self) -> list[str]:
         """What was chosen in `prepare`, in sentences."""
-        if self._summing is None or self._summing.seconds is None:
+        if self._summing is None or self._summing.rate is None:
             return []
-        when = "begin during" if self._summing.during else "follow"
-        return [
-            f"sums of gradients over the processes {when} the backward pass: {self._summing.seconds:.3f} s of a step."
-        ]
+        when = "large ones during" if self._summing.during else "after"
+        return [f"gradients are summed {when} the backward pass: {self._summing.rate / 1e9:.0f} GB/s between the GPUs."]
 
     def forget(self) -> None:
         """Drop the gradients: of rows that shall train nothing, or after the step."""

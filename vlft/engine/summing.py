@@ -1,8 +1,8 @@
 """The sum of the ranks' gradients: after the backward pass, or, of large ones, while it still runs.
 
-Whichever is faster. What is summed beside a backward pass takes processors from its products, which are laid out for
-all of them: over NVLink the products lose more time than the sums, which are quick there. Over a slow connection the
-sums would take long. How long is measured once, before the first step.
+What is summed beside a backward pass takes processors from its products, which are laid out for all of them. Over
+NVLink the products lose more time by it than the sums take afterwards; a slow connection would make the step wait for
+them. How fast it is, is measured once, before the first step.
 
 Not by DistributedDataParallel: a rank without pictures, or one that ran out of memory, would leave the others waiting
 in the middle of its buckets, and a second copy of the gradients would lie in them. Here the ranks agree on what is
@@ -10,15 +10,18 @@ summed ahead: what had a gradient on any of them in the step before. All sum the
 the row: a rank that has none gives zeros, and one that ran out of memory does so, too, before all drop the step and try
 again.
 
-What each rank has, and whether it had memory enough, its host knows long before its device has done the work. The hosts
-tell each other, so that they can ask for the sums and the update while the devices are still busy with the backward.
+What each rank has, and whether it had memory enough, its host knows long before its device has done the work. The
+hosts of one machine tell each other, so that they can ask for the sums and the update while the devices are still busy
+with the backward pass. Between machines the devices carry it: gloo would have to be told which network joins them.
 """
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -28,9 +31,12 @@ LARGE = 1 << 20
 """Elements of a gradient that is summed by itself; smaller ones are joined."""
 _BUCKET = 64 << 20
 """Elements of what is joined."""
-WORTH = 0.03
-"""Seconds that the sums of large gradients must take, for them to begin during the backward pass. Two H200s summed
-2.7 GB in 0.015 after it; beside it products lost that time and 0.005 more (bench/scaling.py, 3B-lora-ddp)."""
+QUICK = 60e9
+"""Bytes of gradients that are summed in a second, from which on all are summed after the backward pass. PCIe gives up
+to 25e9. Two H200s over NVLink gave 175e9: 2.7 GB in 0.015 s; beside the backward pass the step took 0.005 s longer
+(bench/scaling.py, 3B-lora-ddp)."""
+_LIMIT = timedelta(minutes=10)
+"""Of what hosts tell each other: NCCL's own, where gloo would wait for half an hour."""
 _TRIED = 16 << 20
 """Elements of the tensor whose sum is timed."""
 
@@ -40,8 +46,11 @@ class Summing:
 
     def __init__(self, parameters: Sequence[nn.Parameter], device: torch.device) -> None:
         self._parameters = parameters
-        # NCCL would carry what hosts tell each other from device to device, behind all that these were asked for.
-        self._hosts = None if device.type == "cpu" else torch.distributed.new_group(backend="gloo")
+        one_machine = os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE")
+        hosts = one_machine and device.type != "cpu"
+        self._hosts = torch.distributed.new_group(backend="gloo", timeout=_LIMIT) if hosts else None
+        """Carries what ranks tell each other: NCCL would do so behind all that the devices were asked for."""
+        self._told_on = torch.device("cpu") if self._hosts is not None else device
         # NCCL takes no other as it lies; a gradient has the strides of its parameter.
         self._large = [p for p in parameters if p.numel() >= LARGE and p.is_contiguous()]
         self._ahead: list[nn.Parameter] = []
@@ -50,9 +59,9 @@ class Summing:
         """In the last backward pass of this step, and as which."""
         self._running: list[Any] = []
         self._open = False
-        self.seconds = self._measured(device)
-        """Of the sums of all large gradients; None: not measured, as on a CPU, whose cores serve both."""
-        self.during = self.seconds is None or self.seconds > WORTH
+        self.rate = self._measured(device)
+        """Bytes of gradients that are summed in a second; None: not measured, as on a CPU, whose cores do both."""
+        self.during = self.rate is None or self.rate < QUICK
         """Large sums begin during the backward pass."""
         for p in self._large if self.during else ():
             p.register_post_accumulate_grad_hook(self._arrive)  # type: ignore[no-untyped-call]
@@ -68,11 +77,10 @@ class Summing:
             torch.distributed.all_reduce(tried)
             torch.accelerator.synchronize(device)
             each.append(time.perf_counter() - began)
-        took = torch.tensor(min(each))
+        took = torch.tensor(min(each), device=self._told_on)
         # All ranks must come to the same choice.
         torch.distributed.all_reduce(took, torch.distributed.ReduceOp.MAX, group=self._hosts)
-        size = sum(p.numel() * p.element_size() for p in self._large)
-        return float(took) * size / (tried.numel() * tried.element_size())
+        return tried.numel() * tried.element_size() / float(took)
 
     @contextmanager
     def begins(self) -> Iterator[None]:
@@ -118,7 +126,7 @@ class Summing:
             else:
                 self._sum_ahead(p.grad)
         facts = [not fits, *(p.grad is not None for p in self._parameters)]
-        has = torch.tensor(facts, dtype=torch.int32)
+        has = torch.tensor(facts, dtype=torch.int32, device=self._told_on)
         torch.distributed.all_reduce(has, group=self._hosts)
         for work in self._running:
             work.wait()
@@ -139,7 +147,7 @@ class Summing:
 
     def _in_order(self, large: set[nn.Parameter], arrived: dict[nn.Parameter, int]) -> list[nn.Parameter]:
         """In which they came on the first rank; what did not come there, last."""
-        places = torch.tensor([arrived.get(p, len(self._large)) for p in self._large])
+        places = torch.tensor([arrived.get(p, len(self._large)) for p in self._large], device=self._told_on)
         torch.distributed.broadcast(places, 0, group=self._hosts)
         place = dict(zip(self._large, places.tolist(), strict=True))
         return sorted([p for p in self._large if p in large], key=lambda p: place[p])  # the same on all ranks

@@ -50,8 +50,7 @@ def estimate(run: Run, gpu: Gpu, *, world_size: int = 1) -> Estimate:
         VlftError: as training does: options, model, data or plugin.
     """
     config = run.config
-    if isinstance(size := config.kept, int) and size < gpu.memory:
-        gpu = replace(gpu, name=f"{gpu.name}, --memory {config.memory}", memory=size)
+    gpu = allowed(gpu, config)
     checkpoint = _checkpoint(config.model_name_or_path, config.trust_remote_code)
     batch = global_batch(config, world_size)
     # Where pictures move, so do the coordinates in texts: rows are planned with room for longer ones.
@@ -65,6 +64,13 @@ def estimate(run: Run, gpu: Gpu, *, world_size: int = 1) -> Estimate:
     static = shared_out(static, stage, world_size, masters=bool(config.deepspeed), compute=compute.itemsize)
     memory, time = expected(config, static, shape, training, steps, gpu, compute)
     return Estimate(run, gpu, static, memory, time, steps, data)
+
+
+def allowed(gpu: Gpu, config: RunConfig) -> Gpu:
+    """As far as a process may use it by `--memory SIZE`."""
+    if isinstance(size := config.kept, int) and size < gpu.memory:
+        return replace(gpu, name=f"{gpu.name}, --memory {config.memory}", memory=size)
+    return gpu
 
 
 def expected(

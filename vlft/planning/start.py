@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from vlft.planning import gpus
-from vlft.planning.estimate import expected, shared_out
+from vlft.planning.estimate import allowed, expected, shared_out
 from vlft.planning.gpus import GIB, Gpu
 from vlft.planning.load import Steps, look
 from vlft.planning.memory import Memory, static_of
@@ -40,7 +40,7 @@ def short(job: Job, gpu: Gpu) -> Sequence[str]:
         job.data, shape, costs=job.costs, budget=job.trial, start=job.done_steps, total=job.total_steps, steps=STEPS
     )  # fmt: skip
     peak = job.meter.peak  # in this run's precision; None for a GPU that no table knows
-    gpu = replace(gpu, peak=peak or gpu.peak)
+    gpu = allowed(replace(gpu, peak=peak or gpu.peak), config)
     memory, time = expected(config, static, shape, training, steps, gpu, compute)
     return [_memory(memory, gpu), *([_time(time, steps)] if peak else [])]
 
