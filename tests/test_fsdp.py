@@ -45,14 +45,18 @@ def test_two_processes_end_with_the_weights_of_one(tiny: Callable[..., Path], tm
 
 
 @pytest.mark.slow
-def test_a_resume_under_it(tiny: Callable[..., Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_resume_under_it(tiny: Callable[..., Path], tmp_path: Path, fused: bool) -> None:
+    """`fused`: the optimizer steps before its norm is read, as on a GPU."""
     registry, out = write_data(tmp_path, 21), tmp_path / "two"
     fixed = {"lr_scheduler_type": "constant", "warmup_steps": 0}
     train(words(tiny(), registry, tmp_path / "one", "full", **fixed))
     for more in ({"max_steps": 3}, {"resume_from_checkpoint": "latest"}):
         line = words(tiny(), registry, out, "full", **(CUT | fixed | more))
-        start(line, processes=2, fault={"kind": "fsdp_on_cpu"}, **FSDP)
+        start(line, processes=2, fault={"kind": "fsdp_on_cpu", "fused": fused}, **FSDP)
     assert distance(final_weights(tmp_path / "one"), final_weights(out)) < 1e-5
+    for a, b in zip(metrics(tmp_path / "one"), metrics(out), strict=True):
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
 
 
 def test_a_cpu_is_refused_with_the_reason(

@@ -184,12 +184,24 @@ def told(path: str, seconds: float, slow: str | None) -> None:
 KINDS = {f.__name__: f for f in (small_memory, mistaken_room, not_finite, slow, dies, kills_workers)}
 
 
-def fsdp_on_cpu() -> None:
-    """FSDP2 where Accelerate ignores it: PyTorch's `fully_shard` by hand, all the rest is vlft's engine."""
+def fsdp_on_cpu(*, fused: bool) -> None:
+    """FSDP2 where Accelerate ignores it: PyTorch's `fully_shard` by hand, all the rest is vlft's engine.
+
+    Args:
+        fused: the optimizer's step as on a GPU, before its norm is read.
+    """
     from accelerate import Accelerator
     from torch.distributed.fsdp import fully_shard
 
+    from vlft import optim
     from vlft.engine import fsdp
+
+    class FusedAdamW(torch.optim.AdamW):
+        def __init__(self, groups: Any, **_: Any) -> None:
+            super().__init__(groups, fused=True)
+
+    if fused:
+        optim.AdamW = FusedAdamW  # type: ignore[misc]
 
     def accelerator(self: Any) -> Accelerator:
         os.environ.pop("ACCELERATE_USE_FSDP")
@@ -220,7 +232,7 @@ def spoil(fault: dict[str, Any]) -> None:
     if fault["kind"] == "none":
         return
     if fault["kind"] == "fsdp_on_cpu":
-        fsdp_on_cpu()
+        fsdp_on_cpu(fused=fault.get("fused", False))
         return
     if fault["kind"] == "told":
         told(fault["path"], fault["seconds"], fault["slow"])

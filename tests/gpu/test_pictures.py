@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -66,19 +67,46 @@ def test_the_host_does_not_wait_for_what_the_gpu_was_asked_for_before(row: Row, 
     assert waiting
 
 
-def test_it_is_used_only_when_it_is_there_and_its_memory_serves_nothing_else_meanwhile(row: Row) -> None:
-    to_inputs = ToInputs(FACTS, read_policy("document"), torch.device("cuda"))
-    made = to_inputs(row, True)
+def test_it_is_used_only_when_it_is_there(row: Row) -> None:
+    to_inputs = ToInputs(FACTS, None, torch.device("cuda"))  # without a policy nothing waits
+    right = copies(to_inputs(row, True))
     torch.cuda.synchronize()
-    right = {name: x.clone() for name, x in made.items() if isinstance(x, torch.Tensor)}
-    tower = made["tower"].map(lambda x: x.clone())
-    del made
+    torch.cuda.empty_cache()  # or what was right before lies there
+    assert to_inputs._aside is not None
+    with torch.cuda.stream(to_inputs._aside):
+        torch.cuda._sleep(500_000_000)
+    found = copies(to_inputs(row, True))
+    assert equal(found, right)
+
+
+def test_its_memory_serves_nothing_else_before_it_is_read(row: Row) -> None:
+    to_inputs = ToInputs(FACTS, read_policy("document"), torch.device("cuda"))
+    right = copies(to_inputs(row, True))
+    torch.cuda.synchronize()
+    other = another(row)
     for _ in range(8):
         made = to_inputs(row, True)
         torch.cuda._sleep(50_000_000)  # so that the next row is made before this one is read
-        copies = {name: x + 0 for name, x in made.items() if isinstance(x, torch.Tensor)}
-        copied = made["tower"].map(lambda x: x + 0)
+        found = copies(made)
         del made
-        to_inputs(row, False)  # others, in the memory that is free by now
-        assert all(copies[name].equal(x) for name, x in right.items())
-        assert copied.equal(tower)
+        to_inputs(other, False)
+        assert equal(found, right)
+
+
+def copies(made: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """Of all tensors that a forward gets on the GPU, made there."""
+    every = {**made, **made["tower"].tensors}
+    return {name: x + 0 for name, x in every.items() if isinstance(x, torch.Tensor) and x.is_cuda}
+
+
+def equal(found: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:
+    return found.keys() == right.keys() and all(x.equal(right[name]) for name, x in found.items())
+
+
+def another(row: Row) -> Row:
+    """Of the same sizes, with other values: its pictures stand where those lie."""
+    grids = row.image_grid_thw[:, [0, 2, 1]]
+    fields = {name: getattr(row, name) + 1 for name in ("input_ids_T", "position_ids_4T", "labels_T")}
+    pixels = 255 - row.pixels_u8
+    made = replace(row, **fields, pixels_u8=pixels, image_grid_thw=grids, tower=tower_inputs(grids, LAYOUT))
+    return made.pin_memory()
