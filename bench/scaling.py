@@ -27,15 +27,17 @@ forward and backward over the ranks' mean, told where no rank waits for another 
 Lines go to stdout and OUT/scaling.jsonl (--out), what the programs said to OUT/scaling-log.txt; the last line of stdout
 names the rows that are left. bench/table.py --scaling makes docs/distributed.md's table of the lines.
 
-The plan for a machine with two GPUs, in order of worth. Measured on two H200s (2026-11-28): models and data 45 s; one
-GPU 65 to 70 (50 steps of 3B, 30 of 7B); a launch of 3B LoRA 57, of 7B `full` under FSDP2 77, under ZeRO-3 86. Guessed:
-a launch that writes or reads a checkpoint of 3B `full` (45 GB) 80. Four courses of 3B LoRA at once, each with --batch 4
---option memory=30GiB --steps 20 --warm 4, took 270 to 330. A call begins with `. bench/device.sh; s="python3
-bench/scaling.py --out $OUT"`, wants `.whl` carried, and ends by itself, since no launch outlasts --within:
+The plan for a machine with two GPUs, in order of worth. Measured on two H200s (2026-11-29): models and data 40 s; one
+GPU 54 (84 steps of 3B) to 73 (of 7B); a launch of 84 steps of 3B LoRA 55, of 3B `full` under ZeRO-2 66, under FSDP2 73,
+of 7B `full` under FSDP2 96, under ZeRO-3 86; a course of 50 steps of 7B `qlora` 226, beside other tests. Guessed: a
+launch that writes or reads a checkpoint of 3B `full` (45 GB; give it --runs in memory) 80. Four courses of 3B LoRA at
+once, each with --batch 4 --option memory=30GiB --steps 20 --warm 4, took 270 to 330. A call begins with
+`. bench/device.sh; s="python3 bench/scaling.py --out $OUT"`, wants `.whl` carried, and ends by itself, since no launch
+outlasts --within:
 
-    $s --rows 3B-lora-ddp --parts speed --steps 50 --warm 34                                    # 45+65+57 = 167
-    $s --rows 3B-full-fsdp2,3B-full-zero2,7B-full-fsdp2 --parts speed --steps 50 --warm 34      # 65+75+75+70+90 = 375
-    $s --rows 3B-full-fsdp2 --parts course --within 370; $s --rows 7B-qlora-ddp --within 300    # 355+300
+    $s --rows 3B-lora-ddp,3B-full-fsdp2 --parts speed --steps 50 --warm 34 --profile             # 40+54+55+54+73 = 276
+    $s --rows 3B-full-fsdp2 --parts course --steps 50 --within 560
+    $s --rows 7B-full-fsdp2,3B-full-zero2 --parts speed --steps 50 --warm 34                     # 73+96+54+66 = 289
 
 On a machine that is still warm the models are there, and so is what one GPU did. The first steps of a run are slow
 (docs/performance.md), so that --warm matters.
