@@ -36,6 +36,7 @@ once, each with --batch 4 --option memory=30GiB --steps 20 --warm 4, took 270 to
 outlasts --within:
 
     $s --rows 3B-lora-ddp,3B-full-fsdp2 --parts speed --steps 50 --warm 34 --profile             # 40+54+55+54+73 = 276
+    $s --rows 3B-full-fsdp2 --parts speed --steps 50 --warm 34 --launcher fsdp_reshard_after_forward=false        # 73
     $s --rows 3B-full-fsdp2 --parts course --steps 50 --within 560
     $s --rows 7B-full-fsdp2,3B-full-zero2 --parts speed --steps 50 --warm 34                     # 73+96+54+66 = 289
 
@@ -58,7 +59,7 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -135,6 +136,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--batch", type=int, help="samples of a GPU in a step, instead of those of the rows")
     made.add_argument("--size", help="another size for every row: " + ", ".join(workload.SIZES))
     made.add_argument("--option", nargs="*", action="extend", default=[], help="options of vlft, key=value")
+    made.add_argument("--launcher", nargs="*", action="extend", default=[], help="options of accelerate's, key=value")
     made.add_argument("--deepspeed", type=Path, help="another DeepSpeed file for the rows of zero2 or zero3")
     made.add_argument("--profile", action="store_true", help="the first rank, a few steps after the timed ones")
     made.add_argument("--workers", type=int, default=8)
@@ -158,8 +160,14 @@ class NotDoneError(Exception):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def start_words(layout: str, processes: int, *, device: str) -> tuple[list[str], dict[str, str]]:
-    """What comes before vlft's own words, and in the environment: as docs/distributed.md has it."""
+def start_words(
+    layout: str, processes: int, *, device: str, options: Sequence[str] = ()
+) -> tuple[list[str], dict[str, str]]:
+    """What comes before vlft's own words, and in the environment: as docs/distributed.md has it.
+
+    Args:
+        options: of accelerate's launcher, key=value, over those of its file.
+    """
     program = str(bench.HERE / "ranks.py")
     fsdp = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"} if layout == "fsdp2" else {}
     if processes == 1:
@@ -173,6 +181,7 @@ def start_words(layout: str, processes: int, *, device: str) -> tuple[list[str],
         return [sys.executable, *launcher, program], fsdp
     file = workload.ROOT / "accelerate_configs" / f"{layout}.yaml"
     launcher = ["-m", "accelerate.commands.launch", "--config_file", str(file), "--num_processes", str(processes)]
+    launcher += [word for pair in options for word in f"--{pair}".split("=", 1)]
     return [sys.executable, *launcher, "--main_process_port", port, program], {}
 
 
@@ -183,7 +192,7 @@ class Launch:
         self, spread: Spread, processes: int, words: list[str], given: argparse.Namespace, until: float
     ) -> None:
         """`until`: the end of its time, by time.monotonic()."""
-        first, env = start_words(spread.layout, processes, device=given.device)
+        first, env = start_words(spread.layout, processes, device=given.device, options=given.launcher)
         self.processes, self.until = processes, min(until, time.monotonic() + given.launch_limit)
         self.mark, self.notes = uuid.uuid4().hex, given.root / "notes"
         shutil.rmtree(self.notes, ignore_errors=True)
