@@ -393,6 +393,7 @@ def test_a_goal_is_reached_with_few_changes(seven: Path, capsys: pytest.CaptureF
     run_plan(seven, "full", "--goal", "fit 24GB")
     said = capsys.readouterr().out
     assert "This does" in said
+    assert said.rstrip().splitlines()[-1].startswith("  accelerate launch -m vlft ")
     (command,) = [line.strip() for line in said.splitlines() if line.startswith("  accelerate launch")]
     assert estimate(read_plan(shlex.split(command)[4:]).run, gpus.by_name("RTX 4090")).fits
     run_plan(seven, "full", "--goal", "fit 2GB")

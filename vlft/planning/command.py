@@ -46,8 +46,9 @@ def main(options: PlanOptions, run: Run, words: Sequence[str], read: advice.Read
         if best is None:
             print(f"Nothing that vlft can change makes it {options.goal}; take a smaller model or more GPUs.")
             return
-        print(f"This does ({best.change.why}):\n\n  {best.command}\n")
+        print(f"This does ({best.change.why}):\n")
         print(shown(best.found))
+        print(f"It fits so:\n\n  {best.command}")  # last: a terminal shows the end
         return
     print(f"It does not fit into {found.gpu.name}. What would help, each alone:\n")
     for one in advice.ladder(words, found, read, estimator):
