@@ -285,6 +285,7 @@ KERNELS = [name for name, one in vars(pointwise).items() if hasattr(one, "__wrap
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # two and a half minutes of one quiet processor, twice that beside another test
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels themselves run above")
 def test_the_kernels_of_a_gpu_in_tritons_interpreter() -> None:
     """The same tests with the kernels in the place of the functions. Triton compiles or interprets a whole process."""
