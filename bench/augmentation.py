@@ -65,11 +65,10 @@ def one(name: str, given: argparse.Namespace) -> dict[str, Any]:
 
     spent: list[float] = []
     steps: list[tuple[float, float, int]] = []
-    made = 0
     real, real_step, real_ahead = batch.augment_row, story.train_step, batch.Feed.look_ahead
 
     def alone() -> bool:
-        return made >= given.warm + given.steps
+        return len(steps) >= given.warm + given.steps
 
     def wait() -> None:
         if alone() and given.device == "cuda":
@@ -84,17 +83,16 @@ def one(name: str, given: argparse.Namespace) -> dict[str, Any]:
         return shown
 
     def step_timed(job: Any, step: Any) -> Any:
-        nonlocal made
         wait()
         spent.clear()
         began = time.perf_counter()
         line = real_step(job, step)
         wait()
         steps.append((time.perf_counter() - began, sum(spent), sum(len(r.image_grid_thw) for r in step.rows)))
-        made += 1
         return line
 
     batch.augment_row, story.train_step = timed, step_timed
+    # Alone, every row is made ready in its own step.
     batch.Feed.look_ahead = lambda feed: None if alone() else real_ahead(feed)  # type: ignore[method-assign]
     row = train.resized(train.ROWS[ROW], given.size)
     if name != "none":

@@ -136,7 +136,9 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--batch", type=int, help="samples of a GPU in a step, instead of those of the rows")
     made.add_argument("--size", help="another size for every row: " + ", ".join(workload.SIZES))
     made.add_argument("--option", nargs="*", action="extend", default=[], help="options of vlft, key=value")
-    made.add_argument("--launcher", nargs="*", action="extend", default=[], help="options of accelerate's, key=value")
+    made.add_argument(
+        "--launcher", nargs="*", action="extend", default=[], help="of accelerate launch on GPUs, key=value"
+    )
     made.add_argument("--deepspeed", type=Path, help="another DeepSpeed file for the rows of zero2 or zero3")
     made.add_argument("--profile", action="store_true", help="the first rank, a few steps after the timed ones")
     made.add_argument("--workers", type=int, default=8)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,6 +10,7 @@ import pytest
 import torch
 
 from vlft.augmentation.geometry import draw
+from vlft.augmentation.ops import _always
 from vlft.augmentation.policy import read_policy
 from vlft.batch import ToInputs
 from vlft.data.collate import Row
@@ -42,20 +42,11 @@ def row() -> Row:
     return made.pin_memory()
 
 
-def without_jpeg(path: Path) -> Path:
-    """Photometric values of `document`, each of which changes every picture."""
-    import yaml
-
-    from vlft.augmentation import policy
-
-    raw: dict[str, Any] = yaml.safe_load((Path(policy.__file__).parent / "policies" / "document.yaml").read_text())
-    raw["ops"] = [{name: {**op[name], "p": 1.0}} for op in raw["ops"] for name in op if name != "RandomJPEG"]
-    path.write_text(yaml.safe_dump(raw))
-    return path
-
-
-def test_the_host_does_not_wait_for_what_the_gpu_was_asked_for_before(row: Row, tmp_path: Path) -> None:
-    to_inputs = ToInputs(FACTS, read_policy(str(without_jpeg(tmp_path / "all.yaml"))), torch.device("cuda"))
+def test_the_host_does_not_wait_for_what_the_gpu_was_asked_for_before(row: Row) -> None:
+    document = read_policy("document")
+    # Each of them for every picture, but for the dearest.
+    every = tuple(_always(op) for op in document.photometric if op.name != "RandomJPEG")
+    to_inputs = ToInputs(FACTS, replace(document, photometric=every), torch.device("cuda"))
     to_inputs(row, True)  # kernels are loaded, which waits
     torch.cuda.synchronize()
     torch.cuda._sleep(8_000_000_000)  # some four seconds

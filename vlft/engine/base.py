@@ -384,7 +384,7 @@ class Engine:
                     yield "optimizer", f"{moment}/{name}", partial(self._whole_state, p, value)
 
     def _whole_state(self, p: nn.Parameter, state: Tensor) -> Tensor:  # noqa: ARG002
-        """Of a parameter as the optimizer has it."""
+        """Of a parameter as the optimizer has it, which says how the state is cut up where one is."""
         return state
 
     def restore_weights(self, model: nn.Module, saved: Mapping[str, Tensor]) -> None:

@@ -158,7 +158,7 @@ class Summing:
         for p in parameters:
             assert p.grad is not None
             # By itself now too, since the order in which ranks are added may depend on what is joined: a resume begins
-            # with nothing ahead, or measures another time, and must come to the same digits.
+            # with nothing ahead, or measures another rate, and must come to the same digits.
             if p in alone:
                 torch.distributed.all_reduce(p.grad)
             else:
