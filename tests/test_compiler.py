@@ -111,11 +111,12 @@ def test_the_start_of_a_run_says_so_once(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(compiler, "try_one", lambda: 2.0)
     assert kernels_sentence(cpu, gather) == []
     assert kernels_sentence(gpu, list) == []
-    (line,) = kernels_sentence(gpu, gather)
+    line, of_attention = kernels_sentence(gpu, gather)
     assert "(of another machine)" in line
+    assert of_attention.startswith("attention runs by PyTorch's flash kernels, since cuDNN's cannot be had (of another")
     compiler.trouble.cache_clear()
     monkeypatch.setattr(compiler, "try_one", failing(OSError("no ptxas")))
-    (line,) = kernels_sentence(gpu, gather)
+    (line,) = kernels_sentence(gpu, list)
     assert line.startswith("Triton cannot compile kernels here (OSError: no ptxas): norms, ")
     assert "\n" not in line
 

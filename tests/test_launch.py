@@ -81,11 +81,11 @@ for kind in (torch.bfloat16, torch.float32):
         attention_on_gpu.windows(many, cos, cos, borders, 0.1)
         attention_on_gpu.windows_backward(q, many, cos, cos, borders, 0.1)
 
-for states in ("bf16", "8bit"):
+for states in ("bf16", "8bit", "fp32"):
     for kind in (torch.bfloat16, torch.float32):
         for size in (5000, 4999):
-            w = torch.nn.Parameter(torch.ones(size, dtype=torch.bfloat16))
-            optimizer = rounded.RoundedAdamW([w], states)
+            w = torch.nn.Parameter(torch.ones(size, dtype=torch.float32 if states == "fp32" else torch.bfloat16))
+            optimizer = rounded.KernelAdamW([w], states)
             facts = rounded.facts(optimizer.param_groups[0], 1)
             job = rounded.Job(w.data, torch.ones(size, dtype=kind), optimizer._fresh(w), facts, 3)
             optim.update([job], torch.tensor(1.0), torch.tensor(0.0))

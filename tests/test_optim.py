@@ -12,13 +12,13 @@ import torch
 from runs import command, final_weights, metrics, train, write_data
 from torch import Tensor, nn
 
-from vlft import ParamGroup
+from vlft import ParamGroup, compiler
 from vlft.engine.base import Engine
 from vlft.errors import ConfigError
 from vlft.optim import build_optimizer, schedule, set_rates, step_was_left_out
 from vlft.optim.rounded import (
     BLOCK,
-    RoundedAdamW,
+    KernelAdamW,
     States,
     add_up,
     decode_m,
@@ -65,12 +65,38 @@ def test_rates_follow_the_part_and_decay_spares_vectors() -> None:
     assert set_rates(optimizer, 0.5) == {"llm": 5e-4, "vit": 2.5e-3, "head": 5e-4}
 
 
-def test_a_model_that_goes_to_the_gpu_later_has_one_kernel_for_its_step() -> None:
+def test_a_model_that_goes_to_the_gpu_later_has_one_kernel_for_its_step(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where it will be cut up it lies on the CPU when its optimizer is built; torch's own choice for FSDP is a loop."""
     model, groups = nn.Linear(2, 2), [ParamGroup("all", ("weight", "bias"), "llm")]
-    for device, fused in ((torch.device("cuda"), True), (torch.device("cpu"), False), (None, False)):
-        optimizer = build_optimizer(model, groups, {"llm": 1e-3}, 0.1, device=device)
+    gpu = torch.device("cuda")
+    monkeypatch.setattr(compiler, "trouble", lambda: "")
+    for device, fused in ((gpu, True), (torch.device("cpu"), False), (None, False)):
+        optimizer = build_optimizer(model, groups, {"llm": 1e-3}, 0.1, device=device, torchs_own=True)
         assert {bool(group["fused"]) for group in optimizer.param_groups} == {fused}
+        own = build_optimizer(model, groups, {"llm": 1e-3}, 0.1, device=device)
+        assert isinstance(own, KernelAdamW) == fused
+    # Masters are what it is for; and a kernel must compile.
+    halves = nn.Linear(2, 2, dtype=torch.bfloat16)
+    assert type(build_optimizer(halves, groups, {"llm": 1e-3}, 0.1, device=gpu)) is torch.optim.AdamW
+    monkeypatch.setattr(compiler, "trouble", lambda: "no compiler")
+    assert type(build_optimizer(model, groups, {"llm": 1e-3}, 0.1, device=gpu)) is torch.optim.AdamW
+
+
+def test_with_fp32_states_it_is_torchs_adamw() -> None:
+    """Also of what a checkpoint holds, so that a run goes on by either."""
+    torch.manual_seed(0)
+    start, gradients = torch.randn(40, 33), torch.randn(6, 40, 33) * torch.logspace(-6, 2, 6).view(-1, 1, 1)
+    ends = []
+    for make in (torch.optim.AdamW, lambda ps, **how: KernelAdamW(ps, "fp32", **how)):
+        w = nn.Parameter(start.clone())
+        optimizer = make([w], lr=1e-2, weight_decay=0.1)
+        for gradient in gradients:
+            w.grad = gradient.clone()
+            optimizer.step()
+        ends.append((w.detach(), *(optimizer.state[w][name] for name in ("exp_avg", "exp_avg_sq", "step"))))
+        assert {*optimizer.state[w]} == {"exp_avg", "exp_avg_sq", "step"}
+    for known, found in zip(*ends, strict=True):
+        torch.testing.assert_close(found, known, rtol=2e-6, atol=1e-7)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -136,7 +162,7 @@ def test_it_goes_where_adamw_goes(states: States) -> None:
     rate = {"lr": 3e-4, "weight_decay": 0.0}
     exact = end(lambda w: torch.optim.AdamW(w, **rate), torch.float32)
     nearest = end(lambda w: torch.optim.AdamW(w, **rate), torch.bfloat16)
-    found = end(lambda w: RoundedAdamW(w, states, **rate), torch.bfloat16)
+    found = end(lambda w: KernelAdamW(w, states, **rate), torch.bfloat16)
     start = end(lambda w: torch.optim.SGD(w, lr=0.0), torch.float32)
     assert exact < 0.9 * start
     assert (start - found) > 0.95 * (start - exact)
@@ -144,9 +170,10 @@ def test_it_goes_where_adamw_goes(states: States) -> None:
 
 
 def test_the_bytes_of_its_states_are_those_it_says() -> None:
-    for states, each in (("bf16", 4.0), ("8bit", 2.04)):
-        p = nn.Parameter(torch.zeros(1000, 77, dtype=torch.bfloat16))
-        optimizer = RoundedAdamW([p], states)  # type: ignore[arg-type]
+    for states, each in (("fp32", 8.0), ("bf16", 4.0), ("8bit", 2.04)):
+        kind = torch.float32 if states == "fp32" else torch.bfloat16
+        p = nn.Parameter(torch.zeros(1000, 77, dtype=kind))
+        optimizer = KernelAdamW([p], states)  # type: ignore[arg-type]
         p.grad = torch.ones_like(p)
         optimizer.step()
         held = sum(t.numel() * t.element_size() for name, t in optimizer.state[p].items() if name != "step")
@@ -161,12 +188,13 @@ shapes = [(3, 700), (5,), (40, 999), (7, 256)]
 torch.manual_seed(0)
 values = [torch.randn(2, *shape).to(torch.bfloat16) for shape in shapes]
 group = {"lr": 1e-2, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.1}
-for states in ("bf16", "8bit"):
+for states in ("bf16", "8bit", "fp32"):
+    kind = torch.float32 if states == "fp32" else torch.bfloat16
     for scale in (None, torch.tensor(3.0)):
         ends = []
         for fast in (False, True):
-            weights = [torch.nn.Parameter(v[0].clone()) for v in values]
-            optimizer = rounded.RoundedAdamW(weights, states)
+            weights = [torch.nn.Parameter(v[0].to(kind, copy=True)) for v in values]
+            optimizer = rounded.KernelAdamW(weights, states)
             kept = [optimizer._fresh(w) for w in weights]
             for step in range(1, 5):
                 jobs = []
@@ -190,13 +218,16 @@ for states in ("bf16", "8bit"):
         for shape, plain, found in zip(shapes, ends[:half], ends[half:]):
             for name, a, b, limit in zip("wmv", plain, found, (0.01, 0.1, 0.1)):
                 distance = float((a - b).norm() / b.norm())
+                if states == "fp32":
+                    assert distance < 1e-6, (shape, name, distance)
+                    continue
                 # Other random digits, the same values.
                 assert (0 < distance or len(a) < 100) and distance < limit, (states, shape, name, distance)
                 if len(a) > 1000:
                     bias = float(((a - b) / b.abs().clamp(min=1e-3 * float(b.abs().max()))).mean())
                     assert abs(bias) < 0.01, (states, shape, name, bias)
         weights = [torch.nn.Parameter(v[0].clone()) for v in values]
-        optimizer = rounded.RoundedAdamW(weights, states)
+        optimizer = rounded.KernelAdamW(weights, states)
         kept = [optimizer._fresh(w) for w in weights]
         jobs = [rounded.Job(w.data, v[1] * float("nan"), state, rounded.facts(group, 1), 1)
                 for w, v, state in zip(weights, values, kept)]
@@ -297,7 +328,7 @@ def test_what_is_not_finite_stays_so_when_it_is_added_up() -> None:
 def test_a_gradient_that_is_not_finite_leaves_everything_as_it_is(states: States) -> None:
     torch.manual_seed(0)
     w = nn.Parameter(torch.randn(300, dtype=torch.bfloat16))
-    optimizer = RoundedAdamW([w], states, lr=1e-2)
+    optimizer = KernelAdamW([w], states, lr=1e-2)
     w.grad = torch.ones_like(w)
     optimizer.step()
     before = {name: value.clone() for name, value in {**optimizer.state[w], "w": w.detach()}.items()}
@@ -318,7 +349,7 @@ def test_gradients_are_divided_in_the_step() -> None:
     for scale in (None, torch.tensor(4.0)):
         torch.manual_seed(0)
         w = nn.Parameter(torch.randn(300, dtype=torch.bfloat16))
-        optimizer = RoundedAdamW([w], "bf16", lr=0.0, betas=(0.0, 0.0))
+        optimizer = KernelAdamW([w], "bf16", lr=0.0, betas=(0.0, 0.0))
         w.grad = torch.ones_like(w) * (1.0 if scale is None else 4.0)
         optimizer.grad_scale = scale
         optimizer.step()
@@ -369,7 +400,7 @@ def test_masters_are_kept_where_bf16_is_not_what_runs(tiny: Callable[..., Path],
 
 def test_weights_decay_by_less_than_a_digit() -> None:
     w = nn.Parameter(torch.ones(BLOCK * 40, dtype=torch.bfloat16))
-    optimizer = RoundedAdamW([w], "bf16", lr=2e-5, weight_decay=0.01)
+    optimizer = KernelAdamW([w], "bf16", lr=2e-5, weight_decay=0.01)
     for _ in range(200):
         w.grad = torch.zeros_like(w)
         optimizer.step()

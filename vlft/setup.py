@@ -37,6 +37,7 @@ from vlft.gallery import thumbnails, write_gallery
 from vlft.interrupt import Interrupt
 from vlft.meter import Meter
 from vlft.metrics import Metric, load_script, lower_is_better
+from vlft.models import attention_by_cudnn
 from vlft.models.forward import PackedVLM
 from vlft.models.kernels import Memory, memory_for, room_on_gpu
 from vlft.models.load import Checkpoint, PictureFacts, Source, cast, open_checkpoint, read_json, source_of
@@ -163,7 +164,9 @@ def setup(run: Run, engine: Engine) -> Job:
     check_groups(model, groups, config.tuning_strategy, source.parts, run.rates, source.tied_head)
     check_optimizer(config, engine)
     cast(model, source.compute_dtype, masters=not engine.keeps_masters and config.optim == "adamw")
-    optimizer = build_optimizer(model, groups, run.rates, config.weight_decay, config.optim, engine.device)
+    optimizer = build_optimizer(
+        model, groups, run.rates, config.weight_decay, config.optim, engine.device, torchs_own=engine.wants_torchs_adamw
+    )
     table = part_table(model, groups, source.parts, run.rates, source.tied_head)
     meter = Meter(model, source.parts, source.config, engine.device, engine.precision)
     saved = checkpoints.load_weights(resume, model) if resume else {}
@@ -319,10 +322,11 @@ def check_optimizer(config: RunConfig, engine: Engine) -> None:
 
 
 def kernels_sentence(device: torch.device, gather: Callable[[list[str]], list[str]]) -> list[str]:
-    """Whether some process's kernels do not compile: a line, or none. Collective: machines may differ."""
+    """Which kernels some process lacks: lines, or none. Collective: machines may differ."""
     if device.type != "cuda":
         return []
-    return [compiler.said(why) for why in gather([compiler.trouble()]) if why][:1]
+    lines = [compiler.said(why) for why in gather([compiler.trouble()]) if why][:1]
+    return lines + [attention_by_cudnn.said(why) for why in gather([attention_by_cudnn.missing(device)]) if why][:1]
 
 
 def check_memory(config: RunConfig, device: torch.device) -> None:

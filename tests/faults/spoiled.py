@@ -188,7 +188,7 @@ def fsdp_on_cpu(*, fused: bool) -> None:
     """FSDP2 where Accelerate ignores it: PyTorch's `fully_shard` by hand, all the rest is vlft's engine.
 
     Args:
-        fused: the optimizer's step as on a GPU, before its norm is read.
+        fused: the optimizer of a GPU, whose step is made before its norm is read.
     """
     from accelerate import Accelerator
     from torch.distributed.fsdp import fully_shard
@@ -196,12 +196,12 @@ def fsdp_on_cpu(*, fused: bool) -> None:
     from vlft import optim
     from vlft.engine import fsdp
 
-    class FusedAdamW(torch.optim.AdamW):
+    class OfGpu(optim.KernelAdamW):
         def __init__(self, groups: Any, **_: Any) -> None:
-            super().__init__(groups, fused=True)
+            super().__init__(groups, "fp32")
 
     if fused:
-        optim.AdamW = FusedAdamW  # type: ignore[misc]
+        optim.AdamW = OfGpu  # type: ignore[misc,assignment]
 
     def accelerator(self: Any) -> Accelerator:
         os.environ.pop("ACCELERATE_USE_FSDP")

@@ -17,7 +17,7 @@ from packed_rows import Example, gradients, packed_row
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vlft.models import attention
+from vlft.models import attention, attention_by_cudnn
 from vlft.models.forward import PackedVLM
 from vlft.models.kernels import block as blocks
 from vlft.models.kernels import pointwise, product
@@ -248,6 +248,51 @@ def test_attention_and_its_backward(device: str, kind: torch.dtype, size: int) -
     expected.backward(d_out.float())
     for found, x in zip(attention.attend_backward(attended, d_out), parts, strict=True):
         assert near(found, x.grad, limit)
+
+
+HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
+
+
+@pytest.mark.skipif(not HOPPER, reason="cuDNN's kernels run on Hopper")
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "size", "causal"),
+    [(16, 16, 80, False), (16, 16, 72, False), (16, 2, 128, True), (28, 4, 128, True), (4, 4, 64, True)],
+)
+def test_attention_by_cudnn(kind: torch.dtype, heads: int, kv_heads: int, size: int, causal: bool) -> None:
+    """Of rows that share a graph though they differ in segments, longest and tokens; one of them fills it."""
+    assert attention_by_cudnn.trouble() == ""
+    graphs = attention_by_cudnn.graph.cache_info().misses
+    for lengths in ([700, 1, 64, 523], [640, 648], [1024] + [128] * 7, [129] * 8):
+        borders = torch.tensor([0, *lengths], device="cuda").cumsum(0).int()
+        q, d_out = torch.randn(2, sum(lengths), heads, size, device="cuda").to(kind)
+        k, v = torch.randn(2, sum(lengths), kv_heads, size, device="cuda").to(kind)
+        parts = [x.float().requires_grad_() for x in (q, k, v)]
+        expected = attention._segments(*parts, borders.tolist(), size**-0.5, causal)
+        expected.backward(d_out.float())
+        attended = attention.attend(q, k, v, borders, max(lengths), size**-0.5, causal=causal, learns=True)
+        assert attended.cudnn is not None
+        assert near(attended.out, expected, 1e-2)
+        for found, x in zip(attention.attend_backward(attended, d_out), parts, strict=True):
+            assert near(found, x.grad, 1e-2)
+        alone = attention.attend(q, k, v, borders, max(lengths), size**-0.5, causal=causal, learns=False)
+        assert alone.qkv is None
+        assert torch.equal(alone.out, attended.out)
+    assert attention_by_cudnn.graph.cache_info().misses - graphs <= 5
+
+
+def test_rows_round_up_to_few_graphs() -> None:
+    up = attention_by_cudnn._up
+    assert [up(n, 8) for n in (1, 8, 9, 16, 17)] == [8, 8, 16, 16, 32]
+    assert [up(n, 8, 4) for n in (3, 9, 4097, 5121, 7000, 8192, 8193)] == [8, 10, 5120, 6144, 7168, 8192, 10240]
+    borders = torch.tensor([0, 3, 5], dtype=torch.int32)
+    row = attention_by_cudnn.Segments.of(borders, 3, 5)
+    assert row.borders.tolist() == [0, 3] + [5] * 7
+    assert row.lengths.tolist() == [3, 2] + [0] * 6
+    assert row.starts(4).tolist() == [0, 12] + [20] * 7
+    assert row.borders.dtype == row.lengths.dtype == row.starts(4).dtype == torch.int32
+    assert attention_by_cudnn.segments_of(borders, 3, 5) is attention_by_cudnn.segments_of(borders, 3, 5)
+    assert attention_by_cudnn.segments_of(borders.clone(), 3, 5) is not attention_by_cudnn.segments_of(borders, 3, 5)
 
 
 def test_windows_are_left_to_flash_where_a_grid_cannot_count_them(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -199,6 +199,11 @@ class Engine:
         self._parameters: list[nn.Parameter] = [p for g in optimizer.param_groups for p in g["params"]]
         self._parts: list[Part] = [g["part"] for g in optimizer.param_groups for _ in g["params"]]
 
+    @property
+    def wants_torchs_adamw(self) -> bool:
+        """No other will do: with fp16, torch's scaler tells its fused AdamW of an overflow, and no wait is needed."""
+        return bool(self.precision == "fp16")
+
     def autocast(self) -> Any:
         """Mixed precision outside the wrapped forward."""
         return self.accelerator.autocast()

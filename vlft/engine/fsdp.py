@@ -60,6 +60,14 @@ class FsdpEngine(Engine):
         assert isinstance(self.model, nn.Module)
         return self.model
 
+    @property
+    def wants_torchs_adamw(self) -> bool:
+        """On the CPU, where offloaded shards make their steps, its fused one is the faster."""
+        from torch.distributed.fsdp import CPUOffloadPolicy
+
+        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
+        return isinstance(getattr(plugin, "cpu_offload", None), CPUOffloadPolicy)
+
     def _give_shards(self, optimizer: Optimizer) -> None:
         """The optimizer gets what lies here of each parameter, as a plain tensor.
 

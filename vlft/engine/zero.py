@@ -86,6 +86,7 @@ class ZeroEngine(Engine):
     keeps_masters = True
     shards_states = True
     retries = False  # the other ranks wait inside a collective of the row that failed here
+    wants_torchs_adamw = True  # DeepSpeed calls it piece by piece, over flat masters of its own
 
     def __init__(self, mixed_precision: str | None, path: Path, max_grad_norm: float) -> None:
         self.config = read_config(path)

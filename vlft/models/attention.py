@@ -4,7 +4,7 @@ Its name contains "flash" on purpose: the vision towers take their variable-leng
 builds no mask for a name that it has no mask function for. What runs behind the name:
 
 * bf16/fp16 on CUDA (Ampere or newer): `torch.nn.attention.varlen.varlen_attn`, one kernel for the whole row; layers
-  whose windows are short call `attend_windows`, rotation included;
+  whose windows are short call `attend_windows`, rotation included, and the others on Hopper `attention_by_cudnn`;
 * elsewhere: scaled dot-product attention over the segments, those of equal length together. Never a T x T mask.
 
 T tokens (or patches) of a row, H heads, K key-value heads, D head size, S segments.
@@ -25,8 +25,12 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from vlft import compiler
+from vlft.models import attention_by_cudnn
+from vlft.models.attention_by_cudnn import ByCudnn
 
 NAME = "vlft_flash_varlen"
+SHORT = 128
+"""Tokens of a longest segment below which PyTorch's kernels are as fast as cuDNN's."""
 
 
 @lru_cache(maxsize=1)
@@ -117,6 +121,8 @@ class Attended:
     qkv: tuple[Tensor, Tensor, Tensor] | None
     flash: tuple[Any, ...] | None = None
     """(log-sum-exp, generator's state, unused, borders, longest, scale, causal) of the flash kernel"""
+    cudnn: ByCudnn | None = None
+    """of cuDNN's kernel"""
     graph: Tensor | None = None
     """Elsewhere: the output with a graph of the attention alone"""
 
@@ -140,6 +146,9 @@ def attend(
     if varlen_available(q_THD.device, q_THD.dtype):
         assert longest is not None
         cu = borders.to(q_THD.device, non_blocking=True)
+        found = _by_cudnn(q_THD, k_TKD, v_TKD, cu, longest, scale, causal=causal, learns=learns)
+        if found is not None:
+            return Attended(found[0], (q_THD, k_TKD, v_TKD) if learns else None, cudnn=found[1] if learns else None)
         out, lse, state, unused, _ = torch.ops.aten._flash_attention_forward(
             q_THD, k_TKD, v_TKD, cu, cu, longest, longest, 0.0, causal, False, scale=scale
         )
@@ -151,9 +160,19 @@ def attend(
     return Attended(graph.detach(), (q, k, v), graph=graph) if learns else Attended(graph, None)
 
 
+def _by_cudnn(
+    q: Tensor, k: Tensor, v: Tensor, cu: Tensor, longest: int, scale: float, *, causal: bool, learns: bool
+) -> tuple[Tensor, ByCudnn] | None:
+    if longest < SHORT or not attention_by_cudnn.available(q.device) or not attention_by_cudnn.takes(q, k, v):
+        return None
+    return attention_by_cudnn.attend(q, k, v, cu, longest, scale, causal=causal, learns=learns)
+
+
 def attend_backward(attended: Attended, d_out_THD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q (T, H, D), k and v (T, K, D)."""
     assert attended.qkv is not None
+    if attended.cudnn is not None:
+        return attention_by_cudnn.attend_backward(attended.cudnn, attended.qkv, attended.out, d_out_THD)
     if attended.graph is not None:
         d_q, d_k, d_v = torch.autograd.grad(attended.graph, attended.qkv, d_out_THD)
         return d_q, d_k, d_v

@@ -1,6 +1,6 @@
 """AdamW over a strategy's groups, and rates as a pure function of the step: a resume has no schedule to lose.
 
-`rounded.py` is the AdamW without fp32 masters, `on_gpu.py` its step as one kernel.
+`rounded.py` is an AdamW of our own, with fp32 masters or without, `on_gpu.py` its step as one kernel.
 """
 
 from __future__ import annotations
@@ -12,8 +12,9 @@ import torch
 from torch import nn
 from torch.optim import AdamW, Optimizer
 
+from vlft import compiler
 from vlft.family import Part
-from vlft.optim.rounded import RoundedAdamW
+from vlft.optim.rounded import KernelAdamW
 from vlft.strategy import ParamGroup
 
 Kind = Literal["adamw", "adamw_bf16", "adamw_8bit"]
@@ -34,6 +35,8 @@ def build_optimizer(
     weight_decay: float,
     kind: Kind = "adamw",
     device: torch.device | None = None,
+    *,
+    torchs_own: bool = False,
 ) -> Optimizer:
     """AdamW (Loshchilov and Hutter 2019) with decoupled decay on matrices only: norms and biases never decay.
 
@@ -42,6 +45,7 @@ def build_optimizer(
     Args:
         device: where steps will be made; None: where the parameters are now. A model that will be cut up is loaded on
             the CPU, and what torch itself chooses for FSDP's parameters is a loop of single operations.
+        torchs_own: whoever makes the steps knows torch's AdamW alone.
     """
     by_name = dict(model.named_parameters())
     torch_groups: list[dict[str, Any]] = []
@@ -63,20 +67,23 @@ def build_optimizer(
                     }
                 )
     if kind != "adamw":
-        return RoundedAdamW(torch_groups, "bf16" if kind == "adamw_bf16" else "8bit")
-    fused = all((device or p.device).type == "cuda" for g in torch_groups for p in g["params"])
-    return AdamW(torch_groups, fused=fused)
+        return KernelAdamW(torch_groups, "bf16" if kind == "adamw_bf16" else "8bit")
+    on_gpu = all((device or p.device).type == "cuda" for g in torch_groups for p in g["params"])
+    whole = all(p.dtype == torch.float32 for g in torch_groups for p in g["params"])
+    if on_gpu and whole and not torchs_own and not compiler.trouble():
+        return KernelAdamW(torch_groups, "fp32")
+    return AdamW(torch_groups, fused=on_gpu)
 
 
 def scales_gradients(optimizer: Optimizer) -> bool:
     """Whether its step divides gradients by its attribute `grad_scale`, so that they need no pass of their own."""
     fused = all(group.get("fused") for group in optimizer.param_groups)
-    return isinstance(optimizer, RoundedAdamW) or (isinstance(optimizer, AdamW) and fused)
+    return isinstance(optimizer, KernelAdamW) or (isinstance(optimizer, AdamW) and fused)
 
 
 def step_was_left_out(optimizer: Optimizer) -> None:
     """The last step met `found_inf`. torch's fused AdamW counts its steps on the device and knows."""
-    if isinstance(optimizer, RoundedAdamW):
+    if isinstance(optimizer, KernelAdamW):
         optimizer.uncount()
 
 

@@ -143,8 +143,11 @@ def _update_rows(
         share = tl.maximum(v / tl.maximum(scale, 2e-38)[:, None], 2.539036173e-10)  # 2^(-255 / 8)
         tl.store(v_ptr + place, _code(share, _uniform(digits_v), 255.0).to(tl.uint8), mask=first[:, None])
     else:
-        tl.store(m_ptr + place, _bits_rounded(m, digits_m).to(m_ptr.dtype.element_ty), mask=inside)
-        tl.store(v_ptr + place, _bits_rounded(v, digits_v).to(v_ptr.dtype.element_ty), mask=inside)
+        if m_ptr.dtype.element_ty != tl.float32:
+            m = _bits_rounded(m, digits_m)
+            v = _bits_rounded(v, digits_v)
+        tl.store(m_ptr + place, m.to(m_ptr.dtype.element_ty), mask=inside)
+        tl.store(v_ptr + place, v.to(v_ptr.dtype.element_ty), mask=inside)
 
 
 @lru_cache(maxsize=8)

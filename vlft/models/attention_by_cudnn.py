@@ -1,0 +1,294 @@
+"""Attention over segments of unequal length by cuDNN, on Hopper: 0.6 of the time of the flash kernels inside PyTorch.
+
+PyTorch's own way to cuDNN builds a graph at every call, which takes the host 50 ms, so it is asked for through its own
+package (`nvidia-cudnn-frontend`). A graph serves every row whose segments, longest segment and tokens round up to the
+same numbers: segments that are not there are empty. A few graphs serve a whole training; the first ones take a second
+each, in which cuDNN makes its kernels, later ones 50 to 80 ms.
+
+T tokens of a row, H heads, K key-value heads, D head size, S segments.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections import deque
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+OLDEST = 91000
+"""cuDNN before 9.10 was not tried."""
+FEWEST, SHORTEST = 8, 256
+"""Segments, and tokens of the longest one, that a graph has at least."""
+ONE = (1, 1, 1, 1)
+
+# What a graph's tensors are called when it runs.
+Q, K, V, OUT, STATS, D_OUT, D_Q, D_K, D_V, Q_STARTS, K_STARTS, STATS_STARTS, Q_LENGTHS, K_LENGTHS = range(1, 15)
+
+
+@lru_cache(maxsize=8)
+def available(device: torch.device) -> bool:
+    """Whether this GPU's attention runs by cuDNN."""
+    return _faster(device) and not trouble()
+
+
+def missing(device: torch.device) -> str:
+    """Why this GPU does without, though it is one that cuDNN is faster on."""
+    return trouble() if _faster(device) else ""
+
+
+def _faster(device: torch.device) -> bool:
+    """Hopper is what it was measured on."""
+    return torch.cuda.is_available() and torch.cuda.get_device_capability(device)[0] == 9
+
+
+@lru_cache(maxsize=1)
+def trouble() -> str:
+    """Why cuDNN's package cannot be used on this machine; empty where it can."""
+    try:
+        import cudnn
+
+        version = int(cudnn.backend_version())
+    except (ImportError, OSError, RuntimeError) as error:
+        return f"{type(error).__name__}: {' '.join(str(error).split())}"[:200].rstrip(": .")
+    return f"cuDNN {version} is too old" if version < OLDEST else ""
+
+
+def said(why: str) -> str:
+    """One line for the start of a run."""
+    return (
+        f"attention runs by PyTorch's flash kernels, since cuDNN's cannot be had ({why}): a step takes some 6% longer; "
+        "pip install 'nvidia-cudnn-frontend<1.29' mends it."
+    )
+
+
+def _up(n: int, least: int = 1, parts: int = 1) -> int:
+    """To a power of two, or to one of the numbers that part the way from one to the next into `parts`."""
+    power = max(least, 1 << max(n - 1, 0).bit_length())
+    part = max(power // (2 * parts), 1) if parts > 1 else power
+    return max(least, -(-n // part) * part)
+
+
+@dataclass
+class Segments:
+    """Of a row, as a graph wants them."""
+
+    segments: int
+    longest: int
+    tokens: int
+    """all three rounded up"""
+    borders: Tensor
+    """(segments + 1,) int32; those that are not there begin and end behind the last"""
+    lengths: Tensor
+    """(segments,) int32"""
+    _starts: dict[int, Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, borders: Tensor, longest: int, tokens: int) -> Segments:
+        """Args: borders: (S + 1,) int32, on the device."""
+        segments = _up(len(borders) - 1, FEWEST)
+        whole = torch.cat((borders, borders[-1:].expand(segments + 1 - len(borders))))
+        longest = _up(longest, SHORTEST)
+        return cls(segments, longest, _up(tokens, 8, 4), whole, whole.diff())
+
+    def starts(self, width: int) -> Tensor:
+        """(segments + 1,) int32: where each segment begins in a tensor of (T, width)."""
+        if width not in self._starts:
+            self._starts[width] = self.borders * width
+        return self._starts[width]
+
+
+_recent: deque[tuple[Tensor, int, Segments]] = deque(maxlen=4)
+
+
+def segments_of(borders: Tensor, longest: int, tokens: int) -> Segments:
+    """Once for all layers of a row: they are called with the same tensor."""
+    for known, most, found in _recent:
+        if known is borders and most == longest:
+            return found
+    found = Segments.of(borders, longest, tokens)
+    _recent.append((borders, longest, found))
+    return found
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a graph is built for."""
+
+    segments: int
+    longest: int
+    tokens: int
+    heads: int
+    kv_heads: int
+    size: int
+    scale: float
+    causal: bool
+    kind: torch.dtype
+    device: torch.device
+    deterministic: bool
+
+    @classmethod
+    def of(cls, q_THD: Tensor, k_TKD: Tensor, row: Segments, scale: float, *, causal: bool) -> Shape:
+        _, heads, size = q_THD.shape
+        return cls(
+            row.segments, row.longest, row.tokens, heads, k_TKD.shape[1], size, scale, causal, q_THD.dtype,
+            q_THD.device, torch.are_deterministic_algorithms_enabled(),
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Graph:
+    built: Any
+    handle: Any
+    workspace: int
+    """bytes"""
+
+    def run(self, tensors: dict[int, Tensor]) -> None:
+        import cudnn
+
+        device = tensors[Q].device
+        cudnn.set_stream(handle=self.handle, stream=torch.cuda.current_stream(device).cuda_stream)
+        space = torch.empty(self.workspace, dtype=torch.uint8, device=device)
+        self.built.execute(tensors, space, handle=self.handle)
+
+
+@lru_cache(maxsize=8)
+def _handle(device: torch.device) -> Any:
+    import cudnn
+
+    with torch.cuda.device(device):
+        return cudnn.create_handle()
+
+
+@lru_cache(maxsize=256)
+def graph(shape: Shape, *, backward: bool) -> Graph | None:
+    """None where cuDNN has no kernel for it, which is said once."""
+    import cudnn
+
+    try:
+        return _build(cudnn, shape, backward=backward)
+    except (RuntimeError, cudnn.cudnnGraphNotSupportedError) as error:
+        why = " ".join(str(error).split())[:200]
+        warnings.warn(f"cuDNN has no attention for {shape}: {why}; PyTorch's flash kernels run instead.", stacklevel=2)
+        return None
+
+
+def _build(cudnn: Any, shape: Shape, *, backward: bool) -> Graph:
+    handle = _handle(shape.device)
+    kind = {torch.bfloat16: cudnn.data_type.BFLOAT16, torch.float16: cudnn.data_type.HALF}[shape.kind]
+    whole, wide = cudnn.data_type.INT32, cudnn.data_type.FLOAT
+    made = cudnn.pygraph(io_data_type=kind, intermediate_data_type=wide, compute_data_type=wide, handle=handle)
+
+    def layout(heads: int, size: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        dims = (shape.segments, heads, shape.longest, size)
+        return dims, (shape.longest * heads * size, size, heads * size, 1)
+
+    def numbers(uid: int, count: int) -> Any:
+        return made.tensor(uid=uid, name=str(uid), dim=(count, 1, 1, 1), stride=ONE, data_type=whole)
+
+    def given(uid: int, heads: int, starts: Any, size: int = shape.size, dtype: Any = kind) -> Any:
+        dims, strides = layout(heads, size)
+        tensor = made.tensor(uid=uid, name=str(uid), dim=dims, stride=strides, data_type=dtype)
+        tensor.set_ragged_offset(starts)
+        return tensor
+
+    def result(tensor: Any, uid: int, heads: int, starts: Any, size: int = shape.size, dtype: Any = kind) -> None:
+        dims, strides = layout(heads, size)
+        tensor.set_output(True).set_uid(uid).set_dim(dims).set_stride(strides).set_data_type(dtype)
+        tensor.set_ragged_offset(starts)
+
+    heads, kv_heads = shape.heads, shape.kv_heads
+    of_q, of_k, of_stats = (numbers(uid, shape.segments + 1) for uid in (Q_STARTS, K_STARTS, STATS_STARTS))
+    q, k, v = given(Q, heads, of_q), given(K, kv_heads, of_k), given(V, kv_heads, of_k)
+    how = {
+        "attn_scale": shape.scale, "use_causal_mask": shape.causal, "use_padding_mask": True,
+        "seq_len_q": numbers(Q_LENGTHS, shape.segments), "seq_len_kv": numbers(K_LENGTHS, shape.segments),
+    }  # fmt: skip
+    if backward:
+        out, d_out = given(OUT, heads, of_q), given(D_OUT, heads, of_q)
+        stats = given(STATS, heads, of_stats, 1, wide)
+        # Without the row's tokens, its workspace is one of all segments as long as the longest.
+        d_q, d_k, d_v = made.sdpa_backward(
+            q=q, k=k, v=v, o=out, dO=d_out, stats=stats, max_total_seq_len_q=shape.tokens,
+            max_total_seq_len_kv=shape.tokens, use_deterministic_algorithm=shape.deterministic, **how,
+        )  # fmt: skip
+        result(d_q, D_Q, heads, of_q)
+        result(d_k, D_K, kv_heads, of_k)
+        result(d_v, D_V, kv_heads, of_k)
+    else:
+        out, stats = made.sdpa(q=q, k=k, v=v, is_inference=False, **how)
+        result(out, OUT, heads, of_q)
+        result(stats, STATS, heads, of_stats, 1, wide)
+    made.validate()
+    made.build_operation_graph()
+    made.create_execution_plans([cudnn.heur_mode.A, cudnn.heur_mode.FALLBACK])
+    made.check_support()
+    made.build_plans()
+    return Graph(made, handle, max(int(made.get_workspace_size()), 1))
+
+
+@dataclass(frozen=True)
+class ByCudnn:
+    """What the backward pass needs beside queries, keys, values and the output."""
+
+    shape: Shape
+    row: Segments
+    stats_TH: Tensor
+
+
+def _tensors(shape: Shape, row: Segments, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor) -> dict[int, Tensor]:
+    return {
+        Q: q_THD, K: k_TKD, V: v_TKD, Q_LENGTHS: row.lengths, K_LENGTHS: row.lengths,
+        Q_STARTS: row.starts(shape.heads * shape.size), K_STARTS: row.starts(shape.kv_heads * shape.size),
+        STATS_STARTS: row.starts(shape.heads),
+    }  # fmt: skip
+
+
+def takes(q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor) -> bool:
+    """Whether tensors lie as its graphs have them, in numbers that fit into 32 bits."""
+    size, close = q_THD.shape[2], all(x.is_contiguous() for x in (q_THD, k_TKD, v_TKD))
+    return close and 0 < q_THD.numel() < 2**31 and size % 8 == 0 and size <= 128
+
+
+def attend(
+    q_THD: Tensor,
+    k_TKD: Tensor,
+    v_TKD: Tensor,
+    borders: Tensor,
+    longest: int,
+    scale: float,
+    *,
+    causal: bool,
+    learns: bool,
+) -> tuple[Tensor, ByCudnn] | None:
+    """(T, H, D), and what `attend_backward` takes; None where cuDNN has no kernel for it.
+
+    Args:
+        borders: (S + 1,) int32, on the device.
+        longest: an upper bound of the segments' lengths.
+    """
+    row = segments_of(borders, longest, len(q_THD))
+    shape = Shape.of(q_THD, k_TKD, row, scale, causal=causal)
+    forward = graph(shape, backward=False)
+    if forward is None or (learns and graph(shape, backward=True) is None):
+        return None
+    out, stats = torch.empty_like(q_THD), q_THD.new_empty(q_THD.shape[:2], dtype=torch.float32)
+    forward.run(_tensors(shape, row, q_THD, k_TKD, v_TKD) | {OUT: out, STATS: stats})
+    return out, ByCudnn(shape, row, stats)
+
+
+def attend_backward(
+    kept: ByCudnn, qkv: tuple[Tensor, Tensor, Tensor], out_THD: Tensor, d_out_THD: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q (T, H, D), k and v (T, K, D)."""
+    backward = graph(kept.shape, backward=True)
+    assert backward is not None
+    d_q, d_k, d_v = (torch.empty_like(x) for x in qkv)
+    backward.run(
+        _tensors(kept.shape, kept.row, *qkv)
+        | {OUT: out_THD, D_OUT: d_out_THD.contiguous(), STATS: kept.stats_TH, D_Q: d_q, D_K: d_k, D_V: d_v}
+    )
+    return d_q, d_k, d_v
