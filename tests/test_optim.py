@@ -256,6 +256,35 @@ def engine_of(*weights: nn.Parameter) -> Engine:
     return engine
 
 
+def test_narrow_gradients_of_masters() -> None:
+    """Where no other row's, no other rank's are added; the step reads what it would read of the same in fp32."""
+    ends = []
+    for kind in (torch.bfloat16, torch.float32):
+        torch.manual_seed(0)
+        w = nn.Parameter(torch.randn(64, 33))
+        engine = Engine("no", 1.0)
+        engine.precision = "bf16"
+        optimizer = KernelAdamW([{"params": [w], "part": "llm"}], "fp32", lr=1e-2)
+        engine.prepare(nn.ParameterList([w]), optimizer)
+        assert engine.narrow == torch.bfloat16
+        w.grad_dtype = kind
+        assert engine.pending_bytes() == (8 + kind.itemsize) * w.numel()
+        for _ in range(3):
+            (w * torch.randn(64, 33).bfloat16()).sum().backward()
+            assert w.grad is not None
+            assert w.grad.dtype == kind
+            engine.update()
+        ends.append(w.detach())
+    assert torch.equal(*ends)
+    engine.precision = "no"
+    assert engine.narrow is None
+    engine.precision, engine.world_size = "bf16", 2
+    assert engine.narrow is None
+    engine.world_size = 1
+    engine.prepare(nn.ParameterList([w]), torch.optim.AdamW([{"params": [w], "part": "llm"}]))
+    assert engine.narrow is None
+
+
 def test_many_small_gradients_of_a_step_do_not_stand_still() -> None:
     """Each is less than half a digit of the first; to the nearest, their sum would be the first alone."""
     torch.manual_seed(0)

@@ -65,6 +65,7 @@ def _run(job: Job, planned: Sequence[Planned]) -> tuple[Load | None, bool, float
         torch.cuda.reset_peak_memory_stats(engine.device)
     with _no_trace(job), engine.holding_states():
         unfit = None
+        job.expect(len(rows))
         for i, row in enumerate(rows):
             try:
                 losses_S = job.packed(**job.inputs(row, True))

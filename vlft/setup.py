@@ -104,6 +104,11 @@ class Job:
         self.memory.short = self.trial.short
         self.steps = Feed(self.data.steps(self.done_steps, self.total_steps, self.costs, self.trial), self.inputs)
 
+    def expect(self, rows: int) -> None:
+        """Before a step's first row, also of another try: gradients that no other row's are added to may be narrow."""
+        if (kind := self.engine.narrow) is not None:
+            self.packed.narrow_gradients(kind if rows == 1 else None)  # type: ignore[operator]
+
     @property
     def eval_on_start(self) -> bool:
         asked = self.run.config.eval_on_start

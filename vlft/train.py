@@ -127,6 +127,7 @@ def train_step(job: Job, step: Step) -> dict[str, Any]:
 def forward_backward(job: Job, step: Step, supervised: float) -> tuple[list[Tensor], Load | None]:
     """Every row's losses, (S,) each; or, if one did not fit into the memory, how large that one was."""
     losses: list[Tensor] = []
+    job.expect(len(step.rows))
     for i, row in enumerate(step.rows):
         seed_row(job.run.config.seed, step.number, job.engine.rank * len(step.rows) + i)
         try:

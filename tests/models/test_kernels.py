@@ -23,7 +23,8 @@ from vlft.models.kernels import block as blocks
 from vlft.models.kernels import pointwise, product
 from vlft.models.kernels.memory import Cost, Memory, Sizes, Tower, choose, memory_for, peak
 from vlft.models.kernels.pointwise import Drop
-from vlft.models.load import open_checkpoint, source_of
+from vlft.models.load import cast, open_checkpoint, source_of
+from vlft.testing.conformance import example_row
 from vlft.testing.tiny import FAMILIES
 from vlft_strategies.full import Full
 from vlft_strategies.lora import Lora, LoraLlmFullVit
@@ -250,6 +251,45 @@ def test_attention_and_its_backward(device: str, kind: torch.dtype, size: int) -
         assert near(found, x.grad, limit)
 
 
+@pytest.mark.parametrize("strategy", [Full, LoraLlmFullVit])
+def test_gradients_of_one_row_stay_as_autocast_makes_them(tiny: Callable[..., Path], strategy: Any) -> None:
+    """Those of the products' own weights, and no others; a step of several rows has all of them in fp32 again."""
+    source = source_of(open_checkpoint(str(tiny())), "bf16", torch.device("cpu"))
+    torch.manual_seed(0)
+    made = strategy(strategy.Config()).prepare_model(source)
+    cast(made, torch.bfloat16, masters=True)
+    packed = PackedVLM(made, source.parts, source.config.image_token_id)
+    packed.eval()  # no dropout
+    packed.memory = Memory(packed.installed.learning(), 512, room=lambda: 1e12)
+    row = example_row(source)
+
+    def gradients() -> dict[str, Tensor]:
+        packed.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            packed(**row).sum().backward()
+        return {name: p.grad for name, p in packed.named_parameters() if p.grad is not None}
+
+    wide = gradients()
+    packed.zero_grad()
+    size = packed.memory._missing()
+    packed.narrow_gradients(torch.bfloat16)
+    found = gradients()
+    narrow = {name for name, gradient in found.items() if gradient.dtype == torch.bfloat16}
+    assert narrow
+    weights = {name for name in found if ".blocks." in name or ".layers." in name}
+    assert narrow == {name for name in weights if found[name].ndim == 2 and "lora_" not in name}
+    for name, gradient in found.items():
+        assert torch.equal(gradient.float(), wide[name]), name
+    packed.zero_grad()
+    less = packed.memory._missing()
+    assert all(a <= b for some, all_ in zip(less, size, strict=True) for a, b in zip(some, all_, strict=True))
+    assert sum(map(sum, less)) == sum(map(sum, size)) - sum(2 * found[name].numel() for name in narrow)
+    packed.narrow_gradients(None)
+    assert {gradient.dtype for gradient in gradients().values()} == {torch.float32}
+    packed.zero_grad()
+    assert packed.memory._missing() == size
+
+
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
 
 
@@ -286,13 +326,21 @@ def test_rows_round_up_to_few_graphs() -> None:
     assert [up(n, 8) for n in (1, 8, 9, 16, 17)] == [8, 8, 16, 16, 32]
     assert [up(n, 8, 4) for n in (3, 9, 4097, 5121, 7000, 8192, 8193)] == [8, 10, 5120, 6144, 7168, 8192, 10240]
     borders = torch.tensor([0, 3, 5], dtype=torch.int32)
-    row = attention_by_cudnn.Segments.of(borders, 3, 5)
-    assert row.borders.tolist() == [0, 3] + [5] * 7
-    assert row.lengths.tolist() == [3, 2] + [0] * 6
-    assert row.starts(4).tolist() == [0, 12] + [20] * 7
-    assert row.borders.dtype == row.lengths.dtype == row.starts(4).dtype == torch.int32
-    assert attention_by_cudnn.segments_of(borders, 3, 5) is attention_by_cudnn.segments_of(borders, 3, 5)
-    assert attention_by_cudnn.segments_of(borders.clone(), 3, 5) is not attention_by_cudnn.segments_of(borders, 3, 5)
+    row = attention_by_cudnn.segments_of(borders, 3, 5)
+    assert row.sizes == (8, 256, 8)
+    q = torch.zeros(5, 4, 8)
+    plan = row.plan(q, 2, 0.1, causal=True)
+    numbers = plan.numbers
+    assert numbers[attention_by_cudnn.Q_STARTS].tolist() == [0, 96] + [160] * 7
+    assert numbers[attention_by_cudnn.K_STARTS].tolist() == [0, 48] + [80] * 7
+    assert numbers[attention_by_cudnn.STATS_STARTS].tolist() == [0, 12] + [20] * 7
+    assert numbers[attention_by_cudnn.Q_LENGTHS].tolist() == [3, 2] + [0] * 6
+    assert {x.dtype for x in numbers.values()} == {torch.int32}
+    assert (plan.forward_shape.tokens, plan.backward_shape.tokens) == (0, 8)
+    # Layers that are alike share one, those of other rows do not.
+    assert attention_by_cudnn.segments_of(borders, 3, 5).plan(q, 2, 0.1, causal=True) is plan
+    assert row.plan(q, 2, 0.1, causal=False) is not plan
+    assert attention_by_cudnn.segments_of(borders.clone(), 3, 5) is not row
 
 
 def test_windows_are_left_to_flash_where_a_grid_cannot_count_them(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,7 +27,7 @@ from torch.optim import Optimizer
 from vlft.engine.summing import Summing
 from vlft.errors import ConfigError, VlftError
 from vlft.family import Part
-from vlft.optim import scales_gradients, step_was_left_out
+from vlft.optim import gradient_dtype, scales_gradients, step_was_left_out, takes_narrow_gradients
 from vlft.optim.rounded import add_up
 
 T = TypeVar("T")
@@ -204,13 +204,23 @@ class Engine:
         """No other will do: with fp16, torch's scaler tells its fused AdamW of an overflow, and no wait is needed."""
         return bool(self.precision == "fp16")
 
+    @property
+    def narrow(self) -> torch.dtype | None:
+        """In which dtype a single row's gradients of fp32 weights may stay, after `prepare`; None: in fp32.
+
+        Gradients that other ranks' are added to are sums, which want fp32's digits.
+        """
+        inner = getattr(self.optimizer, "optimizer", self.optimizer)
+        alone = self.world_size == 1 and not self.shards_states
+        return torch.bfloat16 if alone and self.precision == "bf16" and takes_narrow_gradients(inner) else None
+
     def autocast(self) -> Any:
         """Mixed precision outside the wrapped forward."""
         return self.accelerator.autocast()
 
     def pending_bytes(self) -> int:
         """Of gradients and optimizer states that are not there yet and will be, on this device."""
-        gradients = sum(_local_bytes(p) for p in self._parameters if p.grad is None)
+        gradients = sum(_gradient_bytes(p) for p in self._parameters if p.grad is None)
         return gradients + self._pending_states()
 
     def _pending_states(self) -> int:
@@ -431,6 +441,10 @@ class Engine:
 
     def close(self) -> None:
         self.accelerator.end_training()
+
+
+def _gradient_bytes(p: Tensor) -> int:
+    return _local_bytes(p) * gradient_dtype(p).itemsize // p.element_size()
 
 
 def _local_bytes(p: Tensor) -> int:

@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import warnings
 from collections import deque
-from dataclasses import dataclass, field
-from functools import lru_cache
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from typing import Any
 
 import torch
@@ -72,33 +72,56 @@ def _up(n: int, least: int = 1, parts: int = 1) -> int:
     return max(least, -(-n // part) * part)
 
 
-@dataclass
-class Segments:
-    """Of a row, as a graph wants them."""
+@dataclass(frozen=True)
+class Shape:
+    """What a graph is built for."""
 
     segments: int
     longest: int
     tokens: int
-    """all three rounded up"""
-    borders: Tensor
-    """(segments + 1,) int32; those that are not there begin and end behind the last"""
-    lengths: Tensor
-    """(segments,) int32"""
-    _starts: dict[int, Tensor] = field(default_factory=dict)
+    """0 forward, whose graph does not ask"""
+    heads: int
+    kv_heads: int
+    size: int
+    scale: float
+    causal: bool
+    kind: torch.dtype
+    device: torch.device
+    deterministic: bool
 
-    @classmethod
-    def of(cls, borders: Tensor, longest: int, tokens: int) -> Segments:
-        """Args: borders: (S + 1,) int32, on the device."""
+
+class Segments:
+    """Of a row, as graphs want them."""
+
+    def __init__(self, borders: Tensor, longest: int, tokens: int) -> None:
+        """
+        Args:
+            borders: (S + 1,) int32, on the device.
+            longest: an upper bound of the segments' lengths.
+        """
         segments = _up(len(borders) - 1, FEWEST)
-        whole = torch.cat((borders, borders[-1:].expand(segments + 1 - len(borders))))
-        longest = _up(longest, SHORTEST)
-        return cls(segments, longest, _up(tokens, 8, 4), whole, whole.diff())
+        self.sizes = segments, _up(longest, SHORTEST), _up(tokens, FEWEST, 4)
+        # Those that are not there begin and end behind the last.
+        self.borders = torch.cat((borders, borders[-1:].expand(segments + 1 - len(borders))))
+        self.lengths = self.borders.diff()
+        self._plans: dict[tuple[Any, ...], Plan] = {}
 
-    def starts(self, width: int) -> Tensor:
-        """(segments + 1,) int32: where each segment begins in a tensor of (T, width)."""
-        if width not in self._starts:
-            self._starts[width] = self.borders * width
-        return self._starts[width]
+    def plan(self, q_THD: Tensor, kv_heads: int, scale: float, *, causal: bool) -> Plan:
+        """Once for all layers that are alike: a look at each takes the host as long as a launch."""
+        _, heads, size = q_THD.shape
+        key = heads, kv_heads, size, scale, causal, q_THD.dtype, torch.are_deterministic_algorithms_enabled()
+        if key not in self._plans:
+            segments, longest, tokens = self.sizes
+            shapes = [
+                Shape(segments, longest, n, heads, kv_heads, size, scale, causal, q_THD.dtype, q_THD.device, key[-1])
+                for n in (0, tokens)
+            ]
+            starts = {name: self.borders * width for name, width in (
+                (Q_STARTS, heads * size), (K_STARTS, kv_heads * size), (STATS_STARTS, heads)
+            )}  # fmt: skip
+            numbers = {Q_LENGTHS: self.lengths, K_LENGTHS: self.lengths, **starts}
+            self._plans[key] = Plan(shapes[0], shapes[1], numbers)
+        return self._plans[key]
 
 
 _recent: deque[tuple[Tensor, int, Segments]] = deque(maxlen=4)
@@ -109,34 +132,27 @@ def segments_of(borders: Tensor, longest: int, tokens: int) -> Segments:
     for known, most, found in _recent:
         if known is borders and most == longest:
             return found
-    found = Segments.of(borders, longest, tokens)
+    found = Segments(borders, longest, tokens)
     _recent.append((borders, longest, found))
     return found
 
 
 @dataclass(frozen=True)
-class Shape:
-    """What a graph is built for."""
+class Plan:
+    """Of the layers of a row that are alike."""
 
-    segments: int
-    longest: int
-    tokens: int
-    heads: int
-    kv_heads: int
-    size: int
-    scale: float
-    causal: bool
-    kind: torch.dtype
-    device: torch.device
-    deterministic: bool
+    forward_shape: Shape
+    backward_shape: Shape
+    numbers: dict[int, Tensor]
+    """where segments begin, and their lengths"""
 
-    @classmethod
-    def of(cls, q_THD: Tensor, k_TKD: Tensor, row: Segments, scale: float, *, causal: bool) -> Shape:
-        _, heads, size = q_THD.shape
-        return cls(
-            row.segments, row.longest, row.tokens, heads, k_TKD.shape[1], size, scale, causal, q_THD.dtype,
-            q_THD.device, torch.are_deterministic_algorithms_enabled(),
-        )  # fmt: skip
+    @cached_property
+    def forward(self) -> Graph | None:
+        return graph(self.forward_shape, backward=False)
+
+    @cached_property
+    def backward(self) -> Graph | None:
+        return graph(self.backward_shape, backward=True)
 
 
 @dataclass(frozen=True)
@@ -234,17 +250,8 @@ def _build(cudnn: Any, shape: Shape, *, backward: bool) -> Graph:
 class ByCudnn:
     """What the backward pass needs beside queries, keys, values and the output."""
 
-    shape: Shape
-    row: Segments
+    plan: Plan
     stats_TH: Tensor
-
-
-def _tensors(shape: Shape, row: Segments, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor) -> dict[int, Tensor]:
-    return {
-        Q: q_THD, K: k_TKD, V: v_TKD, Q_LENGTHS: row.lengths, K_LENGTHS: row.lengths,
-        Q_STARTS: row.starts(shape.heads * shape.size), K_STARTS: row.starts(shape.kv_heads * shape.size),
-        STATS_STARTS: row.starts(shape.heads),
-    }  # fmt: skip
 
 
 def takes(q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor) -> bool:
@@ -270,25 +277,23 @@ def attend(
         borders: (S + 1,) int32, on the device.
         longest: an upper bound of the segments' lengths.
     """
-    row = segments_of(borders, longest, len(q_THD))
-    shape = Shape.of(q_THD, k_TKD, row, scale, causal=causal)
-    forward = graph(shape, backward=False)
-    if forward is None or (learns and graph(shape, backward=True) is None):
+    plan = segments_of(borders, longest, len(q_THD)).plan(q_THD, k_TKD.shape[1], scale, causal=causal)
+    if plan.forward is None or (learns and plan.backward is None):
         return None
     out, stats = torch.empty_like(q_THD), q_THD.new_empty(q_THD.shape[:2], dtype=torch.float32)
-    forward.run(_tensors(shape, row, q_THD, k_TKD, v_TKD) | {OUT: out, STATS: stats})
-    return out, ByCudnn(shape, row, stats)
+    plan.forward.run({Q: q_THD, K: k_TKD, V: v_TKD, OUT: out, STATS: stats, **plan.numbers})
+    return out, ByCudnn(plan, stats)
 
 
 def attend_backward(
     kept: ByCudnn, qkv: tuple[Tensor, Tensor, Tensor], out_THD: Tensor, d_out_THD: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q (T, H, D), k and v (T, K, D)."""
-    backward = graph(kept.shape, backward=True)
-    assert backward is not None
+    assert kept.plan.backward is not None
+    q, k, v = qkv
     d_q, d_k, d_v = (torch.empty_like(x) for x in qkv)
-    backward.run(
-        _tensors(kept.shape, kept.row, *qkv)
-        | {OUT: out_THD, D_OUT: d_out_THD.contiguous(), STATS: kept.stats_TH, D_Q: d_q, D_K: d_k, D_V: d_v}
-    )
+    kept.plan.backward.run({
+        Q: q, K: k, V: v, OUT: out_THD, D_OUT: d_out_THD.contiguous(), STATS: kept.stats_TH, D_Q: d_q, D_K: d_k,
+        D_V: d_v, **kept.plan.numbers,
+    })  # fmt: skip
     return d_q, d_k, d_v

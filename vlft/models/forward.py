@@ -68,6 +68,7 @@ class PackedVLM(nn.Module):
         levels = len(getattr(hf.config.vision_config, "deepstack_visual_indexes", None) or ())
         # Where a feature level is added behind the last layer, its tokens must still be at their places.
         self.may_read_rows = levels < len(hf.get_submodule(parts.layers))
+        self._gradients: torch.dtype | None = None
         self._lying: kernels.Lying | None = None
         self._of_tower: list[dict[str, nn.Parameter | None]] = []
 
@@ -93,8 +94,24 @@ class PackedVLM(nn.Module):
         for layer in late:
             # Where Hugging Face's checkpointing was switched on for such layers (`vlft.setup.remember`).
             layer.gradient_checkpointing = hasattr(layer, "_gradient_checkpointing_func")  # type: ignore[assignment]
+            for p in layer.parameters():
+                if p.requires_grad and p.grad is None:  # else its dtype stays until the step has been made
+                    p.grad_dtype = p.dtype
         reasons = "; ".join(self.installed.left)
         warnings.warn(f"{len(late)} layers keep transformers' forward after all: {reasons}.", stacklevel=2)
+
+    def narrow_gradients(self, kind: torch.dtype | None) -> None:
+        """Have the layers' large gradients in `kind`, or in the weights' dtype; before a step's first row.
+
+        In the compute dtype they are what autocast's own backward gives, which widens them without need where no
+        second row's is added: half the memory, and half of what the optimizer reads.
+        """
+        if kind == self._gradients:
+            return
+        self._gradients = kind
+        self.installed.narrow_gradients(kind)
+        if self.memory is not None:
+            self.memory.look_again()
 
     def _tower_learns(self) -> bool:
         # `parameters()` of a frozen tower takes a millisecond, in which the device waits.

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 from vlft import compiler
@@ -79,6 +79,16 @@ def scales_gradients(optimizer: Optimizer) -> bool:
     """Whether its step divides gradients by its attribute `grad_scale`, so that they need no pass of their own."""
     fused = all(group.get("fused") for group in optimizer.param_groups)
     return isinstance(optimizer, KernelAdamW) or (isinstance(optimizer, AdamW) and fused)
+
+
+def takes_narrow_gradients(optimizer: Optimizer) -> bool:
+    """Whether gradients of fp32 weights may be in bf16."""
+    return isinstance(optimizer, KernelAdamW)
+
+
+def gradient_dtype(p: Tensor) -> torch.dtype:
+    """Of the gradient that a backward pass gives this leaf."""
+    return p.grad_dtype or p.dtype
 
 
 def step_was_left_out(optimizer: Optimizer) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -70,6 +70,10 @@ class Static:
     copies: Copies
     sharded: bool = False
     """by an engine, which has gradients ready from the start"""
+    masters: bool = False
+    """Trained weights are in fp32 where products are not."""
+    product_gradients: tuple[list[float], list[float]] = ([], [])
+    """of `layer_gradients`, those of the products' own weights"""
     adapted: tuple[float, float] = (0.0, 0.0)
     """numbers that the adapters read and write for a patch and for a token, in all layers, forward and backward"""
 
@@ -81,6 +85,13 @@ class Static:
     @property
     def weights(self) -> float:
         return sum(part.bytes for part in self.parts)
+
+    def narrowed(self) -> Static:
+        """With these in bf16, as a step of one row has them (`PackedVLM.narrow_gradients`)."""
+        pairs = zip(self.layer_gradients, self.product_gradients, strict=True)
+        vision, language = ([all_ - some / 2 for all_, some in zip(*pair, strict=True)] for pair in pairs)
+        gradients = self.gradients - sum(map(sum, self.product_gradients)) / 2
+        return replace(self, gradients=gradients, layer_gradients=(vision, language))
 
 
 @dataclass(frozen=True)
@@ -121,7 +132,7 @@ def static_of(model: nn.Module, parts: Parts, tied: bool, optimizer: str, comput
         id(p) for m in model.modules() if is_quantised(m) for n, p in m.named_parameters(recurse=False) if n == "weight"
     }
     numbers: dict[Part, list[float]] = {part: [0, 0, 0.0] for part in PARTS}
-    layer = [[0.0] * shape.vit_depth, [0.0] * shape.layers]
+    layer, products = ([[0.0] * shape.vit_depth, [0.0] * shape.layers] for _ in range(2))
     ends = [0.0, 0.0]
     for name, p in model.named_parameters():
         at = numbers[parts.part_of(name, tied_head=tied)]
@@ -133,7 +144,9 @@ def static_of(model: nn.Module, parts: Parts, tied: bool, optimizer: str, comput
         at[1] += size
         for n, path in enumerate((f"{parts.vit}.blocks.", f"{parts.layers}.")):
             if (found := name.find(path)) >= 0:
-                layer[n][int(name[found + len(path) :].split(".", 1)[0])] += size * gradient
+                at_layer = int(name[found + len(path) :].split(".", 1)[0])
+                layer[n][at_layer] += size * gradient
+                products[n][at_layer] += size * gradient * (p.ndim == 2 and "lora_" not in name)
         for n, path in enumerate((f"{parts.embed}.", f"{parts.head}.")):
             if path in name:
                 ends[n] += size * gradient
@@ -144,6 +157,7 @@ def static_of(model: nn.Module, parts: Parts, tied: bool, optimizer: str, comput
         gradients=trained * gradient, states=trained * states, ends=(ends[0], ends[0] if tied else ends[1]), tied=tied,
         layer_gradients=(layer[0][first:], layer[1]),
         copies=copies_of(model, parts, masters=weight == 4, compute=compute), adapted=adapted_by(model, parts),
+        masters=weight == 4 and compute < 4, product_gradients=(products[0][first:], products[1]),
     )  # fmt: skip
 
 

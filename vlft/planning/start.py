@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from vlft.planning import gpus
-from vlft.planning.estimate import allowed, expected, shared_out
+from vlft.planning.estimate import allowed, as_trained, expected, shared_out
 from vlft.planning.gpus import GIB, Gpu
 from vlft.planning.load import Steps, look
 from vlft.planning.memory import Memory, static_of
@@ -41,6 +41,7 @@ def short(job: Job, gpu: Gpu) -> Sequence[str]:
     )  # fmt: skip
     peak = job.meter.peak  # in this run's precision; None for a GPU that no table knows
     gpu = allowed(replace(gpu, peak=peak or gpu.peak), config)
+    static = as_trained(static, config, steps, compute, processes=engine.world_size)
     memory, time = expected(config, static, shape, training, steps, gpu, compute)
     return [_memory(memory, gpu), *([_time(time, steps)] if peak else [])]
 

@@ -27,6 +27,7 @@ from vlft.models.attention import (
 from vlft.models.kernels import pointwise
 from vlft.models.kernels.pointwise import Activation, Drop
 from vlft.models.kernels.product import Copies, Gradients, Products, Weights, note
+from vlft.optim import gradient_dtype
 
 Keep = Literal["all", "attention", "input"]
 """What a layer keeps for its backward pass: all that is dear, all but the MLP's inner values, or its input alone."""
@@ -343,8 +344,7 @@ class _Layer(torch.autograd.Function):
 
 
 def _as(gradient: Tensor, p: nn.Parameter) -> Tensor:
-    if gradient.dtype != p.dtype:
-        gradient = gradient.to(p.dtype)
+    gradient = gradient.to(gradient_dtype(p))
     return gradient if gradient.shape == p.shape else gradient.view(p.shape)
 
 

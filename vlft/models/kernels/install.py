@@ -58,6 +58,14 @@ class Installed:
     def _blocks(self) -> list[Block]:
         return [layer.vlft_block for layer in self.layers]  # type: ignore[misc]
 
+    def narrow_gradients(self, kind: torch.dtype | None) -> None:
+        """Let gradients of the products' own weights be in `kind`, or in the weights' dtype again. None is there now."""
+        for block in self._blocks():
+            for product in (product for group in block.groups() for product in group.each):
+                weight = product.base.weight
+                if product.plain and weight.requires_grad:
+                    weight.grad_dtype = kind or weight.dtype
+
     @property
     def layers(self) -> list[nn.Module]:
         """All that use the weights of all modules inside: who gathers weights must gather theirs at once."""

@@ -17,6 +17,7 @@ from torch import nn
 
 from vlft.models.kernels.block import Block, Keep
 from vlft.models.kernels.install import Installed
+from vlft.optim import gradient_dtype
 
 CONTEXT = int(0.81e9)
 """Bytes of a process on a GPU outside PyTorch's allocator: the driver's context, libraries' workspaces, kernels. On an
@@ -244,9 +245,13 @@ class Memory:
         # A layer's gradients come together, in its backward, and go together, with the step: one look tells of all.
         return [tuple(0 if p is None or p.grad is not None else size for p, size in tower) for tower in self._trained]
 
+    def look_again(self) -> None:
+        """The gradients of layers have another size than before."""
+        self._trained = None
+
     def leave(self, layers: Sequence[nn.Module]) -> None:
         """These run their own forward from now on; it asks for no plan."""
-        self._trained = None  # of those that stay, too: adapters may have come
+        self.look_again()  # of those that stay, too: adapters may have come
         gone = {id(layer) for layer in layers}
         for t, (tower, keeps) in enumerate(zip(self.towers, self.now, strict=True)):
             stay = [(layer, keep) for layer, keep in zip(tower, keeps, strict=True) if id(layer) not in gone]
@@ -343,4 +348,4 @@ def said(keeps: Sequence[Sequence[Keep]]) -> str:
 def _gradients(layer: nn.Module) -> tuple[nn.Parameter | None, int]:
     """A parameter that trains, and the bytes of the gradients of all that do."""
     trained = [p for p in layer.parameters() if p.requires_grad]
-    return (trained[0] if trained else None), sum(p.numel() * p.element_size() for p in trained)
+    return (trained[0] if trained else None), sum(p.numel() * gradient_dtype(p).itemsize for p in trained)

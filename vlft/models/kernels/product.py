@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from vlft.models.kernels import pointwise
 from vlft.models.kernels.pointwise import Drop
+from vlft.optim import gradient_dtype
 
 Gradients = dict[int, Tensor]
 """By the parameter's `id`: its own hash is a function of Python's."""
@@ -544,7 +545,7 @@ def note(gradients: Gradients, p: nn.Parameter, gradient: Tensor) -> None:
 
 
 def _of_weight(d_out_NO: Tensor, x_ND: Tensor, p: nn.Parameter) -> Tensor:
-    """In the parameter's dtype where the product can give it: rounded to bf16 first, masters would lose digits."""
-    if x_ND.is_cuda and p.dtype == torch.float32 and x_ND.dtype != torch.float32:
+    """In the gradient's dtype where the product can give it: rounded to bf16 first, a sum in fp32 would lose digits."""
+    if x_ND.is_cuda and x_ND.dtype != torch.float32 and gradient_dtype(p) == torch.float32:
         return torch.mm(d_out_NO.t(), x_ND, out_dtype=torch.float32)
     return d_out_NO.t() @ x_ND
