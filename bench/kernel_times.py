@@ -85,7 +85,8 @@ def memory_bound(s: Sizes) -> Iterator[Case]:
         yield case("activate", lambda a=values: (a, "silu_gated"), 3 * size(d_out))
         # On copies, since it works in place: three passes more over three values each, read and written.
         copied = lambda a=(values, d_out): (a[0].clone(), a[1].clone(), "silu_gated")  # noqa: E731
-        yield case("activate_backward", copied, 12 * size(d_out))
+        of_biases = KIND if tower == "vision" else None
+        yield case("activate_backward", copied, 12 * size(d_out), sums=of_biases)
         yield case("column_sums", lambda a=values: (a, KIND), size(values))
         if tower == "language":
             low, a_rd = s.rand(rows, RANK), s.rand(RANK, inner)

@@ -68,7 +68,7 @@ for kind in (torch.bfloat16, torch.float32):
                 optim.add_up(x.view(-1), d.view(-1), n)
                 if width % 2 == 0:
                     on_gpu.activate(x, "silu_gated")
-                    on_gpu.activate_backward(x, d[:, : width // 2].contiguous(), "silu_gated")
+                    on_gpu.activate_backward(x, d[:, : width // 2].contiguous(), "silu_gated", sums=kind)
                     on_gpu.activate_backward(x, d[:, : width // 2].contiguous(), "silu_gated", drop, plain=False)
     for n in (1, 16, 33):
         q, k = torch.zeros(n, 4, 8, dtype=kind), torch.zeros(n, 2, 8, dtype=kind)

@@ -148,7 +148,7 @@ PLAIN: dict[str, Callable[[Tensor], Tensor]] = {
 @pytest.mark.parametrize("width", [20, 3456])
 def test_activations(device: str, kind: torch.dtype, activation: Any, width: int) -> None:
     """The backward pass gives the activation once more, and columns of zeros stay zero."""
-    inner = torch.randn(5, width * (2 if activation == "silu_gated" else 1), device=device).to(kind)
+    inner = torch.randn(37, width * (2 if activation == "silu_gated" else 1), device=device).to(kind)
     inner[:, width - 3 : width] = 0
     inner[:, 2 * width - 3 :] = 0
     x = inner.float().requires_grad_()
@@ -165,11 +165,15 @@ def test_activations(device: str, kind: torch.dtype, activation: Any, width: int
     left, dropped = pointwise.activate(inner, activation, drop)
     assert torch.equal(left, out)
     assert near(dropped, drop.of(out), limit)
-    for this, plain in ((None, True), (drop, True), (drop, False)):
-        d_inner, again, dropped = pointwise.activate_backward(
-            inner.clone(), d_out.clone(), activation, this, plain=plain
+    for this, plain, sums in ((None, True, None), (None, True, kind), (drop, True, torch.float32), (drop, False, None)):
+        d_inner, again, dropped, summed = pointwise.activate_backward(
+            inner.clone(), d_out.clone(), activation, this, plain=plain, sums=sums
         )
         assert near(d_inner, x.grad, limit)
+        assert (summed is None) == (sums is None)
+        if summed is not None:
+            assert summed.dtype == sums
+            assert near(summed, d_inner.double().sum(0), 1e-5 if sums == torch.float32 else 1e-2)
         assert near(again, expected, limit) if plain else again is dropped
         assert near(dropped, expected if this is None else drop.of(expected), limit)
     assert not d_inner[:, width - 3 : width].any()

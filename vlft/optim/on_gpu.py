@@ -20,7 +20,7 @@ from vlft.optim.rounded import BLOCK, Job
 _ROWS, _TURNS = 4, 2
 """Blocks that a program works on at once, and how often it does, twice each time."""
 _VECTOR = 16
-_FACTS = ("lr", "decay", "one", "two", "correction", "eps")
+_FACTS = ("lr", "decay", "one", "two", "new_one", "new_two", "correction", "eps")
 
 
 @triton.jit
@@ -59,7 +59,7 @@ def _update_kernel(
 ):  # fmt: skip
     tensor = tl.load(tensor_ptr + tl.program_id(0))
     table_ptr += tensor * 8
-    facts_ptr += tensor * 6
+    facts_ptr += tensor * 8
     p_ptr = _values(table_ptr, 0, WEIGHT)
     g_ptr = _values(table_ptr, 1, GRADIENT)
     m_ptr = _values(table_ptr, 2, MOMENT)
@@ -72,8 +72,10 @@ def _update_kernel(
     decay = tl.load(facts_ptr + 1)
     one = tl.load(facts_ptr + 2)
     two = tl.load(facts_ptr + 3)
-    correction = tl.load(facts_ptr + 4)
-    eps = tl.load(facts_ptr + 5)
+    new_one = tl.load(facts_ptr + 4)
+    new_two = tl.load(facts_ptr + 5)
+    correction = tl.load(facts_ptr + 6)
+    eps = tl.load(facts_ptr + 7)
     factor = 1.0
     if SCALES:
         factor = 1.0 / tl.load(divisor_ptr)
@@ -87,19 +89,19 @@ def _update_kernel(
         # H100 does while the memory moves (reckoned, not measured).
         one_a, two_a, one_b, two_b = tl.randint4x(seed, (row[:, None] * WIDTH + column).to(tl.int32), n_rounds=7)
         _update_rows(
-            p_ptr, g_ptr, m_ptr, v_ptr, m_scale_ptr, v_scale_ptr, row, size, lr, decay, one, two, correction, eps,
-            factor, one_a, two_a, EIGHT, ROUNDS, WIDTH,
+            p_ptr, g_ptr, m_ptr, v_ptr, m_scale_ptr, v_scale_ptr, row, size, lr, decay, one, two, new_one, new_two,
+            correction, eps, factor, one_a, two_a, EIGHT, ROUNDS, WIDTH,
         )  # fmt: skip
         _update_rows(
-            p_ptr, g_ptr, m_ptr, v_ptr, m_scale_ptr, v_scale_ptr, row + ROWS, size, lr, decay, one, two, correction,
-            eps, factor, one_b, two_b, EIGHT, ROUNDS, WIDTH,
+            p_ptr, g_ptr, m_ptr, v_ptr, m_scale_ptr, v_scale_ptr, row + ROWS, size, lr, decay, one, two, new_one,
+            new_two, correction, eps, factor, one_b, two_b, EIGHT, ROUNDS, WIDTH,
         )  # fmt: skip
 
 
 @triton.jit
 def _update_rows(
-    p_ptr, g_ptr, m_ptr, v_ptr, m_scale_ptr, v_scale_ptr, row, size, lr, decay, one, two, correction, eps, factor,
-    digits_m, digits_v, EIGHT: tl.constexpr, ROUNDS: tl.constexpr, WIDTH: tl.constexpr,
+    p_ptr, g_ptr, m_ptr, v_ptr, m_scale_ptr, v_scale_ptr, row, size, lr, decay, one, two, new_one, new_two, correction,
+    eps, factor, digits_m, digits_v, EIGHT: tl.constexpr, ROUNDS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """`digits_m`, `digits_v`: 32 random bits each, of which the moments take the lower 24 and the weight the others."""
     place = row.to(tl.int64)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
@@ -121,8 +123,8 @@ def _update_rows(
     else:
         m = tl.load(m_ptr + place, mask=inside, other=0.0).to(tl.float32)
         v = tl.load(v_ptr + place, mask=inside, other=0.0).to(tl.float32)
-    m = one * m + (1.0 - one) * g
-    v = two * v + (1.0 - two) * g * g
+    m = one * m + new_one * g
+    v = two * v + new_two * g * g
     w = w - (lr * m / (tl.sqrt(v) * correction + eps) + decay * w)
     if ROUNDS:
         w = _bits_rounded(w, digits_w)

@@ -128,6 +128,7 @@ def facts(group: Mapping[str, Any], step: float) -> dict[str, float]:
     one, two = group["betas"]
     return {
         "lr": group["lr"] / (1 - one**step), "decay": group["lr"] * group["weight_decay"], "one": one, "two": two,
+        "new_one": 1 - one, "new_two": 1 - two,  # in fp32, 1 - 0.999 is 1e-5 off
         "correction": 1 / math.sqrt(1 - two**step), "eps": group["eps"],
     }  # fmt: skip
 
@@ -147,8 +148,8 @@ def update(job: Job, grad_scale: Tensor | None = None) -> None:
     w = _blocks(p) if eight else p.float()
     m = decode_m(state["exp_avg"], state["exp_avg_scale"]) if eight else state["exp_avg"].float()
     v = decode_v(state["exp_avg_sq"], state["exp_avg_sq_scale"]) if eight else state["exp_avg_sq"].float()
-    m = number["one"] * m + (1 - number["one"]) * g
-    v = number["two"] * v + (1 - number["two"]) * g.square()
+    m = number["one"] * m + number["new_one"] * g
+    v = number["two"] * v + number["new_two"] * g.square()
     # One difference: 1 - rate * decay, rounded by itself in fp32, is a tenth off at a rate of 2e-5.
     w = w - (number["lr"] * m / (v.sqrt() * number["correction"] + number["eps"]) + number["decay"] * w)
     if eight:

@@ -264,12 +264,12 @@ class Block:
         d_down = d_out_ND.to(kind)
         low, d_low = kept.lows["down"], down.backward_low(d_down)
         d_active = down.backward_input(d_down, d_low, drops[3])
-        d_inner, active, dropped = pointwise.activate_backward(
-            kept.inner, d_active, self.activation, drops[3], plain=bool(down.trained)
+        d_inner, active, dropped, sums = pointwise.activate_backward(
+            kept.inner, d_active, self.activation, drops[3], plain=bool(down.trained), sums=inner.of_biases
         )
         down.backward_weights(active, dropped, low, d_down, d_low, gradients)
         del active, dropped, d_active, d_down
-        d_m = inner.backward(m_ND, m_dropped, kept.lows["inner"], d_inner, drops[2], gradients)
+        d_m = inner.backward(m_ND, m_dropped, kept.lows["inner"], d_inner, drops[2], gradients, sums_O=sums)
         del d_inner, m_ND, m_dropped
         kept.inner = None
         assert d_m is not None

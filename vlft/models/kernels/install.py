@@ -59,7 +59,7 @@ class Installed:
         return [layer.vlft_block for layer in self.layers]  # type: ignore[misc]
 
     def narrow_gradients(self, kind: torch.dtype | None) -> None:
-        """Let gradients of the products' own weights be in `kind`, or in the weights' dtype again. None is there now."""
+        """Gradients of the products' own weights will be in `kind`, or in the weights' dtype. None is there now."""
         for block in self._blocks():
             for product in (product for group in block.groups() for product in group.each):
                 weight = product.base.weight

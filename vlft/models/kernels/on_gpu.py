@@ -456,6 +456,8 @@ def rotate_backward(
 
 _KINDS: dict[Activation, int] = {"silu_gated": 0, "gelu": 1, "gelu_pytorch_tanh": 2, "quick_gelu": 3}
 _PIECE = 1024
+_SHARE = 32
+"""Rows whose columns a program sums."""
 
 
 @triton.jit
@@ -515,14 +517,12 @@ def activate(inner_NI: Tensor, kind: Activation, drop: Drop | None = None) -> tu
     return out, dropped
 
 
-@triton.jit(do_not_specialize=["one", "two"])
-def _activate_backward_kernel(
-    x_ptr, d_ptr, dropped_ptr, one, two, columns, least, factor,
-    KIND: tl.constexpr, PLAIN: tl.constexpr, DROPS: tl.constexpr, BLOCK: tl.constexpr,
+@triton.jit
+def _activate_row_back(
+    x_ptr, d_ptr, dropped_ptr, row, column, inside, one, two, columns, least, factor,
+    KIND: tl.constexpr, PLAIN: tl.constexpr, DROPS: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
-    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = column < columns
+    """The gradients as they are stored, of the gate (or what is instead) and of what it lets pass."""
     x_row = x_ptr + row * columns * (2 if KIND == 0 else 1)
     place = row * columns + column
     x = tl.load(x_row + column, mask=inside, other=0.0).to(tl.float32)
@@ -532,7 +532,8 @@ def _activate_backward_kernel(
         sigmoid = tl.sigmoid(x)
         out = x * sigmoid * up
         slope = up * sigmoid * (1.0 + x * (1.0 - sigmoid))
-        tl.store(x_row + columns + column, (d * x * sigmoid).to(x_ptr.dtype.element_ty), mask=inside)
+        d_up = (d * x * sigmoid).to(x_ptr.dtype.element_ty)
+        tl.store(x_row + columns + column, d_up, mask=inside)
     elif KIND == 1:
         normal = 0.5 * (1.0 + tl.erf(x * 0.7071067811865476))
         out = x * normal
@@ -545,26 +546,68 @@ def _activate_backward_kernel(
         sigmoid = tl.sigmoid(1.702 * x)
         out = x * sigmoid
         slope = sigmoid * (1.0 + 1.702 * x * (1.0 - sigmoid))
-    tl.store(x_row + column, (d * slope).to(x_ptr.dtype.element_ty), mask=inside)
+    d_x = (d * slope).to(x_ptr.dtype.element_ty)
+    tl.store(x_row + column, d_x, mask=inside)
     _put_dropped(d_ptr, dropped_ptr, place, out, inside, one, two, least, factor, PLAIN, DROPS)
+    if KIND != 0:
+        d_up = d_x
+    return d_x.to(tl.float32), d_up.to(tl.float32)
+
+
+@triton.jit(do_not_specialize=["rows", "one", "two"])
+def _activate_backward_kernel(
+    x_ptr, d_ptr, dropped_ptr, sums_ptr, rows, one, two, columns, least, factor,
+    KIND: tl.constexpr, PLAIN: tl.constexpr, DROPS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    if ROWS == 1:
+        _activate_row_back(
+            x_ptr, d_ptr, dropped_ptr, tl.program_id(0).to(tl.int64), column, column < columns, one, two, columns,
+            least, factor, KIND, PLAIN, DROPS,
+        )  # fmt: skip
+    else:
+        # Sums of the columns in passing: of these rows here, in registers, so that no atomics order them anew.
+        first = tl.program_id(0).to(tl.int64) * ROWS
+        total = tl.zeros((BLOCK,), tl.float32)
+        total_up = tl.zeros((BLOCK,), tl.float32)
+        for row in range(first, tl.minimum(first + ROWS, rows)):
+            d_x, d_up = _activate_row_back(
+                x_ptr, d_ptr, dropped_ptr, row, column, column < columns, one, two, columns, least, factor, KIND,
+                PLAIN, DROPS,
+            )  # fmt: skip
+            total += d_x
+            total_up += d_up
+        sums_ptr += tl.program_id(0) * columns * (2 if KIND == 0 else 1)
+        tl.store(sums_ptr + column, total, mask=column < columns)
+        if KIND == 0:
+            tl.store(sums_ptr + columns + column, total_up, mask=column < columns)
 
 
 _activate_backward = Launch(_activate_backward_kernel)
 
 
 def activate_backward(
-    inner_NI: Tensor, d_out_NI: Tensor, kind: Activation, drop: Drop | None = None, *, plain: bool = True
-) -> tuple[Tensor, Tensor, Tensor]:
+    inner_NI: Tensor,
+    d_out_NI: Tensor,
+    kind: Activation,
+    drop: Drop | None = None,
+    *,
+    plain: bool = True,
+    sums: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     rows, columns = d_out_NI.shape
     plain = plain or drop is None
     dropped = torch.empty_like(d_out_NI) if plain and drop is not None else d_out_NI
     block = min(_PIECE, _block(columns)[0])
     scale, keys = _how(drop)
+    share = 1 if sums is None else _SHARE
+    programs = -(-rows // share)
+    some = inner_NI if sums is None else inner_NI.new_empty(programs, inner_NI.shape[1], dtype=torch.float32)
     _activate_backward(
-        (rows, -(-columns // block)), (inner_NI, d_out_NI, dropped), (columns, *scale),
-        (_KINDS[kind], plain, drop is not None, block), 4, changing=keys,
+        (programs, -(-columns // block)), (inner_NI, d_out_NI, dropped, some), (columns, *scale),
+        (_KINDS[kind], plain, drop is not None, share, block), 4, changing=(rows, *keys),
     )  # fmt: skip
-    return inner_NI, d_out_NI, dropped
+    return inner_NI, d_out_NI, dropped, None if sums is None else column_sums(some, sums)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

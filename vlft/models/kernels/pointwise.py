@@ -292,10 +292,17 @@ def activate(inner_NI: Tensor, kind: Activation, drop: Drop | None = None) -> tu
 
 @_one_kernel
 def activate_backward(
-    inner_NI: Tensor, d_out_NI: Tensor, kind: Activation, drop: Drop | None = None, *, plain: bool = True
-) -> tuple[Tensor, Tensor, Tensor]:
+    inner_NI: Tensor,
+    d_out_NI: Tensor,
+    kind: Activation,
+    drop: Drop | None = None,
+    *,
+    plain: bool = True,
+    sums: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """(The gradient of `inner`, its activation, and that without what is dropped), the first two in the places of
-    `inner` and `d_out`, which nothing needs any more. `drop` and `plain` as `norm` has them."""
+    `inner` and `d_out`, which nothing needs any more; and `column_sums` of the first in the dtype `sums`, if asked for.
+    `drop` and `plain` as `norm` has them."""
     x, d = wide(inner_NI), wide(d_out_NI)
     if kind == "silu_gated":
         gate, up = x.chunk(2, dim=-1)
@@ -309,8 +316,9 @@ def activate_backward(
             out = _PLAIN[kind](x)
             (slope,) = torch.autograd.grad(out, x, d)
     active, dropped = _both(out.detach().to(d_out_NI.dtype), drop, plain=plain)
-    active = d_out_NI.copy_(active)
-    return inner_NI.copy_(slope), active, dropped if plain and drop is not None else active
+    active, d_inner = d_out_NI.copy_(active), inner_NI.copy_(slope)
+    summed = None if sums is None else column_sums(d_inner, sums)
+    return d_inner, active, dropped if plain and drop is not None else active, summed
 
 
 _PLAIN: dict[str, Callable[[Tensor], Tensor]] = {

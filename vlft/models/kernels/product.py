@@ -278,7 +278,8 @@ class Weights:
         ]
         self.trained = [one for one in self.trained if one.weight is not None or one.bias is not None]
         biases = [one.bias.dtype for one in self.trained if one.bias is not None]
-        self._of_biases = reduce(torch.promote_types, biases) if biases else None
+        self.of_biases = reduce(torch.promote_types, biases) if biases else None
+        """The dtype of the biases' gradients, where some train."""
 
     def drop(self, seed: int | None) -> Drop | None:
         """What the adapters' input loses."""
@@ -337,13 +338,16 @@ class Weights:
         d_out_NO: Tensor,
         d_low_NR: Tensor | None,
         gradients: Gradients,
+        sums_O: Tensor | None = None,
     ) -> None:
         """The gradients of what trains. `x_ND` is read if one of the modules' own weights does (`trained`).
 
         Args:
             low_NR: from the forward pass.
+            sums_O: of the columns of `d_out`, where they are known already.
         """
-        sums_O = None if self._of_biases is None else pointwise.column_sums(d_out_NO, self._of_biases)
+        if sums_O is None and self.of_biases is not None:
+            sums_O = pointwise.column_sums(d_out_NO, self.of_biases)
         for one in self.trained:
             one.gradients(x_ND, d_out_NO, sums_O, gradients)
         if self.low is not None:
@@ -361,10 +365,11 @@ class Weights:
         gradients: Gradients,
         *,
         wants_input: bool = True,
+        sums_O: Tensor | None = None,
     ) -> Tensor | None:
         """The gradient of x (N, D), and those of what trains into `gradients`."""
         d_low = self.backward_low(d_out_NO)
-        self.backward_weights(x_ND, dropped_ND, low_NR, d_out_NO, d_low, gradients)
+        self.backward_weights(x_ND, dropped_ND, low_NR, d_out_NO, d_low, gradients, sums_O)
         return self.backward_input(d_out_NO, d_low, drop) if wants_input else None
 
 
