@@ -546,7 +546,7 @@ def main() -> None:
     if given.more < 3 or not 0 < given.warm < given.steps:
         raise SystemExit("--more must be at least 3, and --warm between 0 and --steps.")
     given.gpus = given.gpus or gpus_here(given.device)
-    if given.gpus < 2:
+    if given.gpus < (1 if given.parts == "one" else 2):
         raise SystemExit(f"{given.gpus} GPU here; several are needed.")
     bench.prepare([(name, bench.Row(spread.size, spread.strategy)) for name, spread in rows], given)
     table, left = Table(given), []

@@ -353,10 +353,40 @@ def test_what_is_not_finite_stays_so_when_it_is_added_up() -> None:
     assert bits.isnan().all()
 
 
-@pytest.mark.parametrize("states", ["bf16", "8bit"])
+@pytest.mark.parametrize("states", ["fp32", "bf16", "8bit"])
+def test_every_parameter_has_its_own_count_of_steps(states: States) -> None:
+    """Also of one without a gradient in some steps, and of an optimizer that goes on from a checkpoint."""
+    torch.manual_seed(0)
+    kind = torch.float32 if states == "fp32" else torch.bfloat16
+    start, gradients = torch.randn(3, 300).to(kind), torch.randn(4, 3, 300).to(kind)
+    has = [(0, 1), (1, 2), (0, 2), (0, 1, 2)]  # in each step
+
+    def go(optimizer: KernelAdamW, weights: list[nn.Parameter], steps: range) -> None:
+        for step in steps:
+            for i, w in enumerate(weights):
+                w.grad = gradients[step, i].clone() if i in has[step] else None
+            optimizer.step()
+
+    whole, first = ([nn.Parameter(x.clone()) for x in start] for _ in range(2))
+    straight, before = KernelAdamW(whole, states, lr=1e-2), KernelAdamW(first, states, lr=1e-2)
+    go(straight, whole, range(4))
+    assert [int(straight.state[w]["step"]) for w in whole] == [3, 3, 3]
+    go(before, first, range(2))
+    assert [int(before.state[w]["step"]) for w in first] == [1, 2, 1]
+    then = [nn.Parameter(w.detach().clone()) for w in first]
+    after = KernelAdamW(then, states, lr=1e-2)
+    for old, new in zip(first, then, strict=True):
+        after.state[new] = {name: value.clone() for name, value in before.state[old].items()}
+    go(after, then, range(2, 4))
+    assert [int(after.state[w]["step"]) for w in then] == [3, 3, 3]
+    for one, other in zip(whole, then, strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("states", ["fp32", "bf16", "8bit"])
 def test_a_gradient_that_is_not_finite_leaves_everything_as_it_is(states: States) -> None:
     torch.manual_seed(0)
-    w = nn.Parameter(torch.randn(300, dtype=torch.bfloat16))
+    w = nn.Parameter(torch.randn(300, dtype=torch.float32 if states == "fp32" else torch.bfloat16))
     optimizer = KernelAdamW([w], states, lr=1e-2)
     w.grad = torch.ones_like(w)
     optimizer.step()

@@ -400,7 +400,7 @@ class Engine:
 
     def _whole_state(self, p: nn.Parameter, state: Tensor) -> Tensor:  # noqa: ARG002
         """Of a parameter as the optimizer has it, which says how the state is cut up where one is."""
-        return state
+        return state if state.ndim else state.clone()  # which may be a view of all counts
 
     def restore_weights(self, model: nn.Module, saved: Mapping[str, Tensor]) -> None:
         """Copy saved weights into the trained parameters, before `prepare`."""

@@ -159,7 +159,7 @@ class FsdpEngine(Engine):
 
     def _whole_state(self, p: nn.Parameter, state: Tensor) -> Tensor:
         whole = self._wholes[p]
-        return _whole(_cut_like(whole, state)) if state.ndim else state
+        return _whole(_cut_like(whole, state)) if state.ndim else state.clone()
 
     def restore_state(self, optimizer: Optimizer, weights: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> None:  # noqa: ARG002
         from torch.distributed.tensor import DTensor, distribute_tensor

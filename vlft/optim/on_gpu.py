@@ -187,16 +187,19 @@ def _update(
     device = jobs[0].p.device
     eight = "exp_avg_scale" in jobs[0].state
     kept = [_aligned(job.gradient) for job in jobs]  # copies must outlive the launch
-    rows = []
-    for job, g in zip(jobs, kept, strict=True):
-        assert job.p.is_contiguous()
-        m, v = job.state["exp_avg"], job.state["exp_avg_sq"]
-        scales = (job.state["exp_avg_scale"], job.state["exp_avg_sq_scale"]) if eight else (m, v)
-        addresses = [t.data_ptr() for t in (job.p, g, m, v, *scales)]
-        assert not any(address % 16 for address in addresses[:4])
-        rows.append([*addresses, job.p.numel() // unit, job.seed % 2**31])
-    table = torch.tensor(rows, dtype=torch.int64)
-    numbers = torch.tensor([[job.facts[name] for name in _FACTS] for job in jobs], dtype=torch.float32)
+    moments = ("exp_avg", "exp_avg_sq", "exp_avg_scale", "exp_avg_sq_scale")
+    columns = [[job.p.data_ptr() for job in jobs], [g.data_ptr() for g in kept]]
+    columns += [[job.state[name].data_ptr() for job in jobs] for name in moments[: 4 if eight else 2]]
+    rows = np.zeros((len(jobs), 8), np.int64)
+    rows[:, : len(columns)] = np.array(columns).T
+    rows[:, 6] = [job.p.numel() // unit for job in jobs]
+    rows[:, 7] = [job.seed % 2**31 for job in jobs]
+    assert all(job.p.is_contiguous() for job in jobs)
+    assert not (rows[:, :4] % 16).any()
+    table = torch.from_numpy(rows)
+    # Most share theirs.
+    known = {number: [facts[name] for name in _FACTS] for number, facts in {id(j.facts): j.facts for j in jobs}.items()}
+    numbers = torch.tensor([known[id(job.facts)] for job in jobs], dtype=torch.float32)
     if device.type == "cuda":
         table, numbers = (
             table.pin_memory().to(device, non_blocking=True),

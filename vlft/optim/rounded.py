@@ -57,7 +57,11 @@ class KernelAdamW(Optimizer):
         # As torch's fused AdamW has them. To clip here saves a pass over all gradients.
         self.grad_scale: Tensor | None = None
         self.found_inf: Tensor | None = None
-        self._counted: list[Tensor] = []
+        self._counts = torch.zeros(0)
+        """Steps of each parameter, of which each state has its own as a view: to count them one by one takes the host
+        4 ms of a model with 824, in which the device may wait."""
+        self._counted = torch.zeros(0, dtype=torch.int64)
+        """Places of those that the last step counted."""
 
     def state_bytes(self, p: Tensor) -> int:
         """Of one parameter's moments."""
@@ -73,17 +77,14 @@ class KernelAdamW(Optimizer):
         for the device. Whoever set it calls `uncount` then.
         """
         assert closure is None
-        jobs, place = [], 0
-        for group in self.param_groups:
-            for p in group["params"]:
-                place += 1
-                if p.grad is None:
-                    continue
-                state = self.state[p]
-                if not state:
-                    state |= self._fresh(p)
-                step = float(state["step"]) + 1
-                jobs.append(Job(p, p.grad, state, facts(group, step), place * 0x9E3779B1 + int(step)))
+        places = self._places()
+        steps, known = self._counts.tolist(), dict[tuple[int, float], dict[str, float]]()
+        jobs = []
+        for place, group, p in places:
+            step = steps[place] + 1
+            if (key := (id(group), step)) not in known:
+                known[key] = facts(group, step)
+            jobs.append(Job(p, p.grad, self.state[p], known[key], (place + 1) * 0x9E3779B1 + int(step)))
         if not jobs:
             return
         if all(job.p.is_cuda for job in jobs) and (fast := _on_gpu()) is not None:
@@ -91,13 +92,28 @@ class KernelAdamW(Optimizer):
         elif self.found_inf is None or not self.found_inf:
             for job in jobs:
                 update(job, self.grad_scale)
-        self._counted = [job.state["step"] for job in jobs]
-        torch._foreach_add_(self._counted, 1)
+        self._counted = torch.tensor([place for place, _, _ in places])
+        self._counts[self._counted] += 1
 
     def uncount(self) -> None:
         """The last step was none."""
-        torch._foreach_sub_(self._counted, 1)
-        self._counted = []
+        self._counts[self._counted] -= 1
+        self._counted = self._counted[:0]
+
+    def _places(self) -> list[tuple[int, dict[str, Any], Any]]:
+        """(place among all, group, parameter) of those that have a gradient; each has its state afterwards."""
+        every = [(group, p) for group in self.param_groups for p in group["params"]]
+        if len(self._counts) != len(every):
+            self._counts = torch.zeros(len(every))
+        found = [(place, group, p) for place, (group, p) in enumerate(every) if p.grad is not None]
+        for place, _, p in found:
+            state = self.state[p]
+            if not state:
+                state |= self._fresh(p)
+            if state["step"]._base is not self._counts:  # fresh, or of a checkpoint
+                self._counts[place] = state["step"]
+                state["step"] = self._counts[place]
+        return found
 
     def _fresh(self, p: Tensor) -> dict[str, Tensor]:
         step = torch.tensor(0.0)

@@ -22,6 +22,7 @@ _MEMORY: dict[str, tuple[float, float]] = {
     "rtx 3090": (24, 936), "rtx 3080": (10, 760), "v100": (32, 900), "v100 pcie": (32, 900), "v100s pcie": (32, 1134),
     "t4": (16, 320),
 }  # fmt: skip
+_HOPPER = ("h100", "h200", "h800", "h20", "gh200")
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*gi?b\b", re.IGNORECASE)
 
 
@@ -34,6 +35,8 @@ class Gpu:
     """bytes/s"""
     peak: float
     """FLOP/s of dense products in bf16"""
+    hopper: bool = False
+    """Attention runs by cuDNN there (`vlft.models.attention_by_cudnn`)."""
 
 
 def by_name(text: str) -> Gpu:
@@ -50,7 +53,7 @@ def by_name(text: str) -> Gpu:
     memory, bandwidth = _MEMORY[name]
     peak = peak_flops(name, "bfloat16") or peak_flops(name, "float16")
     assert peak is not None
-    return Gpu(text, usable(float(size[1]) if size else memory), bandwidth * 1e9, peak)
+    return Gpu(text, usable(float(size[1]) if size else memory), bandwidth * 1e9, peak, name.startswith(_HOPPER))
 
 
 def usable(sold: float) -> float:
@@ -62,13 +65,16 @@ def here() -> Gpu | None:
     """The GPU at hand."""
     import torch
 
+    from vlft.models import attention_by_cudnn
+
     if not torch.cuda.is_available():
         return None
     name = torch.cuda.get_device_name()
     _, total = torch.cuda.mem_get_info()
     bandwidth = _MEMORY.get(plain_name(name), (0, 1000))[1]
     peak = peak_flops(name, "bfloat16") or peak_flops(name, "float16") or 100e12
-    return Gpu(name, float(total), bandwidth * 1e9, peak)
+    by_cudnn = attention_by_cudnn.available(torch.device("cuda", torch.cuda.current_device()))
+    return Gpu(name, float(total), bandwidth * 1e9, peak, by_cudnn)
 
 
 assert set(_MEMORY) == set(known_gpus())

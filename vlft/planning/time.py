@@ -9,9 +9,10 @@ from vlft.models.flops import Shape, Training, Work, unit_flops
 from vlft.planning.gpus import Gpu
 from vlft.planning.memory import NF4, Memory, Static
 
-PRODUCTS, ATTENTION, WINDOWS, BANDWIDTH = 0.72, 0.17, 0.22, 0.8
+PRODUCTS, ATTENTION, BY_CUDNN, WINDOWS, BANDWIDTH = 0.72, 0.17, 0.27, 0.22, 0.8
 """Shares of the peaks that are reached, of arithmetic or (the last two) of bandwidth. Attention's are from profiles of
-an H200, the other two were assumed. docs/planning.md says what comes of them."""
+an H200, where cuDNN's takes 0.63 of the time of PyTorch's flash kernels; the other two were assumed. docs/planning.md
+says what comes of them."""
 LAYER, FORWARD, ADAPTED, PACKED, ANEW, STEP = 2.2e-3, 0.5e-3, 0.9e-3, 3e-3, 2.2e-3, 70e-3
 """Seconds of the host, with a driver as slow as that of the machines of docs/performance.md, fitted to the runs of
 bench/planning.py of 2026-11-28 there. Of a layer: forward and backward; forward alone (frozen, or computed again); more
@@ -92,7 +93,8 @@ def time_of(
     states = 2 * static.states + 2 * static.weights * (trained / max(sum(p.parameters for p in static.parts), 1))
     return Time(
         products=products / (PRODUCTS * gpu.peak),
-        attention=attention / (ATTENTION * gpu.peak) + in_windows / (WINDOWS * gpu.bandwidth),
+        attention=attention / ((BY_CUDNN if gpu.hopper else ATTENTION) * gpu.peak)
+        + in_windows / (WINDOWS * gpu.bandwidth),
         again=memory.again * row_share * rows / (PRODUCTS * gpu.peak),
         moving=moved / (BANDWIDTH * gpu.bandwidth),
         adapters=adapted / (BANDWIDTH * gpu.bandwidth),
