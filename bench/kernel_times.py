@@ -136,6 +136,38 @@ def windows(s: Sizes) -> Iterator[Case]:
     )
 
 
+def attentions(s: Sizes) -> Iterator[Case]:
+    """Of eight segments, against PyTorch's flash kernels."""
+    towers = (("vision", s.patches, s.vision, 16, 16), ("language", s.tokens, s.language, 16, 2))
+    for tower, rows, width, heads, kv_heads in towers:
+        size_, causal = max(16, width // heads), kv_heads < heads
+        q, d_out = s.rand(rows, heads, size_), s.rand(rows, heads, size_)
+        k, v = s.rand(rows, kv_heads, size_), s.rand(rows, kv_heads, size_)
+        borders = torch.linspace(0, rows, 9, device=s.device).int()
+        longest = int(borders.diff().max())
+
+        def attended(
+            q: Tensor = q, k: Tensor = k, v: Tensor = v, borders: Tensor = borders, longest: int = longest,
+            causal: bool = causal, size_: int = size_, learns: bool = False,
+        ) -> Any:  # fmt: skip
+            return attention.attend(q, k, v, borders, longest, size_**-0.5, causal=causal, learns=learns)
+
+        def back(attended: Any = attended, d_out: Tensor = d_out) -> Tensor:
+            return torch.cat([d.flatten() for d in attention.attend_backward(attended(learns=True), d_out)])
+
+        def by_flash(function: Callable[[], Any]) -> Any:
+            before, attention.SHORT = attention.SHORT, 2**31
+            try:
+                return function()
+            finally:
+                attention.SHORT = before
+
+        yield Case(
+            f"attention {tower}", lambda f=attended: f().out, lambda f=attended, by=by_flash: by(lambda: f().out)
+        )
+        yield Case(f"attention {tower}, both ways", back, lambda f=back, by=by_flash: by(f))
+
+
 def products(s: Sizes) -> Iterator[Case]:
     """Adapters' products with their dropout, forward and backward, plain and over 4-bit weights, against PEFT."""
     import peft
@@ -212,7 +244,7 @@ def main() -> None:
         assert card is not None, "no GPU is there; give --device cpu"
         gpu, bandwidth = card.name, card.bandwidth
     with (given.out / "kernels.jsonl").open("a") as file:
-        for make in (memory_bound, windows, products):
+        for make in (memory_bound, windows, attentions, products):
             for case in make(sizes):
                 if not case.name.startswith(given.only):
                     continue

@@ -6,13 +6,14 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from vlft import compiler
-from vlft.models import attention
+from vlft.models import attention, attention_by_cudnn
 from vlft.models.kernels import pointwise
 from vlft.optim import rounded
 from vlft.setup import kernels_sentence
@@ -39,7 +40,7 @@ def test_the_kernel_adds() -> None:
 
 
 def failing(error: Exception) -> Any:
-    def launch() -> float:
+    def launch(*_: Any, **__: Any) -> float:
         raise error
 
     return launch
@@ -119,6 +120,33 @@ def test_the_start_of_a_run_says_so_once(monkeypatch: pytest.MonkeyPatch) -> Non
     (line,) = kernels_sentence(gpu, list)
     assert line.startswith("Triton cannot compile kernels here (OSError: no ptxas): norms, ")
     assert "\n" not in line
+
+
+@pytest.mark.parametrize("broken", [AssertionError("Found 2 libcudnn.so.x"), AttributeError("x"), RuntimeError("x")])
+def test_a_package_of_cudnn_that_does_not_start_is_told(monkeypatch: pytest.MonkeyPatch, broken: Exception) -> None:
+    monkeypatch.setitem(sys.modules, "cudnn", SimpleNamespace(backend_version=failing(broken)))
+    attention_by_cudnn.trouble.cache_clear()
+    try:
+        assert attention_by_cudnn.trouble() == f"{type(broken).__name__}: {broken}"
+    finally:
+        attention_by_cudnn.trouble.cache_clear()
+
+
+def test_an_attention_that_cudnn_does_not_build_is_flashs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Said once for a shape; but what had no memory is tried again."""
+    monkeypatch.setitem(sys.modules, "cudnn", SimpleNamespace())
+    shape = attention_by_cudnn.Shape(
+        8, 256, 0, 4, 4, 8, 0.1, False, torch.bfloat16, torch.device("cpu"), False
+    )  # fmt: skip
+    monkeypatch.setattr(attention_by_cudnn, "_build", failing(torch.OutOfMemoryError("full")))
+    for _ in range(2):
+        with pytest.raises(torch.OutOfMemoryError):
+            attention_by_cudnn.graph(shape, backward=True)
+    monkeypatch.setattr(attention_by_cudnn, "_build", failing(TypeError("no such option")))
+    with pytest.warns(UserWarning, match=r"\(TypeError: no such option\); PyTorch's flash kernels run instead"):
+        assert attention_by_cudnn.graph(shape, backward=True) is None
+    assert attention_by_cudnn.graph(shape, backward=True) is None
+    attention_by_cudnn.graph.cache_clear()
 
 
 def test_windows_then_go_backward_by_flash(monkeypatch: pytest.MonkeyPatch) -> None:

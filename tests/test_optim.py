@@ -397,6 +397,9 @@ def test_a_gradient_that_is_not_finite_leaves_everything_as_it_is(states: States
     step_was_left_out(optimizer)
     after = {**optimizer.state[w], "w": w.detach()}
     assert all(torch.equal(after[name], value) for name, value in before.items())
+    w.grad = None
+    optimizer.step()
+    step_was_left_out(optimizer)  # of a step that counted nothing
     w.grad, optimizer.grad_scale, optimizer.found_inf = torch.ones_like(w), torch.tensor(1.0), torch.tensor(0.0)
     optimizer.step()
     assert int(optimizer.state[w]["step"]) == 2

@@ -285,8 +285,9 @@ class RunConfig(SharedOptions):
     optim: Literal["adamw", "adamw_bf16", "adamw_8bit"] = _training(
         "adamw",
         "Digits of trained weights and of AdamW's states: adamw has fp32 for both (16 bytes a parameter, its gradient "
-        "included), adamw_bf16 bf16 (8 bytes), adamw_8bit bf16 weights and states of 8 bits (6 bytes). The two last "
-        "round stochastically, need bf16 and run on one GPU or on whole copies.",
+        "included; 14 on one GPU in steps of one forward), adamw_bf16 bf16 (8 bytes), adamw_8bit bf16 weights and "
+        "states of 8 bits (6 bytes). The two last round stochastically, need bf16 and run on one GPU or on whole "
+        "copies.",
     )
     weight_decay: float = _training(
         0.01, "AdamW's decoupled decay, a factor of the rate; norms and biases never decay.", ge=0

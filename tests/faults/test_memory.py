@@ -11,6 +11,8 @@ import pytest
 import torch
 from runs import command, distance, final_weights, ledger, metrics, start, train, write_data
 
+from vlft import optim
+from vlft.engine.base import Engine
 from vlft.errors import ConfigError, DataError, DeviceMemoryError
 from vlft.models.forward import PackedVLM
 from vlft.models.kernels import room_on_gpu
@@ -49,6 +51,34 @@ def test_rows_are_cut_until_they_fit(
     assert 0 < state["budget"]["tokens"] < 300
     # Learnt once: the later steps are cut small enough from the start.
     assert said.count("out of memory in step 5") == 0
+
+
+def test_a_single_row_s_gradients_are_narrow_and_those_of_cut_rows_are_not(
+    tiny: Callable[..., Path], tmp_path: Path, fault: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the optimizer of a GPU, in bf16; the step that is tried again has several rows."""
+    registry, seen = write_data(tmp_path), list[set[torch.dtype]]()
+    update = Engine.update
+
+    class OfGpu(optim.KernelAdamW):
+        def __init__(self, groups: Any, **_: Any) -> None:
+            super().__init__(groups, "fp32")
+
+    def watched(self: Engine, meanwhile: Callable[[], None] = lambda: None) -> Any:
+        seen.append({p.grad.dtype for p in self._parameters if p.grad is not None})
+        return update(self, meanwhile)
+
+    monkeypatch.setattr(optim, "AdamW", OfGpu)
+    monkeypatch.setattr(Engine, "update", watched)
+    more = {"mixed_precision": "bf16", "max_steps": 3, "save_steps": 3}
+    train(words(tiny(), registry, tmp_path / "whole", **more))
+    assert seen == [{torch.bfloat16, torch.float32}] * 3
+    seen.clear()
+    fault("small_memory", tokens=FITS_ALONE, where="backward")
+    train(words(tiny(), registry, tmp_path / "small", **more))
+    assert seen == [{torch.float32}] * 3
+    for x, y in zip(metrics(tmp_path / "whole"), metrics(tmp_path / "small"), strict=True):
+        assert x["loss"] == pytest.approx(y["loss"], rel=0.02)
 
 
 ROOM = 1 << 30

@@ -3,8 +3,9 @@
 Its name contains "flash" on purpose: the vision towers take their variable-length branch only then, and transformers
 builds no mask for a name that it has no mask function for. What runs behind the name:
 
-* bf16/fp16 on CUDA (Ampere or newer): `torch.nn.attention.varlen.varlen_attn`, one kernel for the whole row; layers
-  whose windows are short call `attend_windows`, rotation included, and the others on Hopper `attention_by_cudnn`;
+* bf16/fp16 on CUDA (Ampere or newer): `torch.nn.attention.varlen.varlen_attn`, one kernel for the whole row. The faster
+  layers (`vlft.models.kernels`) call `attend`, on Hopper by `attention_by_cudnn` where segments are not short,
+  and `attend_windows`, rotation included, where windows are;
 * elsewhere: scaled dot-product attention over the segments, those of equal length together. Never a T x T mask.
 
 T tokens (or patches) of a row, H heads, K key-value heads, D head size, S segments.

@@ -22,7 +22,7 @@ from torch import Tensor
 OLDEST = 91000
 """cuDNN before 9.10 was not tried."""
 FEWEST, SHORTEST = 8, 256
-"""Segments, and tokens of the longest one, that a graph has at least."""
+"""Segments (and tokens of all of them), and tokens of the longest one, that a graph has at least."""
 ONE = (1, 1, 1, 1)
 
 # What a graph's tensors are called when it runs.
@@ -41,8 +41,10 @@ def missing(device: torch.device) -> str:
 
 
 def _faster(device: torch.device) -> bool:
-    """Hopper is what it was measured on."""
-    return torch.cuda.is_available() and torch.cuda.get_device_capability(device)[0] == 9
+    """Hopper is what it was measured on. AMD's GPUs have numbers of their own, some alike."""
+    if not torch.cuda.is_available() or torch.version.hip is not None:
+        return False
+    return torch.cuda.get_device_capability(device)[0] == 9
 
 
 @lru_cache(maxsize=1)
@@ -52,7 +54,7 @@ def trouble() -> str:
         import cudnn
 
         version = int(cudnn.backend_version())
-    except (ImportError, OSError, RuntimeError) as error:
+    except Exception as error:  # it looks for libraries, and has errors of its own where it finds none, or two
         return f"{type(error).__name__}: {' '.join(str(error).split())}"[:200].rstrip(": .")
     return f"cuDNN {version} is too old" if version < OLDEST else ""
 
@@ -99,6 +101,7 @@ class Segments:
             borders: (S + 1,) int32, on the device.
             longest: an upper bound of the segments' lengths.
         """
+        assert borders.dtype == torch.int32  # as graphs read them
         segments = _up(len(borders) - 1, FEWEST)
         self.sizes = segments, _up(longest, SHORTEST), _up(tokens, FEWEST, 4)
         # Those that are not there begin and end behind the last.
@@ -124,16 +127,17 @@ class Segments:
         return self._plans[key]
 
 
-_recent: deque[tuple[Tensor, int, Segments]] = deque(maxlen=4)
+_recent: deque[tuple[Tensor, tuple[int, int, int], Segments]] = deque(maxlen=4)
 
 
 def segments_of(borders: Tensor, longest: int, tokens: int) -> Segments:
-    """Once for all layers of a row: they are called with the same tensor."""
-    for known, most, found in _recent:
-        if known is borders and most == longest:
+    """Once for all layers of a row: they are called with the same tensor, in which nothing was written since."""
+    key = longest, tokens, borders._version
+    for known, same, found in _recent:
+        if known is borders and same == key:
             return found
     found = Segments(borders, longest, tokens)
-    _recent.append((borders, longest, found))
+    _recent.append((borders, key, found))
     return found
 
 
@@ -181,14 +185,22 @@ def _handle(device: torch.device) -> Any:
 
 @lru_cache(maxsize=256)
 def graph(shape: Shape, *, backward: bool) -> Graph | None:
-    """None where cuDNN has no kernel for it, which is said once."""
+    """None where cuDNN does not build one, which is said once.
+
+    Raises:
+        torch.OutOfMemoryError: there was no memory for it, so that nothing is known of this shape.
+    """
     import cudnn
 
     try:
         return _build(cudnn, shape, backward=backward)
-    except (RuntimeError, cudnn.cudnnGraphNotSupportedError) as error:
-        why = " ".join(str(error).split())[:200]
-        warnings.warn(f"cuDNN has no attention for {shape}: {why}; PyTorch's flash kernels run instead.", stacklevel=2)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # an older cuDNN has no kernel, an older package no such option
+        why = f"{type(error).__name__}: {' '.join(str(error).split())}"[:200]
+        warnings.warn(
+            f"cuDNN built no attention for {shape} ({why}); PyTorch's flash kernels run instead.", stacklevel=2
+        )
         return None
 
 

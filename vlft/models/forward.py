@@ -95,7 +95,7 @@ class PackedVLM(nn.Module):
             # Where Hugging Face's checkpointing was switched on for such layers (`vlft.setup.remember`).
             layer.gradient_checkpointing = hasattr(layer, "_gradient_checkpointing_func")  # type: ignore[assignment]
             for p in layer.parameters():
-                if p.requires_grad and p.grad is None:  # else its dtype stays until the step has been made
+                if p.grad is None:  # as in every step whose gradients are narrow, before its only row
                     p.grad_dtype = p.dtype
         reasons = "; ".join(self.installed.left)
         warnings.warn(f"{len(late)} layers keep transformers' forward after all: {reasons}.", stacklevel=2)
@@ -108,8 +108,8 @@ class PackedVLM(nn.Module):
         """
         if kind == self._gradients:
             return
-        self._gradients = kind
         self.installed.narrow_gradients(kind)
+        self._gradients = kind
         if self.memory is not None:
             self.memory.look_again()
 

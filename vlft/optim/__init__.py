@@ -82,8 +82,8 @@ def scales_gradients(optimizer: Optimizer) -> bool:
 
 
 def takes_narrow_gradients(optimizer: Optimizer) -> bool:
-    """Whether gradients of fp32 weights may be in bf16."""
-    return isinstance(optimizer, KernelAdamW)
+    """Whether gradients of fp32 weights, which it has then, may be in bf16."""
+    return isinstance(optimizer, KernelAdamW) and optimizer.states == "fp32"
 
 
 def gradient_dtype(p: Tensor) -> torch.dtype:

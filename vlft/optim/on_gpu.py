@@ -197,8 +197,9 @@ def _update(
     assert all(job.p.is_contiguous() for job in jobs)
     assert not (rows[:, :4] % 16).any()
     table = torch.from_numpy(rows)
-    # Most share theirs.
-    known = {number: [facts[name] for name in _FACTS] for number, facts in {id(j.facts): j.facts for j in jobs}.items()}
+    # Parameters of one group and step share theirs.
+    shared = {id(job.facts): job.facts for job in jobs}
+    known = {key: [facts[name] for name in _FACTS] for key, facts in shared.items()}
     numbers = torch.tensor([known[id(job.facts)] for job in jobs], dtype=torch.float32)
     if device.type == "cuda":
         table, numbers = (

@@ -85,6 +85,7 @@ class KernelAdamW(Optimizer):
             if (key := (id(group), step)) not in known:
                 known[key] = facts(group, step)
             jobs.append(Job(p, p.grad, self.state[p], known[key], (place + 1) * 0x9E3779B1 + int(step)))
+        self._counted = torch.tensor([place for place, _, _ in places], dtype=torch.int64)
         if not jobs:
             return
         if all(job.p.is_cuda for job in jobs) and (fast := _on_gpu()) is not None:
@@ -92,7 +93,6 @@ class KernelAdamW(Optimizer):
         elif self.found_inf is None or not self.found_inf:
             for job in jobs:
                 update(job, self.grad_scale)
-        self._counted = torch.tensor([place for place, _, _ in places])
         self._counts[self._counted] += 1
 
     def uncount(self) -> None:

@@ -62,7 +62,8 @@ def estimate(run: Run, gpu: Gpu, *, world_size: int = 1) -> Estimate:
     steps = look(data, shape, costs=part_costs(static.parts), budget=Budget())
     stage = stage_of(config)
     static = shared_out(static, stage, world_size, masters=bool(config.deepspeed), compute=compute.itemsize)
-    static = as_trained(static, config, steps, compute, processes=world_size)
+    if world_size == 1 and compute == torch.bfloat16 and not config.reference:
+        static = as_trained(static, steps)
     memory, time = expected(config, static, shape, training, steps, gpu, compute)
     return Estimate(run, gpu, static, memory, time, steps, data)
 
@@ -74,11 +75,10 @@ def allowed(gpu: Gpu, config: RunConfig) -> Gpu:
     return gpu
 
 
-def as_trained(static: Static, config: RunConfig, steps: Steps, compute: torch.dtype, *, processes: int) -> Static:
-    """With gradients as narrow as these steps let them be (`vlft.setup.Job.expect`)."""
-    alone = processes == 1 and not static.sharded and all(len(rows) == 1 for rows in steps.rows)
-    narrow = config.optim == "adamw" and compute == torch.bfloat16 and not config.reference
-    return static.narrowed() if alone and narrow else static
+def as_trained(static: Static, steps: Steps) -> Static:
+    """With gradients as narrow as these steps of one process let them be (`vlft.setup.Job.expect`)."""
+    one_row = all(len(rows) == 1 for rows in steps.rows)
+    return static.narrowed() if static.masters and not static.sharded and one_row else static
 
 
 def expected(

@@ -35,8 +35,8 @@ class Gpu:
     """bytes/s"""
     peak: float
     """FLOP/s of dense products in bf16"""
-    hopper: bool = False
-    """Attention runs by cuDNN there (`vlft.models.attention_by_cudnn`)."""
+    by_cudnn: bool = False
+    """Attention runs so there (`vlft.models.attention_by_cudnn`)."""
 
 
 def by_name(text: str) -> Gpu:
@@ -73,8 +73,8 @@ def here() -> Gpu | None:
     _, total = torch.cuda.mem_get_info()
     bandwidth = _MEMORY.get(plain_name(name), (0, 1000))[1]
     peak = peak_flops(name, "bfloat16") or peak_flops(name, "float16") or 100e12
-    by_cudnn = attention_by_cudnn.available(torch.device("cuda", torch.cuda.current_device()))
-    return Gpu(name, float(total), bandwidth * 1e9, peak, by_cudnn)
+    device = torch.device("cuda", torch.cuda.current_device())
+    return Gpu(name, float(total), bandwidth * 1e9, peak, attention_by_cudnn.available(device))
 
 
 assert set(_MEMORY) == set(known_gpus())

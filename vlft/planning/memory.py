@@ -67,13 +67,13 @@ class Static:
     """The embedding is the head."""
     layer_gradients: tuple[list[float], list[float]]
     """of each layer of the vision tower and of the language model that learns, in the order of the forward"""
+    product_gradients: tuple[list[float], list[float]]
+    """of `layer_gradients`, those of the products' own weights"""
     copies: Copies
     sharded: bool = False
     """by an engine, which has gradients ready from the start"""
     masters: bool = False
     """Trained weights are in fp32 where products are not."""
-    product_gradients: tuple[list[float], list[float]] = ([], [])
-    """of `layer_gradients`, those of the products' own weights"""
     adapted: tuple[float, float] = (0.0, 0.0)
     """numbers that the adapters read and write for a patch and for a token, in all layers, forward and backward"""
 

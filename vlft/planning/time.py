@@ -93,7 +93,7 @@ def time_of(
     states = 2 * static.states + 2 * static.weights * (trained / max(sum(p.parameters for p in static.parts), 1))
     return Time(
         products=products / (PRODUCTS * gpu.peak),
-        attention=attention / ((BY_CUDNN if gpu.hopper else ATTENTION) * gpu.peak)
+        attention=attention / ((BY_CUDNN if gpu.by_cudnn else ATTENTION) * gpu.peak)
         + in_windows / (WINDOWS * gpu.bandwidth),
         again=memory.again * row_share * rows / (PRODUCTS * gpu.peak),
         moving=moved / (BANDWIDTH * gpu.bandwidth),

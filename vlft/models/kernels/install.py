@@ -63,7 +63,7 @@ class Installed:
         for block in self._blocks():
             for product in (product for group in block.groups() for product in group.each):
                 weight = product.base.weight
-                if product.plain and weight.requires_grad:
+                if product.plain and (weight.requires_grad or kind is None):  # it may have been frozen meanwhile
                     weight.grad_dtype = kind or weight.dtype
 
     @property
