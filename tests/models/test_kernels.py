@@ -345,6 +345,10 @@ def test_rows_round_up_to_few_graphs() -> None:
     assert attention_by_cudnn.segments_of(borders, 3, 5).plan(q, 2, 0.1, causal=True) is plan
     assert row.plan(q, 2, 0.1, causal=False) is not plan
     assert attention_by_cudnn.segments_of(borders.clone(), 3, 5) is not row
+    borders[1] = 2
+    assert attention_by_cudnn.segments_of(borders, 3, 5).lengths.tolist()[:2] == [2, 3]
+    with torch.inference_mode():
+        assert attention_by_cudnn.segments_of(borders.clone(), 3, 5).lengths.tolist()[:2] == [2, 3]
 
 
 def test_windows_are_left_to_flash_where_a_grid_cannot_count_them(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -132,7 +132,7 @@ _recent: deque[tuple[Tensor, tuple[int, int, int], Segments]] = deque(maxlen=4)
 
 def segments_of(borders: Tensor, longest: int, tokens: int) -> Segments:
     """Once for all layers of a row: they are called with the same tensor, in which nothing was written since."""
-    key = longest, tokens, borders._version
+    key = longest, tokens, 0 if borders.is_inference() else borders._version
     for known, same, found in _recent:
         if known is borders and same == key:
             return found
