@@ -136,36 +136,35 @@ def windows(s: Sizes) -> Iterator[Case]:
     )
 
 
+def by_flash(function: Callable[[], Any]) -> Any:
+    """Of PyTorch's kernels, wherever it would be cuDNN's."""
+    before, attention.SHORT = attention.SHORT, 2**31
+    try:
+        return function()
+    finally:
+        attention.SHORT = before
+
+
 def attentions(s: Sizes) -> Iterator[Case]:
     """Of eight segments, against PyTorch's flash kernels."""
     towers = (("vision", s.patches, s.vision, 16, 16), ("language", s.tokens, s.language, 16, 2))
     for tower, rows, width, heads, kv_heads in towers:
-        size_, causal = max(16, width // heads), kv_heads < heads
-        q, d_out = s.rand(rows, heads, size_), s.rand(rows, heads, size_)
-        k, v = s.rand(rows, kv_heads, size_), s.rand(rows, kv_heads, size_)
+        each = max(16, width // heads)
+        q, d_out = s.rand(rows, heads, each), s.rand(rows, heads, each)
+        k, v = s.rand(rows, kv_heads, each), s.rand(rows, kv_heads, each)
         borders = torch.linspace(0, rows, 9, device=s.device).int()
-        longest = int(borders.diff().max())
+        longest, causal = int(borders.diff().max()), kv_heads < heads
+        attend = partial(attention.attend, q, k, v, borders, longest, each**-0.5, causal=causal)
 
-        def attended(
-            q: Tensor = q, k: Tensor = k, v: Tensor = v, borders: Tensor = borders, longest: int = longest,
-            causal: bool = causal, size_: int = size_, learns: bool = False,
-        ) -> Any:  # fmt: skip
-            return attention.attend(q, k, v, borders, longest, size_**-0.5, causal=causal, learns=learns)
+        def forward(attend: Any = attend) -> Tensor:
+            out: Tensor = attend(learns=False).out
+            return out
 
-        def back(attended: Any = attended, d_out: Tensor = d_out) -> Tensor:
-            return torch.cat([d.flatten() for d in attention.attend_backward(attended(learns=True), d_out)])
+        def both_ways(attend: Any = attend, d_out: Tensor = d_out) -> Tensor:
+            return torch.cat([d.flatten() for d in attention.attend_backward(attend(learns=True), d_out)])
 
-        def by_flash(function: Callable[[], Any]) -> Any:
-            before, attention.SHORT = attention.SHORT, 2**31
-            try:
-                return function()
-            finally:
-                attention.SHORT = before
-
-        yield Case(
-            f"attention {tower}", lambda f=attended: f().out, lambda f=attended, by=by_flash: by(lambda: f().out)
-        )
-        yield Case(f"attention {tower}, both ways", back, lambda f=back, by=by_flash: by(f))
+        yield Case(f"attention {tower}", forward, partial(by_flash, forward))
+        yield Case(f"attention {tower}, both ways", both_ways, partial(by_flash, both_ways))
 
 
 def products(s: Sizes) -> Iterator[Case]:

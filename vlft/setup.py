@@ -107,6 +107,7 @@ class Job:
     def expect(self, rows: int) -> None:
         """Before a step's first row, also of another try: gradients that no other row's are added to may be narrow."""
         if (kind := self.engine.narrow) is not None:
+            # Of a whole copy, which no engine has wrapped into a class of its own; mypy knows an nn.Module alone.
             self.packed.narrow_gradients(kind if rows == 1 else None)  # type: ignore[operator]
 
     @property

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from vlft.engine import summing
 from vlft.models.forward import PackedVLM
+from vlft.optim import KernelAdamW
 
 forward = PackedVLM.forward
 
@@ -184,6 +185,13 @@ def told(path: str, seconds: float, slow: str | None) -> None:
 KINDS = {f.__name__: f for f in (small_memory, mistaken_room, not_finite, slow, dies, kills_workers)}
 
 
+class OfGpu(KernelAdamW):
+    """What a GPU has in the place of torch's AdamW, called as that is."""
+
+    def __init__(self, groups: Any, **_: Any) -> None:
+        super().__init__(groups, "fp32")
+
+
 def fsdp_on_cpu(*, fused: bool) -> None:
     """FSDP2 where Accelerate ignores it: PyTorch's `fully_shard` by hand, all the rest is vlft's engine.
 
@@ -196,11 +204,8 @@ def fsdp_on_cpu(*, fused: bool) -> None:
     from vlft import optim
     from vlft.engine import fsdp
 
-    class OfGpu(optim.KernelAdamW):
-        def __init__(self, groups: Any, **_: Any) -> None:
-            super().__init__(groups, "fp32")
-
     if fused:
+        # mypy: a class's name is not to be given to another, which is what a fault does.
         optim.AdamW = OfGpu  # type: ignore[misc,assignment]
 
     def accelerator(self: Any) -> Accelerator:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from runs import command, distance, final_weights, ledger, metrics, start, train, write_data
+from spoiled import OfGpu
 
 from vlft import optim
 from vlft.engine.base import Engine
@@ -59,10 +60,6 @@ def test_a_single_row_s_gradients_are_narrow_and_those_of_cut_rows_are_not(
     """With the optimizer of a GPU, in bf16; the step that is tried again has several rows."""
     registry, seen = write_data(tmp_path), list[set[torch.dtype]]()
     update = Engine.update
-
-    class OfGpu(optim.KernelAdamW):
-        def __init__(self, groups: Any, **_: Any) -> None:
-            super().__init__(groups, "fp32")
 
     def watched(self: Engine, meanwhile: Callable[[], None] = lambda: None) -> Any:
         seen.append({p.grad.dtype for p in self._parameters if p.grad is not None})

@@ -149,7 +149,7 @@ def attend(
         cu = borders.to(q_THD.device, non_blocking=True)
         found = _by_cudnn(q_THD, k_TKD, v_TKD, cu, longest, scale, causal=causal, learns=learns)
         if found is not None:
-            return Attended(found[0], (q_THD, k_TKD, v_TKD) if learns else None, cudnn=found[1] if learns else None)
+            return found
         out, lse, state, unused, _ = torch.ops.aten._flash_attention_forward(
             q_THD, k_TKD, v_TKD, cu, cu, longest, longest, 0.0, causal, False, scale=scale
         )
@@ -163,10 +163,14 @@ def attend(
 
 def _by_cudnn(
     q: Tensor, k: Tensor, v: Tensor, cu: Tensor, longest: int, scale: float, *, causal: bool, learns: bool
-) -> tuple[Tensor, ByCudnn] | None:
+) -> Attended | None:
     if longest < SHORT or not attention_by_cudnn.available(q.device) or not attention_by_cudnn.takes(q, k, v):
         return None
-    return attention_by_cudnn.attend(q, k, v, cu, longest, scale, causal=causal, learns=learns)
+    found = attention_by_cudnn.attend(q, k, v, cu, longest, scale, causal=causal, learns=learns)
+    if found is None:
+        return None
+    out, kept = found
+    return Attended(out, (q, k, v), cudnn=kept) if learns else Attended(out, None)
 
 
 def attend_backward(attended: Attended, d_out_THD: Tensor) -> tuple[Tensor, Tensor, Tensor]:

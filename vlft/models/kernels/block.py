@@ -344,7 +344,8 @@ class _Layer(torch.autograd.Function):
 
 
 def _as(gradient: Tensor, p: nn.Parameter) -> Tensor:
-    gradient = gradient.to(gradient_dtype(p))
+    if gradient.dtype != (wanted := gradient_dtype(p)):
+        gradient = gradient.to(wanted)
     return gradient if gradient.shape == p.shape else gradient.view(p.shape)
 
 
