@@ -428,10 +428,10 @@ def test_global_batch() -> None:
 
 def test_a_plan_of_memory_is_a_word_or_a_file(tmp_path: Path) -> None:
     path = tmp_path / "memory.yaml"
-    path.write_text("vision: {attention: 20, input: 12}\n")
+    path.write_text("vision: {attention: 12, attended: 8, input: 12}\n")
     assert [c.memory_plan(word) for word in ("auto", "all", "low")] == ["auto", "all", "low"]
     assert make(memory="all").kept == make(gradient_checkpointing=False).kept == "all"
-    assert c.memory_plan(str(path)) == {"vision": {"attention": 20, "input": 12}}
+    assert c.memory_plan(str(path)) == {"vision": {"attention": 12, "attended": 8, "input": 12}}
     assert make(memory=str(path)).memory == str(path)
 
 

@@ -354,8 +354,8 @@ class RunConfig(SharedOptions):
         "auto",
         "What layers keep for the backward pass: auto (on a GPU, as much as fits; on a CPU, all), all, low (their "
         "inputs alone), a size such as 40GiB or 24GB (auto, on a GPU of which each process has that much), or a YAML "
-        "file with a number of layers for each tower, e.g. vision: {attention: 20, input: 12}: so many drop the MLP's "
-        "inner values, or all but their input.",
+        "file with a number of layers for each tower, e.g. vision: {attention: 12, attended: 8, input: 12}: so many "
+        "drop the MLP's inner values, these and queries, keys and values, or all but their input.",
     )
     skip_probe: bool | None = _machine(
         None,
@@ -837,7 +837,7 @@ def deepspeed_path(value: str) -> Path:
     raise ConfigError(f"--deepspeed {value}: there is no such file{hint}; give a path or a bundled name ({names}).")
 
 
-MemoryPlan = dict[Literal["vision", "language"], dict[Literal["attention", "input"], NonNegativeInt]]
+MemoryPlan = dict[Literal["vision", "language"], dict[Literal["attention", "attended", "input"], NonNegativeInt]]
 
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([MG](?:i?B)?)", re.IGNORECASE)

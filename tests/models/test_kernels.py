@@ -21,7 +21,7 @@ from vlft.models import attention, attention_by_cudnn
 from vlft.models.forward import PackedVLM
 from vlft.models.kernels import block as blocks
 from vlft.models.kernels import pointwise, product
-from vlft.models.kernels.memory import Cost, Memory, Sizes, Tower, choose, memory_for, peak
+from vlft.models.kernels.memory import KEEPS, Cost, Memory, Sizes, Tower, choose, memory_for, peak
 from vlft.models.kernels.pointwise import Drop
 from vlft.models.load import cast, open_checkpoint, source_of
 from vlft.testing.conformance import example_row
@@ -486,7 +486,7 @@ def test_under_autocast_they_differ_as_bf16_does(tiny: Callable[..., Path], fami
 def test_what_is_kept_changes_nothing(tiny: Callable[..., Path], family: str, what: str) -> None:
     packed, row = prepared(tiny(family), what, **({"lora_dropout": 0.3} if what == "lora" else {}))
     expected = run(packed, row)
-    for keep in ("attention", "input"):
+    for keep in KEEPS[1:]:
         for layer in packed.installed.layers:
             layer.keep = keep
         found = run(packed, row)
@@ -494,7 +494,7 @@ def test_what_is_kept_changes_nothing(tiny: Callable[..., Path], family: str, wh
         assert torch.equal(found[1], expected[1])
 
 
-@pytest.mark.parametrize("keep", ["all", "attention", "input"])
+@pytest.mark.parametrize("keep", KEEPS)
 def test_layers_with_windows_by_one_kernel(
     tiny: Callable[..., Path], keep: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -657,19 +657,23 @@ def kept_by(packed: PackedVLM, row: dict[str, Any]) -> int:
 def test_less_is_kept_where_less_is_asked_for(tiny: Callable[..., Path]) -> None:
     packed, row = prepared(tiny(), "full")
     held = []
-    for plan in ("all", {"vision": {"attention": 3}, "language": {"attention": 3}}, "low"):
-        packed.memory = memory_for(packed.installed, 512, plan, None)
+    for keep in KEEPS:
+        packed.memory = memory_for(packed.installed, 512, {"vision": {keep: 3}, "language": {keep: 3}}, None)
         held.append(kept_by(packed, row))
-    assert held[0] > held[1] > held[2]
+    assert held[0] > held[1] > held[2] > held[3]
 
 
-VISION = Tower(Cost(input=10, attention=50, inner=100, again_attention=10.0, again_inner=10.0), (0, 0))
-LANGUAGE = Tower(Cost(input=10, attention=50, inner=100, again_attention=1.0, again_inner=15.0), (0, 0, 0))
+VISION = Tower(
+    Cost(10, attended=20, queries=30, inner=100, again_attended=7.0, again_queries=3.0, again_inner=10.0), (0, 0)
+)
+LANGUAGE = Tower(
+    Cost(10, attended=20, queries=30, inner=100, again_attended=0.4, again_queries=0.6, again_inner=15.0), (0, 0, 0)
+)
 
 
 def test_what_is_cheap_to_compute_again_goes_first() -> None:
     def at(room: float) -> str:
-        letters = {"all": "A", "attention": "t", "input": "i"}
+        letters = {"all": "A", "attention": "t", "attended": "d", "input": "i"}
         return " ".join("".join(letters[keep] for keep in tower) for tower in choose([VISION, LANGUAGE], 0.0, room))
 
     everything = peak([VISION, LANGUAGE], [["all"] * 2, ["all"] * 3], 0.0)
@@ -679,11 +683,13 @@ def test_what_is_cheap_to_compute_again_goes_first() -> None:
     assert seen[0] == "AA AAA"
     assert seen[-1] == "ii iii"
     assert len(set(seen)) > 5
-    # 0.1 FLOPs a byte in the tower; then the LLM's at 0.15, which open its cheap ones; 0.2 last.
-    keeps = [choose([VISION, LANGUAGE], 0.0, room) for room in (1000, 700, 0)]
+    # 0.1 FLOPs a byte in the tower, twice; then the LLM's at 0.15, which open its cheap ones; 0.35 last.
+    keeps = [choose([VISION, LANGUAGE], 0.0, room) for room in (1000, 850, 700, 0)]
     assert keeps[0][1] == ["all"] * 3
     assert keeps[0][0][0] == "attention"
-    assert keeps[1][0] == ["attention"] * 2
+    assert keeps[1] == [["attended"] * 2, ["all"] * 3]
+    assert keeps[2][0] == ["attended"] * 2
+    assert "attended" not in keeps[2][1]
     assert keeps[-1] == [["input"] * 2, ["input"] * 3]
 
 
@@ -692,7 +698,10 @@ def chosen_one_by_one(towers: list[Tower], head: float, room: float) -> list[lis
     steps: list[list[tuple[float, int, str]]] = []
     for tower in towers:
         c = tower.cost
-        ratios = [(c.again_inner / max(c.inner, 1), "attention"), (c.again_attention / max(c.attention, 1), "input")]
+        ratios = [
+            (c.again_inner / max(c.inner, 1), "attention"), (c.again_queries / max(c.queries, 1), "attended"),
+            (c.again_attended / max(c.attended, 1), "input"),
+        ]  # fmt: skip
         steps.append([(ratio, i, keep) for ratio, keep in ratios for i in range(tower.layers)])
     while peak(towers, chosen, head) > room and any(steps):
         t = min((t for t, some in enumerate(steps) if some), key=lambda t: steps[t][0][0])
@@ -707,8 +716,8 @@ def test_the_search_finds_what_dropping_one_by_one_does() -> None:
     for _ in range(300):
         towers = [
             Tower(
-                Cost(draw.choice([0, 7]), draw.choice([0, 40, 60]), draw.choice([0, 50, 100]),
-                     60.0 * draw.randrange(4), 50.0 * draw.randrange(4)),
+                Cost(draw.choice([0, 7]), draw.choice([0, 40, 60]), draw.choice([0, 30]), draw.choice([0, 50, 100]),
+                     60.0 * draw.randrange(4), 30.0 * draw.randrange(4), 50.0 * draw.randrange(4)),
                 tuple(draw.choice([0, 0, 300]) for _ in range(draw.choice([0, 1, 2, 5]))),
             )
             for _ in range(draw.choice([1, 2, 2, 3]))
@@ -826,9 +835,10 @@ def test_the_bytes_that_a_layer_keeps_are_counted(tiny: Callable[..., Path], fam
             continue
         cost = Cost.of(Sizes.of(block), n, n, 4)
         assert cost.inner == kept.inner.numel() * 4
-        own = [kept.attended.out, kept.middle, *kept.attended.qkv, *([] if kept.before is None else [kept.before])]
+        queries = [*kept.attended.qkv, *([] if kept.before is None else [kept.before])]
+        assert cost.queries == sum(t.numel() * 4 for t in queries)
         # The log-sum-exp of the attention is counted for the GPU's kernel; this one keeps more.
-        assert cost.attention == sum(t.numel() * 4 for t in own) + n * block.heads * 4
+        assert cost.attended == (kept.attended.out.numel() + kept.middle.numel() + n * block.heads) * 4
 
 
 @pytest.mark.parametrize("holds", [False, True])

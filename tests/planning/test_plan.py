@@ -183,9 +183,9 @@ def test_a_longer_row_takes_more_and_what_is_computed_again_takes_less(seven: Pa
 
 def test_numbers_of_a_file_are_what_is_planned(seven: Path, tmp_path: Path) -> None:
     path = tmp_path / "memory.yaml"
-    path.write_text("vision: {attention: 2, input: 1}\nlanguage: {input: 28}\n")
+    path.write_text("vision: {attention: 2, attended: 1, input: 1}\nlanguage: {input: 28}\n")
     found = plan(seven, "lora_llm_full_vit", "--memory", str(path)).memory.keeps
-    assert found == (["input", "attention", "attention"] + ["all"] * 29, ["input"] * 28)
+    assert found == (["input", "attended", "attention", "attention"] + ["all"] * 28, ["input"] * 28)
 
 
 def test_a_size_is_what_is_planned_for(seven: Path) -> None:

@@ -120,12 +120,19 @@ class Attended:
 
     out: Tensor
     qkv: tuple[Tensor, Tensor, Tensor] | None
+    """Queries, keys and values, rotated; what can be had again need not stay (`drop_qkv`)"""
     flash: tuple[Any, ...] | None = None
     """(log-sum-exp, generator's state, unused, borders, longest, scale, causal) of the flash kernel"""
     cudnn: ByCudnn | None = None
     """of cuDNN's kernel"""
     graph: Tensor | None = None
     """Elsewhere: the output with a graph of the attention alone"""
+    windows: bool = False
+    """Of `attend_windows`, whose backward takes what that got instead"""
+
+    def drop_qkv(self) -> None:
+        """Until `attend_again`."""
+        self.qkv = self.graph = None
 
 
 def attend(
@@ -159,6 +166,23 @@ def attend(
         q, k, v = (x.detach().requires_grad_(learns) for x in (q_THD, k_TKD, v_TKD))
         graph = packed_attention(q, k, v, borders, longest, scale, causal=causal)
     return Attended(graph.detach(), (q, k, v), graph=graph) if learns else Attended(graph, None)
+
+
+def attend_again(
+    attended: Attended,
+    qkv: tuple[Tensor, Tensor, Tensor],
+    borders: Tensor,
+    longest: int | None,
+    scale: float,
+    *,
+    causal: bool,
+) -> Attended:
+    """What `attend` gave, with its queries, keys and values, which it had dropped. A graph holds them, so that it went
+    with them; what a kernel left is of use still."""
+    if attended.flash is None and attended.cudnn is None:
+        return attend(*qkv, borders, longest, scale, causal=causal, learns=True)
+    attended.qkv = qkv
+    return attended
 
 
 def _by_cudnn(

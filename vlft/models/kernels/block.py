@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from vlft.models.attention import (
     Attended,
     attend,
+    attend_again,
     attend_backward,
     attend_windows,
     attend_windows_backward,
@@ -29,7 +30,7 @@ from vlft.models.kernels.pointwise import Activation, Drop
 from vlft.models.kernels.product import Copies, Gradients, Products, Weights, note
 from vlft.optim import gradient_dtype
 
-Keep = Literal["all", "attention", "input"]
+Keep = Literal["all", "attention", "attended", "input"]
 """What a layer keeps for its backward pass: all that is dear, all but the MLP's inner values, or its input alone."""
 
 
@@ -193,22 +194,41 @@ class Block:
             self.halves_alike = all(torch.equal(turn[:, :half], turn[:, half:]) for turn in turns)
         return self.halves_alike
 
-    def _attend(self, x_ND: Tensor, call: Call, kept: Kept, qkv: Weights, drop: Drop | None, *, learns: bool) -> None:
+    def _before(
+        self, x_ND: Tensor, call: Call, kept: Kept, qkv: Weights, drop: Drop | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values before their rotation (N, C, d); the norm that they are of, plain and dropped."""
         _, n_ND, dropped_ND = self.norm_1.forward(x_ND, None, call.kind, drop)
         flat, kept.lows["qkv"] = qkv.forward(n_ND, dropped_ND)
-        del n_ND, dropped_ND
-        before = flat.view(x_ND.shape[0], -1, self.size)
-        q_weight, k_weight, eps = self._head_norms
-        if q_weight is None and self._has_windows(before, call):
+        return flat.view(x_ND.shape[0], -1, self.size), n_ND, dropped_ND
+
+    def _rotated(self, before: Tensor, call: Call) -> tuple[Tensor, Tensor, Tensor]:
+        return pointwise.rotate(before, call.cos_Nd, call.sin_Nd, self.heads, self.kv_heads, *self._head_norms)
+
+    def _attend(self, x_ND: Tensor, call: Call, kept: Kept, qkv: Weights, drop: Drop | None, *, learns: bool) -> None:
+        before = self._before(x_ND, call, kept, qkv, drop)[0]
+        if self.q_norm is None and self._has_windows(before, call):
             turns = call.cos_Nd, call.sin_Nd
-            kept.attended = Attended(attend_windows(before, *turns, call.borders, self.scale), None)
+            kept.attended = Attended(attend_windows(before, *turns, call.borders, self.scale), None, windows=True)
             kept.before = before if learns else None
             return
-        rotated = pointwise.rotate(
-            before, call.cos_Nd, call.sin_Nd, self.heads, self.kv_heads, q_weight, k_weight, eps
-        )  # fmt: skip
-        kept.before = before if q_weight is not None else None
+        rotated = self._rotated(before, call)
+        kept.before = before if self.q_norm is not None else None
         kept.attended = attend(*rotated, call.borders, call.longest, self.scale, causal=self.causal, learns=learns)
+
+    def _qkv_again(
+        self, x_ND: Tensor, call: Call, kept: Kept, qkv: Weights, drop: Drop | None
+    ) -> tuple[Tensor, Tensor]:
+        """What was not kept of what the attention got; returns the norm that it is of, plain and dropped."""
+        assert kept.attended is not None
+        before, n_ND, dropped_ND = self._before(x_ND, call, kept, qkv, drop)
+        if not kept.attended.windows:
+            kept.attended = attend_again(
+                kept.attended, self._rotated(before, call), call.borders, call.longest, self.scale, causal=self.causal
+            )
+        if kept.attended.windows or self.q_norm is not None:
+            kept.before = before
+        return n_ND, dropped_ND
 
     def _meet(
         self, x_ND: Tensor, call: Call, kept: Kept, out: Weights, drop: Drop | None, inner_drop: Drop | None
@@ -236,6 +256,10 @@ class Block:
         out = out.add_(kept.middle) if out.dtype == x_ND.dtype else kept.middle + out
         if call.keep != "all":
             kept.inner = None
+        if call.keep == "attended":
+            assert kept.attended is not None
+            kept.before = None
+            kept.attended.drop_qkv()
         if call.keep == "input":
             kept.before = kept.attended = kept.middle = None
             kept.lows = {"down": kept.lows["down"]}
@@ -248,6 +272,7 @@ class Block:
         (qkv, outer, inner, down), drops = self._ready(call, x_ND.device)
         # A norm or an activation as it is, and not dropped, is wanted only by frozen weights' products and by the
         # gradients of weights that are not adapters'.
+        is_whole = call.keep != "attended"
         if kept.attended is None:
             self._attend(x_ND, call, kept, qkv, drops[0], learns=True)
             m_ND, m_dropped = self._meet(x_ND, call, kept, outer, drops[1], drops[2])
@@ -282,9 +307,12 @@ class Block:
         del attended_ND, dropped
         assert d_attended is not None
         d_attended, d_middle = _all_rows(d_attended, call, x_ND), _all_rows(d_middle, call, x_ND)
+        again = None if is_whole else self._qkv_again(x_ND, call, kept, qkv, drops[0])
         d_before = self._attend_backward(d_attended.view_as(kept.attended.out), call, kept, kept.attended, gradients)
         kept.before = kept.attended = None
-        _, n_ND, n_dropped = self.norm_1.forward(x_ND, None, kind, drops[0], plain=bool(qkv.trained))
+        if again is None:
+            again = self.norm_1.forward(x_ND, None, kind, drops[0], plain=bool(qkv.trained))[1:]
+        n_ND, n_dropped = again
         wants_n = wants_input or any(True for _ in self.norm_1.trained())
         d_n = qkv.backward(
             n_ND, n_dropped, kept.lows["qkv"], d_before.flatten(1), drops[0], gradients, wants_input=wants_n
@@ -296,7 +324,7 @@ class Block:
     ) -> Tensor:
         """The gradient of queries, keys and values before their rotation (N, C, d)."""
         turns = call.cos_Nd, call.sin_Nd
-        if attended.qkv is None:
+        if attended.windows:
             assert kept.before is not None
             return attend_windows_backward(d_out_NHd, kept.before, *turns, call.borders, self.scale)
         d_q, d_k, d_v = attend_backward(attended, d_out_NHd)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, get_args
 
 import numpy as np
@@ -22,7 +23,7 @@ from vlft.optim import gradient_dtype
 CONTEXT = int(0.81e9)
 """Bytes of a process on a GPU outside PyTorch's allocator: the driver's context, libraries' workspaces, kernels. On an
 H200 0.79e9 to 0.80e9 in 30 runs (bench/planning.py)."""
-MARGIN = 0.06
+MARGIN = 0.045
 """Of the memory, for what the allocator cannot use because it lies in pieces, and for libraries' workspaces."""
 TOWERS = ("vision", "language")
 KEEPS: tuple[Keep, ...] = get_args(Keep)
@@ -38,21 +39,41 @@ class Cost:
 
     input: int
     """kept whatever else is"""
-    attention: int
-    """from the queries to the sum behind the attention"""
+    attended: int
+    """what the attention gives, and the sum behind it"""
+    queries: int
+    """what it gets, keys and values too"""
     inner: int
     """before the MLP's activation"""
-    again_attention: float
-    """FLOPs that `attention` costs when it is computed again"""
+    again_attended: float
+    """FLOPs that `attended` costs when it is computed again"""
+    again_queries: float
     again_inner: float
 
     def kept(self, keep: Keep) -> int:
         """Bytes until the layer's backward."""
-        return self.input + (self.attention if keep != "input" else 0) + (self.inner if keep == "all" else 0)
+        return self._by_keep[keep][0]
 
     def again(self, keep: Keep) -> float:
         """FLOPs that the layer's backward does a second time."""
-        return (self.again_inner if keep != "all" else 0.0) + (self.again_attention if keep == "input" else 0.0)
+        return self._by_keep[keep][1]
+
+    @property
+    def parts(self) -> tuple[tuple[int, float], ...]:
+        """(bytes, FLOPs when it is computed again) of what goes with each of `KEEPS` behind the first."""
+        return (
+            (self.inner, self.again_inner), (self.queries, self.again_queries), (self.attended, self.again_attended)
+        )  # fmt: skip
+
+    @cached_property
+    def _by_keep(self) -> dict[Keep, tuple[int, float]]:
+        """A row asks a dozen times, and the GPU waits for the answer."""
+        kept, again = self.input + sum(size for size, _ in self.parts), 0.0
+        found: dict[Keep, tuple[int, float]] = {}
+        for keep, (size, flops) in zip(KEEPS, [(0, 0.0), *self.parts], strict=True):
+            kept, again = kept - size, again + flops
+            found[keep] = kept, again
+        return found
 
     @property
     def passing(self) -> int:
@@ -66,17 +87,21 @@ class Cost:
             n: tokens or patches; longest: of a segment that attends to itself.
             kind: bytes of a number in the compute dtype, which the residual stream has too.
         """
-        again = 2.0 * n * (shape.qkv + shape.heads_width) * shape.width
+        again = 2.0 * n * shape.heads_width * shape.width
         # Half of the pairs where it is causal; attention runs at about half a product's speed.
         again += 4.0 * n * longest * shape.heads_width * (1 if shape.causal else 2)
-        numbers = shape.qkv * (2 if shape.head_norms else 1) + shape.heads_width + shape.width + shape.ranks
         return cls(
             input=n * shape.width * kind,
-            attention=n * (numbers * kind + 4 * shape.heads),
+            attended=n * ((shape.heads_width + shape.width + shape.ranks) * kind + 4 * shape.heads),
+            queries=n * shape.qkv * (2 if shape.head_norms else 1) * kind,
             inner=n * shape.inner * kind,
-            again_attention=again,
+            again_attended=again,
+            again_queries=2.0 * n * shape.qkv * shape.width,
             again_inner=2.0 * n * shape.inner * shape.width,
         )
+
+
+NOTHING = Cost(0, 0, 0, 0, 0.0, 0.0, 0.0)
 
 
 @dataclass(frozen=True)
@@ -169,10 +194,11 @@ def _order(towers: Sequence[Tower]) -> list[tuple[int, int, Keep]]:
     """(tower, layer, what it keeps from then on), in the order in which values go."""
     runs: list[tuple[float, int, int, Keep]] = []
     for t, tower in enumerate(towers):
-        c = tower.cost
-        inner, attention = c.again_inner / max(c.inner, 1), c.again_attention / max(c.attention, 1)
-        # The inner values go before the rest, which may be cheaper and then follows at once.
-        runs += [(inner, t, 0, "attention"), (max(inner, attention), t, 1, "input")]
+        dearest = 0.0
+        for at, (size, flops) in enumerate(tower.cost.parts):
+            # None goes before the one that comes first; one that is cheaper follows that at once.
+            dearest = max(dearest, flops / max(size, 1))
+            runs.append((dearest, t, at, KEEPS[at + 1]))
     return [(t, i, keep) for _, t, _, keep in sorted(runs) for i in range(towers[t].layers)]
 
 
@@ -220,7 +246,7 @@ class Memory:
         towers, coming = [], 0
         missing = self._missing()
         for layers, each, n, longest in zip(self.towers, missing, (patches, tokens), (picture, sample), strict=True):
-            cost = Cost(0, 0, 0, 0.0, 0.0)
+            cost = NOTHING
             if layers:
                 cost = Cost.of(Sizes.of(layers[0].vlft_block), n, longest, kind.itemsize)  # type: ignore[arg-type]
             towers.append(Tower(cost, each))
@@ -328,15 +354,17 @@ def fixed_by(plan: str | Mapping[Any, Mapping[Any, int]], layers: Sequence[int])
     fixed: list[list[Keep]] = []
     for name, n in zip(TOWERS, layers, strict=True):
         numbers = plan.get(name, {})
-        keeps: list[Keep] = ["input"] * numbers.get("input", 0)
-        keeps += ["attention"] * numbers.get("attention", 0)
+        keeps: list[Keep] = [keep for keep in KEEPS[:0:-1] for _ in range(numbers.get(keep, 0))]
         fixed.append((keeps + ["all"] * n)[:n])
     return fixed
 
 
 def said(keeps: Sequence[Sequence[Keep]]) -> str:
     """What layers compute again, in words; empty where none does."""
-    words: dict[Keep, str] = {"attention": "the MLP's inner values", "input": "all but their input"}
+    inner = "the MLP's inner values"
+    words: dict[Keep, str] = {
+        "attention": inner, "attended": f"{inner}, queries, keys and values", "input": "all but their input"
+    }  # fmt: skip
     return "; ".join(
         f"{n} of {len(each)} {name} layers compute {what} again"
         for name, each in zip(TOWERS, keeps, strict=True)
