@@ -75,8 +75,10 @@ class Recorder:
         """Between backward and update of the first step: dtypes of weights and gradients; `end` adds the states."""
         if "weights" in self.facts:
             return
+        from vlft.optim import master_dtype
+
         trained = [p for p in model.parameters() if p.requires_grad]
-        self.facts["weights"] = _names(p.dtype for p in trained)
+        self.facts["weights"] = _names(map(master_dtype, trained))
         self.facts["frozen"] = _names(p.dtype for p in model.parameters() if not p.requires_grad)
         self.facts["gradients"] = _names(p.grad.dtype for p in trained if p.grad is not None)
         self.facts["trained_parameters"] = sum(p.numel() for p in trained)

@@ -58,7 +58,7 @@ ROWS = {
     "3B-full-fp32": Row("3B", "full", dtype="fp32", ours=ONE_ROW),
     "3B-lora": Row("3B", "lora_llm_full_vit", ours=ONE_ROW),
     "3B-lora-bf16": Row("3B", "lora_llm_full_vit", ours=ONE_ROW | BF16),
-    "3B-lora-40": Row("3B", "lora_llm_full_vit", ours=ONE_ROW | BF16 | {"memory": "43GiB"}),
+    "3B-lora-40": Row("3B", "lora_llm_full_vit", ours=ONE_ROW | BF16 | {"memory": "42.7GiB"}),
     "7B-lora": Row("7B", "lora_llm_full_vit", ours=ONE_ROW),
     "7B-lora-low": Row(
         "7B",

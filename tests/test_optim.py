@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from vlft import ParamGroup, compiler
 from vlft.engine.base import Engine
 from vlft.errors import ConfigError
-from vlft.optim import build_optimizer, schedule, set_rates, step_was_left_out
+from vlft.optim import build_optimizer, gradient_dtype, schedule, set_rates, step_was_left_out
+from vlft.optim.remainder import join, keep_remainder, master_dtype, master_of, split
 from vlft.optim.rounded import (
     BLOCK,
     KernelAdamW,
@@ -184,23 +185,27 @@ def test_the_bytes_of_its_states_are_those_it_says() -> None:
 INTERPRETED = """
 import sys, torch
 from vlft.optim import on_gpu, rounded
+from vlft.optim.remainder import keep_remainder, master_of, remainder_of
 shapes = [(3, 700), (5,), (40, 999), (7, 256)]
 torch.manual_seed(0)
 values = [torch.randn(2, *shape).to(torch.bfloat16) for shape in shapes]
 group = {"lr": 1e-2, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.1}
-for states in ("bf16", "8bit", "fp32"):
+for states, halves in (("bf16", False), ("8bit", False), ("fp32", False), ("fp32", True)):
     kind = torch.float32 if states == "fp32" else torch.bfloat16
     for scale in (None, torch.tensor(3.0)):
         ends = []
         for fast in (False, True):
             weights = [torch.nn.Parameter(v[0].to(kind, copy=True)) for v in values]
+            for w in weights if halves else ():
+                keep_remainder(w)
             optimizer = rounded.KernelAdamW(weights, states)
             kept = [optimizer._fresh(w) for w in weights]
             for step in range(1, 5):
                 jobs = []
                 for k, (w, v, state) in enumerate(zip(weights, values, kept)):
                     state["step"] += 1
-                    jobs.append(rounded.Job(w.data, v[1] * step, state, rounded.facts(group, step), step + 10 * k))
+                    facts, rest = rounded.facts(group, step), remainder_of(w)
+                    jobs.append(rounded.Job(w.data, v[1] * step, state, facts, step + 10 * k, rest))
                 if fast:
                     on_gpu.update(jobs, scale)
                 else:
@@ -213,7 +218,7 @@ for states in ("bf16", "8bit", "fp32"):
                     v = rounded.decode_v(state["exp_avg_sq"], state["exp_avg_sq_scale"]).flatten()[:n]
                 else:
                     m, v = state["exp_avg"].float().flatten(), state["exp_avg_sq"].float().flatten()
-                ends.append((w.data.float().flatten(), m, v))
+                ends.append((master_of(w).float().flatten(), m, v))
         half = len(ends) // 2
         for shape, plain, found in zip(shapes, ends[:half], ends[half:]):
             for name, a, b, limit in zip("wmv", plain, found, (0.01, 0.1, 0.1)):
@@ -266,7 +271,7 @@ def test_narrow_gradients_of_masters() -> None:
         engine.precision = "bf16"
         optimizer = KernelAdamW([{"params": [w], "part": "llm"}], "fp32", lr=1e-2)
         engine.prepare(nn.ParameterList([w]), optimizer)
-        assert engine.narrow == torch.bfloat16
+        assert engine.lean
         w.grad_dtype = kind
         assert engine.pending_bytes() == (8 + kind.itemsize) * w.numel()
         for _ in range(3):
@@ -277,12 +282,12 @@ def test_narrow_gradients_of_masters() -> None:
         ends.append(w.detach())
     assert torch.equal(*ends)
     engine.precision = "no"
-    assert engine.narrow is None
+    assert not engine.lean
     engine.precision, engine.world_size = "bf16", 2
-    assert engine.narrow is None
+    assert not engine.lean
     engine.world_size = 1
     engine.prepare(nn.ParameterList([w]), torch.optim.AdamW([{"params": [w], "part": "llm"}]))
-    assert engine.narrow is None
+    assert not engine.lean
 
 
 def test_many_small_gradients_of_a_step_do_not_stand_still() -> None:
@@ -351,6 +356,52 @@ def test_what_is_not_finite_stays_so_when_it_is_added_up() -> None:
     bits = torch.full((512,), 0x7FFF, dtype=torch.int16).view(torch.bfloat16)  # a GPU's NaN
     add_up(bits, torch.ones_like(bits), 1)
     assert bits.isnan().all()
+
+
+def test_two_halves_are_the_number() -> None:
+    """And the upper one is the nearest of bf16."""
+    torch.manual_seed(0)
+    known = torch.cat(
+        [
+            torch.randn(100_000) * torch.logspace(-30, 30, 100_000),
+            torch.tensor([0.0, -0.0, 1e-45, -1e-45, torch.inf, -torch.inf]),
+            torch.arange(2**17, dtype=torch.int32)
+            .mul(0x4001)
+            .add(0x3F800000)
+            .view(torch.float32)[:8192],  # every remainder
+        ]
+    )
+    upper, lower = split(known)
+    assert (upper.dtype, lower.dtype) == (torch.bfloat16, torch.int16)
+    assert torch.equal(join(upper, lower).view(torch.int32), known.view(torch.int32))
+    nearest = known.to(torch.bfloat16)
+    ties = (known.view(torch.int32) & 0xFFFF) == 0x8000
+    assert torch.equal(upper[~ties], nearest[~ties])
+    equally = (upper.double() - known.double()).abs() == (nearest.double() - known.double()).abs()
+    assert equally[ties].all()
+
+
+def test_a_step_of_two_halves_is_that_of_the_whole() -> None:
+    """To the bit, in 20 steps at a rate that bf16 alone would lose, with gradients in either dtype."""
+    torch.manual_seed(0)
+    start, gradients = torch.randn(2, 70, 33), torch.randn(20, 2, 70, 33)
+    ends = []
+    for halves in (False, True):
+        weights = [nn.Parameter(x.clone()) for x in start]
+        for w in weights if halves else ():
+            keep_remainder(w)
+            assert (w.dtype, master_dtype(w), gradient_dtype(w)) == (torch.bfloat16, torch.float32, torch.float32)
+        optimizer = KernelAdamW(weights, "fp32", lr=2e-6)
+        for gradient in gradients:
+            for w, kind, g in zip(weights, (torch.float32, torch.bfloat16), gradient, strict=True):
+                w.grad_dtype = kind
+                w.grad = g.to(kind)
+            optimizer.step()
+            optimizer.zero_grad()
+        ends.append([master_of(w) for w in weights])
+    for whole, joined, before in zip(*ends, start, strict=True):
+        assert torch.equal(whole, joined)
+        assert not torch.equal(whole, before)
 
 
 @pytest.mark.parametrize("states", ["fp32", "bf16", "8bit"])

@@ -41,7 +41,7 @@ from vlft.models import attention_by_cudnn
 from vlft.models.forward import PackedVLM
 from vlft.models.kernels import Memory, memory_for, room_on_gpu
 from vlft.models.load import Checkpoint, PictureFacts, Source, cast, open_checkpoint, read_json, source_of
-from vlft.optim import Multiplier, build_optimizer, schedule
+from vlft.optim import Multiplier, build_optimizer, master_dtype, schedule
 from vlft.proof import Proof, check_groups, part_table, render
 from vlft.rivals import nearest
 from vlft.strategy import ParamGroup, Strategy
@@ -106,9 +106,9 @@ class Job:
 
     def expect(self, rows: int) -> None:
         """Before a step's first row, also of another try: gradients that no other row's are added to may be narrow."""
-        if (kind := self.engine.narrow) is not None:
+        if self.engine.lean:
             # Of a whole copy, which no engine has wrapped into a class of its own; mypy knows an nn.Module alone.
-            self.packed.narrow_gradients(kind if rows == 1 else None)  # type: ignore[operator]
+            self.packed.narrow_gradients(torch.bfloat16 if rows == 1 else None)  # type: ignore[operator]
 
     @property
     def eval_on_start(self) -> bool:
@@ -180,6 +180,8 @@ def setup(run: Run, engine: Engine) -> Job:
         engine.restore_weights(model, saved)
     wrapped = PackedVLM(model, source.parts, source.config.image_token_id, reference=config.reference)
     packed = engine.prepare(wrapped, optimizer, whole=wrapped.installed.layers)
+    if engine.lean:
+        wrapped.split_masters()
     memory = remember(wrapped, config, engine)
     proof = Proof(model, groups, engine)  # FSDP puts other parameters in the place of those before `prepare`
     if resume and state:
@@ -489,8 +491,8 @@ def open_folder(job: Job) -> None:
     facts = run_card(
         strategy=config.tuning_strategy, distribution=job.run.distribution, seed=config.seed,
         mixed_precision=engine.precision, world_size=engine.world_size, distributed_type=engine.kind,
-        global_batch=job.global_batch,
-        trust_remote_code=config.trust_remote_code, dtypes=sorted({str(p.dtype) for p in job.model.parameters()}),
+        global_batch=job.global_batch, trust_remote_code=config.trust_remote_code,
+        dtypes=sorted({str(master_dtype(p)) for p in job.model.parameters()}),
     )  # fmt: skip
     write_json(folder.root / "run_card.json", facts)
     checkpoints.set_aside(sorted(folder.evaluations.glob("step-*")), job.done_steps)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -15,7 +16,7 @@ from vlft import evaluate, export, probe, recovery
 from vlft.config import Run, deepspeed_path
 from vlft.data.budget import Load
 from vlft.data.loader import Step
-from vlft.engine import seed_row, start_engine
+from vlft.engine import readback, seed_row, start_engine
 from vlft.meter import loss_by_dataset
 from vlft.optim import set_rates
 from vlft.planning.start import say_plan
@@ -81,7 +82,7 @@ def train_step(job: Job, step: Step) -> dict[str, Any]:
     engine = job.engine
     while True:
         supervised, samples, tokens, images, failed, padding = engine.sums(job.data.counts(step))
-        losses, unfit = forward_backward(job, step, supervised) if supervised else ([], None)
+        reads, unfit = forward_backward(job, step, supervised) if supervised else ([], None)
         if engine.reduce(fits=unfit is None):
             break
         step = recovery.make_room(job, step, unfit)
@@ -93,8 +94,7 @@ def train_step(job: Job, step: Step) -> dict[str, Any]:
             job.proof.before_update(reached_pictures=images > 0)
         # Not where a stop is asked for: a launcher waits half a minute, and a slow disk may take it for the next step.
         update = engine.update(meanwhile=lambda: None if job.interrupt.asked else job.steps.look_ahead())
-    # The losses are read only now: to read waits for the device, which would then have nothing to do until the update.
-    losses = [losses_S.cpu() for losses_S in losses]
+    losses = [read() for read in reads]
     if failed:
         job.journal.ledger(entry.json() for entry in job.data.account(engine.gather(step.failures)))
     mine = [sum(float(x.double().sum()) for x in losses), float(job.interrupt.asked)]
@@ -124,14 +124,18 @@ def train_step(job: Job, step: Step) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def forward_backward(job: Job, step: Step, supervised: float) -> tuple[list[Tensor], Load | None]:
-    """Every row's losses, (S,) each; or, if one did not fit into the memory, how large that one was."""
-    losses: list[Tensor] = []
+def forward_backward(
+    job: Job, step: Step, supervised: float
+) -> tuple[list[Callable[[], Tensor]], Load | None]:  # fmt: skip
+    """Every row's losses, (S,) each, to be read once the device has been asked for the update: to wait for them leaves
+    it without work. Or, if a row did not fit into the memory, how large that one was."""
+    reads: list[Callable[[], Tensor]] = []
     job.expect(len(step.rows))
     for i, row in enumerate(step.rows):
         seed_row(job.run.config.seed, step.number, job.engine.rank * len(step.rows) + i)
         try:
             losses_S = job.packed(**job.steps.inputs(row))
+            read = readback(losses_S.detach())
             total = recovery.poisoned(losses_S.sum())
             job.engine.backward(total / supervised, last=i == len(step.rows) - 1)
         except torch.OutOfMemoryError as error:
@@ -139,8 +143,8 @@ def forward_backward(job: Job, step: Step, supervised: float) -> tuple[list[Tens
             if not job.engine.retries:
                 recovery.end_of_memory_in_a_row(job, unfit, step)
             return [], unfit
-        losses.append(losses_S.detach())
-    return losses, None
+        reads.append(read)
+    return reads, None
 
 
 def performance(job: Job, step: Step, line: dict[str, Any], began: float) -> dict[str, float]:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from runs import command, distance, final_weights, ledger, metrics, start, train, write_data
+from safetensors.torch import load_file
 from spoiled import OfGpu
 
 from vlft import optim
@@ -18,6 +19,7 @@ from vlft.errors import ConfigError, DataError, DeviceMemoryError
 from vlft.models.forward import PackedVLM
 from vlft.models.kernels import room_on_gpu
 from vlft.models.kernels.memory import CONTEXT
+from vlft.optim.remainder import remainder_of
 
 FITS_ALONE = 110
 """Tokens that every sample of the toy set stays below, and rows of four do not."""
@@ -76,6 +78,57 @@ def test_a_single_row_s_gradients_are_narrow_and_those_of_cut_rows_are_not(
     assert seen == [{torch.float32}] * 3
     for x, y in zip(metrics(tmp_path / "whole"), metrics(tmp_path / "small"), strict=True):
         assert x["loss"] == pytest.approx(y["loss"], rel=0.02)
+
+
+def weights_at(out: Path, step: int) -> dict[str, torch.Tensor]:
+    files = (out / f"checkpoints/step-{step:06d}").glob("weights*")
+    return {name: w for file in files for name, w in load_file(file).items()}
+
+
+@pytest.mark.parametrize("batch", [8, 2])
+def test_a_run_with_masters_in_two_halves_is_that_of_whole_ones(
+    tiny: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, batch: int
+) -> None:
+    """With the optimizer of a GPU, in bf16, in one row a step or four, through a checkpoint and a resume.
+
+    To the bit, until a weight comes to lie between two numbers of bf16: a cast takes the even one, a half the larger.
+    """
+    registry, split = write_data(tmp_path), list[str]()
+    monkeypatch.setattr(optim, "AdamW", OfGpu)
+    more = {
+        "mixed_precision": "bf16", "max_steps": 4, "save_steps": 2, "lr_scheduler_type": "constant", "warmup_steps": 0,
+        "per_device_train_batch_size": batch, "gradient_accumulation_steps": 8 // batch, "learning_rate_vit": 1e-6,
+    }  # fmt: skip
+    split_masters = PackedVLM.split_masters
+
+    def watched(self: PackedVLM) -> None:
+        split_masters(self)
+        split.extend(name for name, p in self.named_parameters() if remainder_of(p) is not None)
+
+    monkeypatch.setattr(PackedVLM, "split_masters", watched)
+    whole, halves, resumed = (tmp_path / name for name in ("whole", "halves", "resumed"))
+    with monkeypatch.context() as patch:
+        patch.setattr(Engine, "lean", False)
+        train(words(tiny(), registry, whole, **more))
+    assert not split
+    train(words(tiny(), registry, halves, **more))
+    assert len(split) > 30
+    train(words(tiny(), registry, resumed, **more | {"max_steps": 2}))
+    train(words(tiny(), registry, resumed, **more, resume_from_checkpoint="latest"))
+    for step in (2, 4):
+        found = {out: weights_at(out, step) for out in (whole, halves, resumed)}
+        assert {w.dtype for w in found[halves].values()} == {torch.float32}
+        assert all(torch.equal(found[resumed][name], w) for name, w in found[halves].items())
+        assert distance(found[whole], found[halves]) < 2e-5
+    for x, y in zip(metrics(whole), metrics(halves), strict=True):
+        assert x["loss"] == pytest.approx(y["loss"], rel=1e-3)
+    proved = [json.loads((out / "checkpoints/step-000004/state.json").read_text())["proved"] for out in (whole, halves)]
+    assert proved[0] == proved[1]
+    assert proved[0].keys() == {"vit", "projector", "llm", "head"}
+    result, saved = load_file(halves / "model/model.safetensors"), weights_at(halves, 4)
+    layers = [name for name in saved if ".layers." in name]
+    assert layers
+    assert all(torch.equal(result[name.replace("language_model.", "")], saved[name]) for name in layers)
 
 
 ROOM = 1 << 30

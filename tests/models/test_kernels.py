@@ -24,6 +24,7 @@ from vlft.models.kernels import pointwise, product
 from vlft.models.kernels.memory import KEEPS, Cost, Memory, Sizes, Tower, choose, memory_for, peak
 from vlft.models.kernels.pointwise import Drop
 from vlft.models.load import cast, open_checkpoint, source_of
+from vlft.optim.remainder import master_of, remainder_of
 from vlft.testing.conformance import example_row
 from vlft.testing.tiny import FAMILIES
 from vlft_strategies.full import Full
@@ -253,6 +254,44 @@ def test_attention_and_its_backward(device: str, kind: torch.dtype, size: int) -
     expected.backward(d_out.float())
     for found, x in zip(attention.attend_backward(attended, d_out), parts, strict=True):
         assert near(found, x.grad, limit)
+
+
+@pytest.mark.parametrize("strategy", [Full, LoraLlmFullVit])
+@pytest.mark.parametrize("narrow", [False, True])
+def test_masters_in_two_halves_change_nothing(tiny: Callable[..., Path], strategy: Any, narrow: bool) -> None:
+    """Losses and gradients to the bit, of one row and of two; no copy is held of what lies ready now."""
+    source = source_of(open_checkpoint(str(tiny())), "bf16", torch.device("cpu"))
+    row, found, held = example_row(source), [], []
+    for halves in (False, True):
+        torch.manual_seed(0)
+        made = strategy(strategy.Config()).prepare_model(source)
+        cast(made, torch.bfloat16, masters=True)
+        packed = PackedVLM(made, source.parts, source.config.image_token_id)
+        packed.eval()  # no dropout
+        packed.installed.holds = True
+        masters = {name: p.detach().clone() for name, p in packed.named_parameters()}
+        if halves:
+            packed.split_masters()
+            split = {name for name, p in packed.named_parameters() if remainder_of(p) is not None}
+            layers = {n for n in masters if ".blocks." in n or (".layers." in n and strategy is Full)}
+            assert split == {n for n in layers if "norm" not in n and "lora_" not in n}
+        assert all(torch.equal(master_of(p), masters[name]) for name, p in packed.named_parameters())
+        packed.narrow_gradients(torch.bfloat16 if narrow else None)
+        losses = []
+        for _ in range(1 if narrow else 2):
+            with torch.autocast("cpu", torch.bfloat16):
+                losses_S = packed(**row)
+                losses_S.sum().backward()
+            losses.append(losses_S.detach())
+        found.append((losses, {name: p.grad for name, p in packed.named_parameters() if p.grad is not None}))
+        held.append(sum(target.numel() for target, _, _ in packed.installed.held.trained))
+    (losses, gradients), (same_losses, same_gradients) = found
+    assert all(map(torch.equal, losses, same_losses))
+    assert gradients.keys() == same_gradients.keys()
+    for name, gradient in gradients.items():
+        assert gradient.dtype == same_gradients[name].dtype, name
+        assert torch.equal(gradient, same_gradients[name]), name
+    assert held[1] < held[0]
 
 
 @pytest.mark.parametrize("strategy", [Full, LoraLlmFullVit])

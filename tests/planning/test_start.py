@@ -97,6 +97,7 @@ def test_a_gpu_that_no_table_knows_is_told_no_time(
 )
 def test_what_engines_cut_up(stage: int, masters: bool, weights: float, gradients: float, states: float) -> None:
     """A hundred weights in fp32 on two processes."""
-    whole = Static([PartSize("llm", 100, 100, 400.0)], 400.0, 800.0, (0.0, 0.0), False, ([], []), ([], []), Copies())
+    none = Copies()
+    whole = Static([PartSize("llm", 100, 100, 400.0)], 400.0, 800.0, (0.0, 0.0), False, ([], []), ([], []), none, none)
     found = shared_out(whole, stage, 2, masters=masters, compute=2)
     assert (found.weights, found.gradients, found.states) == (weights, gradients, states)

@@ -24,10 +24,11 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_
 from torch.optim import Optimizer
 
+from vlft.engine.readback import readback
 from vlft.engine.summing import Summing
 from vlft.errors import ConfigError, VlftError
 from vlft.family import Part
-from vlft.optim import gradient_dtype, scales_gradients, step_was_left_out, takes_narrow_gradients
+from vlft.optim import gradient_dtype, knows_masters, master_of, scales_gradients, step_was_left_out
 from vlft.optim.rounded import add_up
 
 T = TypeVar("T")
@@ -205,14 +206,14 @@ class Engine:
         return bool(self.precision == "fp16")
 
     @property
-    def narrow(self) -> torch.dtype | None:
-        """In which dtype a single row's gradients of fp32 weights may stay, after `prepare`; None: in fp32.
+    def lean(self) -> bool:
+        """After `prepare`: fp32 weights may be in bf16 with a remainder, and a single row's gradients in bf16.
 
         Gradients that other ranks' are added to are sums, which want fp32's digits.
         """
         inner = getattr(self.optimizer, "optimizer", self.optimizer)
         alone = self.world_size == 1 and not self.shards_states
-        return torch.bfloat16 if alone and self.precision == "bf16" and takes_narrow_gradients(inner) else None
+        return bool(alone and self.precision == "bf16" and knows_masters(inner))
 
     def autocast(self) -> Any:
         """Mixed precision outside the wrapped forward."""
@@ -262,7 +263,7 @@ class Engine:
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """Add a row's gradient. `loss`: its share of the step's loss; `last`: no other row follows."""
-        before = {p: p.grad for p in self._parameters if p.dtype == torch.bfloat16 and p.grad is not None}
+        before = {p: p.grad for p in self._parameters if p.grad is not None and p.grad.dtype == torch.bfloat16}
         adding = _adding_up(before) if before else nullcontext()
         # What is added up is final only after the pass.
         final = self._summing.begins() if last and not before and self._summing else nullcontext()
@@ -318,11 +319,12 @@ class Engine:
         limit = self.max_grad_norm or float("inf")
         optimizer.grad_scale = ((whole + 1e-6) / limit).clamp(min=1.0).float()
         optimizer.found_inf = (~whole.isfinite()).float()
+        read = read_norms(whole, norms)
         self.optimizer.step()
         optimizer.grad_scale = optimizer.found_inf = None
         self.forget()
         meanwhile()
-        found = read_norms(whole, norms)
+        found = read()
         if not math.isfinite(found[0]):
             step_was_left_out(optimizer)
         return found
@@ -338,7 +340,7 @@ class Engine:
             return 0.0, dict.fromkeys(norms, 0.0)
         having = [p for p in self._parameters if p.grad is not None]
         clip_grads_with_norm_(having, self.max_grad_norm or float("inf"), whole)
-        return read_norms(whole, norms)
+        return read_norms(whole, norms)()
 
     def _norms(self) -> tuple[Tensor | None, dict[Part, Tensor | None]]:
         """Of the whole gradient and of every part's, on the device; None where there is none."""
@@ -359,7 +361,7 @@ class Engine:
 
     def whole(self, p: nn.Parameter) -> Tensor:
         """The whole value of one parameter."""
-        return p.detach()
+        return master_of(p)
 
     @contextmanager
     def generating(self) -> Iterator[None]:
@@ -453,11 +455,18 @@ def _local_bytes(p: Tensor) -> int:
     return here.numel() * here.element_size()
 
 
-def read_norms(whole: Tensor, norms: Mapping[Part, Tensor | None]) -> tuple[float, dict[Part, float]]:
-    """The norms as numbers, after one wait for the device."""
+def read_norms(
+    whole: Tensor, norms: Mapping[Part, Tensor | None]
+) -> Callable[[], tuple[float, dict[Part, float]]]:  # fmt: skip
+    """The norms as numbers: what is returned waits for them, and for nothing that the device is asked for later."""
     zero = torch.zeros_like(whole)
-    total, *each = torch.stack([whole, *(zero if norm is None else norm for norm in norms.values())]).tolist()
-    return total, dict(zip(norms, each, strict=True))
+    read = readback(torch.stack([whole, *(zero if norm is None else norm for norm in norms.values())]))
+
+    def numbers() -> tuple[float, dict[Part, float]]:
+        total, *each = read().tolist()
+        return total, dict(zip(norms, each, strict=True))
+
+    return numbers
 
 
 def norms_of(gradients: Sequence[Tensor]) -> list[Tensor]:

@@ -125,7 +125,7 @@ class FsdpEngine(Engine):
         factor = (self.max_grad_norm or float("inf")) / (whole + 1e-6)
         here = [_local(p.grad) for p in self._parameters if p.grad is not None]
         torch._foreach_mul_(here, factor.clamp(max=1.0).to(here[0].device, torch.float32))
-        return read_norms(whole, norms)
+        return read_norms(whole, norms)()
 
     @torch.no_grad()
     def _norms(self) -> tuple[Tensor | None, dict[Part, Tensor | None]]:

@@ -19,6 +19,7 @@ from vlft.family import Parts
 from vlft.grids import BLANK, Layout, TowerInputs, tower_inputs
 from vlft.models import kernels
 from vlft.models.attention import use_packed_attention
+from vlft.optim import master_dtype
 
 IGNORE = -100
 
@@ -96,9 +97,16 @@ class PackedVLM(nn.Module):
             layer.gradient_checkpointing = hasattr(layer, "_gradient_checkpointing_func")  # type: ignore[assignment]
             for p in layer.parameters():
                 if p.grad is None:  # as in every step whose gradients are narrow, before its only row
-                    p.grad_dtype = p.dtype
+                    p.grad_dtype = master_dtype(p)
         reasons = "; ".join(self.installed.left)
         warnings.warn(f"{len(late)} layers keep transformers' forward after all: {reasons}.", stacklevel=2)
+
+    def split_masters(self) -> None:
+        """Have the layers' fp32 weights in bf16 with a remainder (`vlft.optim.remainder`), before the first forward.
+
+        They are of use to products in bf16 alone, and to an optimizer that knows of remainders.
+        """
+        self.installed.split_masters()
 
     def narrow_gradients(self, kind: torch.dtype | None) -> None:
         """Have the layers' large gradients in `kind`, or in the weights' dtype; before a step's first row.

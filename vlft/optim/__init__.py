@@ -14,8 +14,26 @@ from torch.optim import AdamW, Optimizer
 
 from vlft import compiler
 from vlft.family import Part
+from vlft.optim.remainder import keep_remainder, master_dtype, master_of
 from vlft.optim.rounded import KernelAdamW
 from vlft.strategy import ParamGroup
+
+__all__ = [
+    "KernelAdamW",
+    "Kind",
+    "Multiplier",
+    "build_optimizer",
+    "gradient_dtype",
+    "group_rate",
+    "keep_remainder",
+    "knows_masters",
+    "master_dtype",
+    "master_of",
+    "scales_gradients",
+    "schedule",
+    "set_rates",
+    "step_was_left_out",
+]  # fmt: skip
 
 Kind = Literal["adamw", "adamw_bf16", "adamw_8bit"]
 """fp32 weights and states; bf16 weights with bf16 states; bf16 weights with states of eight bits."""
@@ -81,8 +99,8 @@ def scales_gradients(optimizer: Optimizer) -> bool:
     return isinstance(optimizer, KernelAdamW) or (isinstance(optimizer, AdamW) and fused)
 
 
-def takes_narrow_gradients(optimizer: Optimizer) -> bool:
-    """Whether gradients of fp32 weights, which it has then, may be in bf16."""
+def knows_masters(optimizer: Optimizer) -> bool:
+    """Whether its weights are fp32 ones, which may have a remainder, and their gradients may be in bf16."""
     return isinstance(optimizer, KernelAdamW) and optimizer.states == "fp32"
 
 

@@ -54,7 +54,7 @@ def _values(table_ptr, column: tl.constexpr, kind: tl.constexpr):
 def _update_kernel(
     table_ptr, facts_ptr, tensor_ptr, first_ptr, divisor_ptr, found_inf_ptr,
     EIGHT: tl.constexpr, WEIGHT: tl.constexpr, GRADIENT: tl.constexpr, MOMENT: tl.constexpr, UNIT: tl.constexpr,
-    ROUNDS: tl.constexpr, SCALES: tl.constexpr, CHECKS: tl.constexpr,
+    ROUNDS: tl.constexpr, HALVES: tl.constexpr, SCALES: tl.constexpr, CHECKS: tl.constexpr,
     ROWS: tl.constexpr, TURNS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     tensor = tl.load(tensor_ptr + tl.program_id(0))
@@ -64,6 +64,7 @@ def _update_kernel(
     g_ptr = _values(table_ptr, 1, GRADIENT)
     m_ptr = _values(table_ptr, 2, MOMENT)
     v_ptr = _values(table_ptr, 3, MOMENT)
+    rest_ptr = _values(table_ptr, 4, tl.int16)
     m_scale_ptr = _values(table_ptr, 4, tl.float32)
     v_scale_ptr = _values(table_ptr, 5, tl.float32)
     size = tl.load(table_ptr + 6) * UNIT
@@ -89,26 +90,32 @@ def _update_kernel(
         # H100 does while the memory moves (reckoned, not measured).
         one_a, two_a, one_b, two_b = tl.randint4x(seed, (row[:, None] * WIDTH + column).to(tl.int32), n_rounds=7)
         _update_rows(
-            p_ptr, g_ptr, m_ptr, v_ptr, m_scale_ptr, v_scale_ptr, row, size, lr, decay, one, two, new_one, new_two,
-            correction, eps, factor, one_a, two_a, EIGHT, ROUNDS, WIDTH,
+            p_ptr, rest_ptr, g_ptr, m_ptr, v_ptr, m_scale_ptr, v_scale_ptr, row, size, lr, decay, one, two, new_one,
+            new_two, correction, eps, factor, one_a, two_a, EIGHT, ROUNDS, HALVES, WIDTH,
         )  # fmt: skip
         _update_rows(
-            p_ptr, g_ptr, m_ptr, v_ptr, m_scale_ptr, v_scale_ptr, row + ROWS, size, lr, decay, one, two, new_one,
-            new_two, correction, eps, factor, one_b, two_b, EIGHT, ROUNDS, WIDTH,
+            p_ptr, rest_ptr, g_ptr, m_ptr, v_ptr, m_scale_ptr, v_scale_ptr, row + ROWS, size, lr, decay, one, two,
+            new_one, new_two, correction, eps, factor, one_b, two_b, EIGHT, ROUNDS, HALVES, WIDTH,
         )  # fmt: skip
 
 
 @triton.jit
 def _update_rows(
-    p_ptr, g_ptr, m_ptr, v_ptr, m_scale_ptr, v_scale_ptr, row, size, lr, decay, one, two, new_one, new_two, correction,
-    eps, factor, digits_m, digits_v, EIGHT: tl.constexpr, ROUNDS: tl.constexpr, WIDTH: tl.constexpr,
+    p_ptr, rest_ptr, g_ptr, m_ptr, v_ptr, m_scale_ptr, v_scale_ptr, row, size, lr, decay, one, two, new_one, new_two,
+    correction, eps, factor, digits_m, digits_v,
+    EIGHT: tl.constexpr, ROUNDS: tl.constexpr, HALVES: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """`digits_m`, `digits_v`: 32 random bits each, of which the moments take the lower 24 and the weight the others."""
     place = row.to(tl.int64)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
     inside = place < size
     first = row.to(tl.int64) * WIDTH < size
     g = tl.load(g_ptr + place, mask=inside, other=0.0).to(tl.float32) * factor
-    w = tl.load(p_ptr + place, mask=inside, other=0.0).to(tl.float32)
+    if HALVES:  # as `remainder.join`
+        bits = tl.load(p_ptr + place, mask=inside, other=0).to(tl.int32) << 16
+        bits += tl.load(rest_ptr + place, mask=inside, other=0).to(tl.int32)
+        w = bits.to(tl.float32, bitcast=True)
+    else:
+        w = tl.load(p_ptr + place, mask=inside, other=0.0).to(tl.float32)
     digits_w = ((digits_m >> 24) & 0xFF) | ((digits_v >> 16) & 0xFF00)
     if EIGHT:
         # The codes fill whole blocks, also behind the parameter's end.
@@ -128,7 +135,13 @@ def _update_rows(
     w = w - (lr * m / (tl.sqrt(v) * correction + eps) + decay * w)
     if ROUNDS:
         w = _bits_rounded(w, digits_w)
-    tl.store(p_ptr + place, w.to(p_ptr.dtype.element_ty), mask=inside)
+    if HALVES:  # as `remainder.split`
+        bits = w.to(tl.int32, bitcast=True)
+        upper = (bits + 0x8000) >> 16
+        tl.store(p_ptr + place, upper.to(tl.int16), mask=inside)
+        tl.store(rest_ptr + place, (bits - (upper << 16)).to(tl.int16), mask=inside)
+    else:
+        tl.store(p_ptr + place, w.to(p_ptr.dtype.element_ty), mask=inside)
     if EIGHT:
         size_m = tl.abs(m)
         scale = tl.max(size_m, 1)
@@ -162,18 +175,24 @@ def _map(sizes: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(tensor).to(device), torch.from_numpy(first).to(device)
 
 
-_KINDS = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32, torch.uint8: tl.uint8}
+_KINDS = {
+    torch.bfloat16: tl.bfloat16,
+    torch.float16: tl.float16,
+    torch.float32: tl.float32,
+    torch.uint8: tl.uint8,
+    torch.int16: tl.int16,
+}
 
 
 def update(jobs: Sequence[Job], grad_scale: Tensor | None, found_inf: Tensor | None = None) -> None:
     """Of parameters of one device, and of one kind of states."""
-    by_kind: dict[tuple[torch.dtype, torch.dtype, int], list[Job]] = {}
+    by_kind: dict[tuple[torch.dtype, torch.dtype, bool, int], list[Job]] = {}
     for job in jobs:
         # Told that sizes are multiples of a vector's, the compiler loads vectors behind the mask.
         unit = 1 if job.p.numel() % _VECTOR else _VECTOR
-        by_kind.setdefault((job.p.dtype, job.gradient.dtype, unit), []).append(job)
-    for (weight, gradient, unit), some in by_kind.items():
-        _update(some, weight, gradient, unit, grad_scale, found_inf)
+        by_kind.setdefault((job.p.dtype, job.gradient.dtype, job.remainder is not None, unit), []).append(job)
+    for (weight, gradient, halves, unit), some in by_kind.items():
+        _update(some, torch.int16 if halves else weight, gradient, unit, grad_scale, found_inf)
 
 
 def _update(
@@ -184,18 +203,22 @@ def _update(
     grad_scale: Tensor | None,
     found_inf: Tensor | None,
 ) -> None:
+    """`weight`: int16 for bits of bf16 with a remainder."""
     device = jobs[0].p.device
+    halves = weight == torch.int16
     eight = "exp_avg_scale" in jobs[0].state
     kept = [_aligned(job.gradient) for job in jobs]  # copies must outlive the launch
     moments = ("exp_avg", "exp_avg_sq", "exp_avg_scale", "exp_avg_sq_scale")
     columns = [[job.p.data_ptr() for job in jobs], [g.data_ptr() for g in kept]]
     columns += [[job.state[name].data_ptr() for job in jobs] for name in moments[: 4 if eight else 2]]
+    if halves:
+        columns.append([job.remainder.data_ptr() for job in jobs if job.remainder is not None])
     rows = np.zeros((len(jobs), 8), np.int64)
     rows[:, : len(columns)] = np.array(columns).T
     rows[:, 6] = [job.p.numel() // unit for job in jobs]
     rows[:, 7] = [job.seed % 2**31 for job in jobs]
     assert all(job.p.is_contiguous() for job in jobs)
-    assert not (rows[:, :4] % 16).any()
+    assert not (rows[:, : 5 if halves else 4] % 16).any()
     table = torch.from_numpy(rows)
     # Parameters of one group and step share theirs.
     shared = {id(job.facts): job.facts for job in jobs}
@@ -211,8 +234,8 @@ def _update(
         table, numbers, tensor, first, numbers if grad_scale is None else grad_scale,
         numbers if found_inf is None else found_inf, EIGHT=eight,
         WEIGHT=_KINDS[weight], GRADIENT=_KINDS[gradient], MOMENT=_KINDS[jobs[0].state["exp_avg"].dtype],
-        UNIT=unit, ROUNDS=weight.itemsize == 2, SCALES=grad_scale is not None, CHECKS=found_inf is not None,
-        ROWS=_ROWS, TURNS=_TURNS, WIDTH=BLOCK, num_warps=4,
+        UNIT=unit, ROUNDS=weight.itemsize == 2 and not halves, HALVES=halves, SCALES=grad_scale is not None,
+        CHECKS=found_inf is not None, ROWS=_ROWS, TURNS=_TURNS, WIDTH=BLOCK, num_warps=4,
     )  # fmt: skip
 
 

@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from vlft import compiler
+from vlft.optim.remainder import join, remainder_of, split
 
 BLOCK = 256
 DOUBLING = 8
@@ -34,7 +35,7 @@ M_CODES, V_CODES = 127, 255
 """The largest code of |m|, whose sign takes a bit, and of v. m: a range of 2^16, below which zero; v: of 2^32."""
 
 States = Literal["fp32", "bf16", "8bit"]
-"""fp32 ones are of fp32 weights; nothing is rounded then."""
+"""fp32 ones are of fp32 weights, in one piece or with a remainder; nothing is rounded then."""
 
 
 class KernelAdamW(Optimizer):
@@ -84,7 +85,8 @@ class KernelAdamW(Optimizer):
             step = steps[place] + 1
             if (key := (id(group), step)) not in known:
                 known[key] = facts(group, step)
-            jobs.append(Job(p, p.grad, self.state[p], known[key], (place + 1) * 0x9E3779B1 + int(step)))
+            seed = (place + 1) * 0x9E3779B1 + int(step)
+            jobs.append(Job(p, p.grad, self.state[p], known[key], seed, remainder_of(p)))
         self._counted = torch.tensor([place for place, _, _ in places], dtype=torch.int64)
         if not jobs:
             return
@@ -137,6 +139,8 @@ class Job:
     state: dict[str, Tensor]
     facts: dict[str, float]
     seed: int
+    remainder: Tensor | None = None
+    """of an fp32 weight, where `p` is its upper half (`vlft.optim.remainder`)"""
 
 
 def facts(group: Mapping[str, Any], step: float) -> dict[str, float]:
@@ -161,7 +165,8 @@ def update(job: Job, grad_scale: Tensor | None = None) -> None:
     g = _blocks(job.gradient) if eight else job.gradient.float()
     if grad_scale is not None:
         g = g / grad_scale.to(g.device)
-    w = _blocks(p) if eight else p.float()
+    whole = p if job.remainder is None else join(p, job.remainder)
+    w = _blocks(whole) if eight else whole.float()
     m = decode_m(state["exp_avg"], state["exp_avg_scale"]) if eight else state["exp_avg"].float()
     v = decode_v(state["exp_avg_sq"], state["exp_avg_sq_scale"]) if eight else state["exp_avg_sq"].float()
     m = number["one"] * m + number["new_one"] * g
@@ -177,6 +182,11 @@ def update(job: Job, grad_scale: Tensor | None = None) -> None:
     else:
         for moment, new in (("exp_avg", m), ("exp_avg_sq", v)):
             state[moment].copy_(rounded(new, draw(new)) if state[moment].dtype == torch.bfloat16 else new)
+    if job.remainder is not None:
+        upper, lower = split(w)
+        p.copy_(upper)
+        job.remainder.copy_(lower)
+        return
     p.copy_(rounded(w, draw(w)) if p.dtype == torch.bfloat16 else w)
 
 

@@ -76,9 +76,12 @@ def allowed(gpu: Gpu, config: RunConfig) -> Gpu:
 
 
 def as_trained(static: Static, steps: Steps) -> Static:
-    """With gradients as narrow as these steps of one process let them be (`vlft.setup.Job.expect`)."""
+    """As one process has its masters (`vlft.engine.Engine.lean`), and with gradients as narrow as its steps let them be
+    (`vlft.setup.Job.expect`)."""
+    if not static.masters or static.sharded:
+        return static
     one_row = all(len(rows) == 1 for rows in steps.rows)
-    return static.narrowed() if static.masters and not static.sharded and one_row else static
+    return static.split().narrowed() if one_row else static.split()
 
 
 def expected(

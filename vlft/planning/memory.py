@@ -70,10 +70,14 @@ class Static:
     product_gradients: tuple[list[float], list[float]]
     """of `layer_gradients`, those of the products' own weights"""
     copies: Copies
+    copies_of_split: Copies
+    """where masters are in two halves (`vlft.optim.remainder`)"""
     sharded: bool = False
     """by an engine, which has gradients ready from the start"""
     masters: bool = False
     """Trained weights are in fp32 where products are not."""
+    is_split: bool = False
+    """Of them, those of products are in two halves."""
     adapted: tuple[float, float] = (0.0, 0.0)
     """numbers that the adapters read and write for a patch and for a token, in all layers, forward and backward"""
 
@@ -85,6 +89,10 @@ class Static:
     @property
     def weights(self) -> float:
         return sum(part.bytes for part in self.parts)
+
+    def split(self) -> Static:
+        """With masters in two halves, as one process has them (`PackedVLM.split_masters`)."""
+        return replace(self, copies=self.copies_of_split, is_split=True)
 
     def narrowed(self) -> Static:
         """With these in bf16, as a step of one row has them (`PackedVLM.narrow_gradients`)."""
@@ -156,20 +164,24 @@ def static_of(model: nn.Module, parts: Parts, tied: bool, optimizer: str, comput
         parts=[PartSize(part, int(at[0]), int(at[1]), at[2]) for part, at in numbers.items() if at[0]],
         gradients=trained * gradient, states=trained * states, ends=(ends[0], ends[0] if tied else ends[1]), tied=tied,
         layer_gradients=(layer[0][first:], layer[1]),
-        copies=copies_of(model, parts, masters=weight == 4, compute=compute), adapted=adapted_by(model, parts),
-        masters=weight == 4 and compute < 4, product_gradients=(products[0][first:], products[1]),
+        copies=copies_of(model, parts, masters=weight == 4, compute=compute),
+        copies_of_split=copies_of(model, parts, masters=weight == 4, compute=compute, split=True),
+        adapted=adapted_by(model, parts), masters=weight == 4 and compute < 4,
+        product_gradients=(products[0][first:], products[1]),
     )  # fmt: skip
 
 
-def copies_of(model: nn.Module, parts: Parts, *, masters: bool, compute: int) -> Copies:
+def copies_of(model: nn.Module, parts: Parts, *, masters: bool, compute: int, split: bool = False) -> Copies:
     """
     Args:
         masters: what trains is in fp32, whatever it is in here.
+        split: of products, in two halves: copies are made of their own weights only where these are joined or filled
+            up. (Adapters are always copied.)
     """
     kind, gpu = torch.float32 if compute == 4 else torch.bfloat16, torch.device("cuda")
 
     def of(p: nn.Parameter) -> torch.dtype:
-        return torch.float32 if p.requires_grad and masters else kind
+        return torch.float32 if p.requires_grad and masters and not split else kind
 
     towers = blocks_of(base_model(model), parts)
     blocks = [block for tower in towers for block in tower]

@@ -41,7 +41,7 @@ def short(job: Job, gpu: Gpu) -> Sequence[str]:
     )  # fmt: skip
     peak = job.meter.peak  # in this run's precision; None for a GPU that no table knows
     gpu = allowed(replace(gpu, peak=peak or gpu.peak), config)
-    static = as_trained(static, steps) if engine.narrow is not None else static
+    static = as_trained(static, steps) if engine.lean else static
     memory, time = expected(config, static, shape, training, steps, gpu, compute)
     return [_memory(memory, gpu), *([_time(time, steps)] if peak else [])]
 

@@ -85,7 +85,9 @@ def time_of(
     moved = 2.0 * (amounts["tokens"] * shape.layers * llm + amounts["patches"] * vit * (0.4 + 0.6 * learns))
     moved += 20.0 * amounts["supervised"] * shape.vocabulary
     trained = sum(part.trainable for part in static.parts)
-    if static.masters and not static.sharded:
+    if static.is_split:
+        moved += rows * 2 * static.copies.held
+    elif static.masters and not static.sharded:
         moved += rows * 2 * 6.0 * trained  # fp32 weights are cast for the forward and for the backward
     packed = sum(part.bytes / NF4 for part in static.parts if part.bytes < 0.6 * part.parameters)
     moved += rows * 2 * packed * (NF4 + 2)

@@ -11,7 +11,7 @@ through caches and masks: it keeps transformers' forward too.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from types import MethodType
@@ -27,7 +27,8 @@ from vlft.models.kernels.block import Block, Call, compute_dtype, run
 from vlft.models.kernels.foreign import check_activation, foreign, known, norm, own_forward, stale
 from vlft.models.kernels.held import Held
 from vlft.models.kernels.pointwise import Activation
-from vlft.models.kernels.product import Products, UnsupportedError
+from vlft.models.kernels.product import Product, Products, UnsupportedError
+from vlft.optim import keep_remainder, master_dtype
 
 
 @dataclass
@@ -58,13 +59,21 @@ class Installed:
     def _blocks(self) -> list[Block]:
         return [layer.vlft_block for layer in self.layers]  # type: ignore[misc]
 
+    def split_masters(self) -> None:
+        """Have what trains of the products' own weights in bf16, as products take it, with a remainder beside it."""
+        for p in {id(p): p for product in self._products() if product.plain for p in product.own()}.values():
+            if p is not None and p.requires_grad and p.dtype == torch.float32:
+                keep_remainder(p)
+
+    def _products(self) -> Iterator[Product]:
+        return (product for block in self._blocks() for group in block.groups() for product in group.each)
+
     def narrow_gradients(self, kind: torch.dtype | None) -> None:
         """Gradients of the products' own weights will be in `kind`, or in the weights' dtype. None is there now."""
-        for block in self._blocks():
-            for product in (product for group in block.groups() for product in group.each):
-                weight = product.base.weight
-                if product.plain and (weight.requires_grad or kind is None):  # it may have been frozen meanwhile
-                    weight.grad_dtype = kind or weight.dtype
+        for product in self._products():
+            weight = product.base.weight
+            if product.plain and (weight.requires_grad or kind is None):  # it may have been frozen meanwhile
+                weight.grad_dtype = kind or master_dtype(weight)
 
     @property
     def layers(self) -> list[nn.Module]:

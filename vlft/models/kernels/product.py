@@ -277,7 +277,7 @@ class Weights:
             for start, width, p in zip(_starts(widths), widths, group.each, strict=True)
         ]
         self.trained = [one for one in self.trained if one.weight is not None or one.bias is not None]
-        biases = [one.bias.dtype for one in self.trained if one.bias is not None]
+        biases = [gradient_dtype(one.bias) for one in self.trained if one.bias is not None]
         self.of_biases = reduce(torch.promote_types, biases) if biases else None
         """The dtype of the biases' gradients, where some train."""
 
