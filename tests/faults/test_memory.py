@@ -18,7 +18,7 @@ from vlft.engine.base import Engine
 from vlft.errors import ConfigError, DataError, DeviceMemoryError
 from vlft.models.forward import PackedVLM
 from vlft.models.kernels import room_on_gpu
-from vlft.models.kernels.memory import CONTEXT
+from vlft.models.kernels.memory import CONTEXT, MARGIN
 from vlft.optim.remainder import remainder_of
 
 FITS_ALONE = 110
@@ -322,10 +322,10 @@ def test_the_room_of_a_size(size: int | None, device: torch.device, monkeypatch:
     monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", limit)
     room = room_on_gpu(device, lambda: 10**9, size)()
     if size == 12 * 10**9:
-        assert room == pytest.approx(12e9 - CONTEXT - 0.06 * 12e9 - 5e9)
+        assert room == pytest.approx(12e9 - CONTEXT - MARGIN * 12e9 - 5e9)
         assert limits == [pytest.approx((12e9 - CONTEXT) / 8e10)]
     else:
-        assert room == pytest.approx(6e10 - 0.06 * 8e10 - 5e9)
+        assert room == pytest.approx(6e10 - MARGIN * 8e10 - 5e9)
         assert limits == []
 
 
