@@ -42,7 +42,7 @@ from vlft.models.forward import PackedVLM
 from vlft.models.kernels import Memory, memory_for, room_on_gpu
 from vlft.models.load import Checkpoint, PictureFacts, Source, cast, open_checkpoint, read_json, source_of
 from vlft.optim import Multiplier, build_optimizer, master_dtype, schedule
-from vlft.proof import Proof, check_groups, part_table, render
+from vlft.proof import Proof, check_groups, logical_size, part_table, render
 from vlft.rivals import nearest
 from vlft.strategy import ParamGroup, Strategy
 from vlft.terminal import dataset_table
@@ -357,8 +357,9 @@ def remember(packed: PackedVLM, config: RunConfig, engine: Engine) -> Memory:
     chooses = on_gpu and (plan == "auto" or size is not None)
     room = room_on_gpu(engine.device, engine.pending_bytes, size) if chooses else None
     vocabulary = int(packed.hf.config.get_text_config().vocab_size)
+    beside = beside_head(packed.hf.get_submodule(packed.parts.head).weight, engine)
     packed.memory = memory_for(
-        packed.installed, vocabulary, plan, room, gradients_stay=not engine.shards_states
+        packed.installed, vocabulary, plan, room, gradients_stay=not engine.shards_states, beside=beside
     )  # fmt: skip
     packed.installed.holds = plan != "low" and not engine.shards_states
     if plan == "low" or chooses:
@@ -368,6 +369,15 @@ def remember(packed: PackedVLM, config: RunConfig, engine: Engine) -> Memory:
         for layer in packed.installed.layers:
             layer.gradient_checkpointing = False  # type: ignore[assignment]
     return packed.memory
+
+
+def beside_head(weight: nn.Parameter, engine: Engine) -> int:
+    """Bytes of the head's weight cast to the compute dtype or gathered, and of its gradient before it is widened or
+    handed on."""
+    compute = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(engine.precision, weight.dtype)
+    cast = weight.dtype != compute or engine.shards_weights
+    widened = weight.requires_grad and (weight.dtype != compute or engine.shards_states)
+    return logical_size(weight) * compute.itemsize * (cast + widened)
 
 
 def known_budget(state: Mapping[str, Any] | None, folder: RunFolder, engine: Engine) -> Budget:

@@ -52,7 +52,8 @@ class PackedVLM(nn.Module):
     def __init__(self, model: nn.Module, parts: Parts, image_token_id: int, *, reference: bool = False) -> None:
         """
         Args:
-            reference: leave transformers' own forwards as they are (attention is packed all the same).
+            reference: leave transformers' own forwards, and PyTorch's loss, as they are (attention is packed all the
+                same).
         """
         super().__init__()
         self.model = model
@@ -63,6 +64,7 @@ class PackedVLM(nn.Module):
         self.patch_dim = self._patch_dim(hf.config.vision_config)
         self.layout = layout_of(hf.get_submodule(parts.vit))
         use_packed_attention(hf)
+        self.reference = reference
         self.installed = kernels.Installed() if reference else kernels.install(hf, parts)
         self.memory: kernels.Memory | None = None
         """What layers keep for their backward pass; None: all."""
@@ -248,5 +250,8 @@ class PackedVLM(nn.Module):
         ).last_hidden_state[0]
         hidden_SD = hidden if self.reads_rows else hidden[supervised_S]
         logits_SV = self._part(self.parts.head)(hidden_SD)
+        labels_S = labels_T[0, supervised_S]
+        if not self.reference:
+            return kernels.cross_entropy(logits_SV, labels_S)
         logits_SV = logits_SV.to(torch.promote_types(logits_SV.dtype, torch.float32))
-        return F.cross_entropy(logits_SV, labels_T[0, supervised_S], reduction="none")
+        return F.cross_entropy(logits_SV, labels_S, reduction="none")

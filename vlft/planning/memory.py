@@ -15,7 +15,7 @@ from vlft.models.flops import Shape
 from vlft.models.forward import base_model
 from vlft.models.kernels.block import Keep
 from vlft.models.kernels.install import blocks_of
-from vlft.models.kernels.memory import CONTEXT, LOGITS, MARGIN, Cost, Sizes, Tower, choose, fixed_by, peak
+from vlft.models.kernels.memory import CONTEXT, MARGIN, Cost, Sizes, Tower, choose, fixed_by, peak
 from vlft.models.load import is_quantised
 from vlft.planning.load import Row
 from vlft.proof import logical_size
@@ -267,7 +267,7 @@ def memory_of(
     pixels = row.patches * shape.patch_inputs * (compute + 1)
     positions = 8 * row.tokens * shape.head_dim + 8 * row.patches * shape.vit_width // shape.vit_heads
     features = 2 * row.work.merged * shape.width * compute * (1 + len(shape.levels))
-    logits = float(LOGITS * row.supervised * shape.vocabulary)
+    logits = float(compute * row.supervised * shape.vocabulary)
     holds = plan != "low" and not static.sharded
     copies = static.copies.held if holds else 0.0
     still = static.weights + static.states + copies
@@ -275,7 +275,7 @@ def memory_of(
         # As a row of training reckons: `auto` leaves a margin alone (`room_on_gpu`), and its pixels are there already.
         coming = sum(sum(tower.gradients) for tower in towers)
         free = room * (1 - MARGIN) - CONTEXT - still - pixels - (static.gradients - coming)
-        keeps = choose(towers, logits, free)
+        keeps = choose(towers, logits + 2 * _cast(static, shape, compute), free)
     else:
         keeps = fixed_by(plan, [t.layers for t in towers])
     again = sum(t.cost.again(keep) for t, each in zip(towers, keeps, strict=True) for keep in each)
@@ -312,7 +312,7 @@ def _worst(
     there = static.gradients
     if come:
         there -= sum(map(sum, static.layer_gradients)) + (head if static.tied else head + embedding)
-    at_head = there + kept + cast + max(logits, head + cast)
+    at_head = there + kept + cast + logits + head + cast
     if come:
         there += head
     twice = 0.0 if come else max((max(each, default=0.0) for each in static.layer_gradients), default=0.0)

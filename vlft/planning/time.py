@@ -83,7 +83,7 @@ def time_of(
     in_windows = 2.0 * amounts["patches"] * len(shape.windowed) * shape.vit_width * (4 + 7 * learns)
     vit = shape.vit_depth * vit - len(shape.windowed) * 12 * shape.vit_width  # there the rotation is attention's
     moved = 2.0 * (amounts["tokens"] * shape.layers * llm + amounts["patches"] * vit * (0.4 + 0.6 * learns))
-    moved += 20.0 * amounts["supervised"] * shape.vocabulary
+    moved += 8.0 * amounts["supervised"] * shape.vocabulary  # written, read, and in the backward pass once more
     trained = sum(part.trainable for part in static.parts)
     if static.is_split:
         moved += rows * 2 * static.copies.held

@@ -29,8 +29,6 @@ TOWERS = ("vision", "language")
 KEEPS: tuple[Keep, ...] = get_args(Keep)
 SHARE = 8
 """A row that did not fit is to keep less by at least one part in so many of what could be spared."""
-LOGITS = 14
-"""Bytes of a logit: in the compute dtype and in fp32, the log of its softmax, and the gradients of these."""
 
 
 @dataclass(frozen=True)
@@ -213,6 +211,7 @@ class Memory:
         fixed: Sequence[Sequence[Keep]] | None = None,
         room: Callable[[], float] | None = None,
         gradients_stay: bool = True,
+        beside: int = 0,
     ) -> None:
         """
         Args:
@@ -220,8 +219,9 @@ class Memory:
             fixed: what each keeps, whatever the row.
             room: bytes that are free for a row now, with all gradients there. Without it and `fixed` all is kept.
             gradients_stay: on the parameters, from their backward to the step; no engine takes them away.
+            beside: bytes that the head takes beside its weight, its gradient and the logits, while it works.
         """
-        self.gradients_stay = gradients_stay
+        self.gradients_stay, self.beside = gradients_stay, beside
         self.towers = [list(layers) for layers in towers]
         self.vocabulary = vocabulary
         self.room = None if fixed is not None else room
@@ -251,7 +251,8 @@ class Memory:
                 cost = Cost.of(Sizes.of(layers[0].vlft_block), n, longest, kind.itemsize)  # type: ignore[arg-type]
             towers.append(Tower(cost, each))
             coming += sum(each)
-        head, room = float(LOGITS * supervised * self.vocabulary), self.room() + coming - self.short
+        head = float(kind.itemsize * supervised * self.vocabulary + self.beside)
+        room = self.room() + coming - self.short
         self.now = choose(towers, head, room)
         self._row = towers, head, room
         self._tell()
@@ -339,11 +340,12 @@ def memory_for(
     room: Callable[[], float] | None,
     *,
     gradients_stay: bool = True,
+    beside: int = 0,
 ) -> Memory:
     """By `plan`: "all", "low" (inputs alone), "auto" or bytes (by `room`), or how many layers of a tower keep which."""
     towers = installed.learning()
     if plan == "auto" or isinstance(plan, int):
-        return Memory(towers, vocabulary, room=room, gradients_stay=gradients_stay)
+        return Memory(towers, vocabulary, room=room, gradients_stay=gradients_stay, beside=beside)
     return Memory(towers, vocabulary, fixed=fixed_by(plan, [len(layers) for layers in towers]))
 
 

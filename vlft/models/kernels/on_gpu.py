@@ -653,3 +653,68 @@ def _sums(some_PO: Tensor, kind: torch.dtype) -> Tensor:
     tiles = -(-columns // _SMALL_TILE[1])
     _column_sums((tiles, 1), (some_PO, out), (columns, columns), _SMALL_TILE, 4, changing=(rows, rows))
     return out
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Cross entropy: one program has a token's logits, piece by piece; in the backward pass, one for each piece
+
+_LOGITS, _LOGITS_BACK = 4096, 2048
+
+
+@triton.jit
+def _cross_entropy_kernel(logits_ptr, labels_ptr, losses_ptr, sums_ptr, vocabulary, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    logits_ptr += row * vocabulary
+    # Each lane has a maximum and a sum of its own: to join them for every piece would wait each time.
+    top = tl.full((BLOCK,), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for first in range(0, vocabulary, BLOCK):
+        column = first + tl.arange(0, BLOCK)
+        x = tl.load(logits_ptr + column, mask=column < vocabulary, other=float("-inf")).to(tl.float32)
+        higher = tl.maximum(top, x)
+        # Of a lane without numbers so far: minus infinity less itself is none.
+        least = tl.where(higher == float("-inf"), 0.0, higher)
+        total = total * tl.exp(top - least) + tl.exp(x - least)
+        top = higher
+    highest = tl.max(top, 0)
+    sum_ = highest + tl.log(tl.sum(total * tl.exp(top - highest), 0))
+    label = tl.load(labels_ptr + row)
+    tl.store(sums_ptr + row, sum_)
+    tl.store(losses_ptr + row, sum_ - tl.load(logits_ptr + label).to(tl.float32))
+
+
+_cross_entropy = Launch(_cross_entropy_kernel)
+
+
+def cross_entropy(logits_SV: Tensor, labels_S: Tensor) -> tuple[Tensor, Tensor]:
+    rows, vocabulary = logits_SV.shape
+    losses, sums = (torch.empty(rows, dtype=torch.float32, device=logits_SV.device) for _ in range(2))
+    if rows:
+        _cross_entropy((rows, 1), (logits_SV, labels_S, losses, sums), (vocabulary,), (_LOGITS,), 8)
+    return losses, sums
+
+
+@triton.jit
+def _cross_entropy_backward_kernel(
+    logits_ptr, labels_ptr, sums_ptr, d_losses_ptr, vocabulary, BLOCK: tl.constexpr
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < vocabulary
+    place = logits_ptr + row * vocabulary + column
+    d = tl.exp(tl.load(place, mask=inside, other=0.0).to(tl.float32) - tl.load(sums_ptr + row))
+    d -= tl.where(column == tl.load(labels_ptr + row), 1.0, 0.0)
+    tl.store(place, (d * tl.load(d_losses_ptr + row)).to(logits_ptr.dtype.element_ty), mask=inside)
+
+
+_cross_entropy_backward = Launch(_cross_entropy_backward_kernel)
+
+
+def cross_entropy_backward(logits_SV: Tensor, labels_S: Tensor, sums_S: Tensor, d_losses_S: Tensor) -> Tensor:
+    rows, vocabulary = logits_SV.shape
+    if rows:
+        _cross_entropy_backward(
+            (rows, -(-vocabulary // _LOGITS_BACK)), (logits_SV, labels_S, sums_S, d_losses_S.contiguous()),
+            (vocabulary,), (_LOGITS_BACK,), 4,
+        )  # fmt: skip
+    return logits_SV

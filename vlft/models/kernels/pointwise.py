@@ -336,3 +336,23 @@ _PLAIN: dict[str, Callable[[Tensor], Tensor]] = {
 def column_sums(x_NO: Tensor, kind: torch.dtype) -> Tensor:
     """(O,) in `kind`, added up in no fewer digits than fp32's."""
     return x_NO.sum(0, dtype=torch.promote_types(kind, wide(x_NO[:0]).dtype)).to(kind)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Cross entropy
+
+
+@_one_kernel
+def cross_entropy(logits_SV: Tensor, labels_S: Tensor) -> tuple[Tensor, Tensor]:
+    """(S,) losses, and the logs of the sums of exponents, in fp32 (fp64)."""
+    x = wide(logits_SV)
+    sums_S = torch.logsumexp(x, 1)
+    return sums_S - x.gather(1, labels_S.unsqueeze(1)).squeeze(1), sums_S
+
+
+@_one_kernel
+def cross_entropy_backward(logits_SV: Tensor, labels_S: Tensor, sums_S: Tensor, d_losses_S: Tensor) -> Tensor:
+    """The gradient of the logits, in their place, which nothing needs any more. `sums_S`: from the forward."""
+    d = torch.exp(wide(logits_SV) - sums_S.unsqueeze(1))
+    d.scatter_add_(1, labels_S.unsqueeze(1), -torch.ones_like(d[:, :1]))
+    return logits_SV.copy_(d * d_losses_S.unsqueeze(1))
