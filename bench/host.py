@@ -134,6 +134,8 @@ def prepared(row: str, folder: Path) -> tuple[Any, dict[str, Any]]:
     cast(model, source.compute_dtype, masters=masters)
     packed = PackedVLM(model, source.parts, source.config.image_token_id).train()
     packed.installed.holds = True
+    if masters and hasattr(packed, "split_masters"):  # an older checkout has whole ones
+        packed.split_masters()
     for p in packed.parameters():
         p.data = p.data.clone()  # a file's mapping is aligned otherwise than a GPU's memory
     grid = torch.tensor([[1, 2, 2]])

@@ -20,7 +20,7 @@ WORK = {
     "3B-full-fp32": ("3B `full`, fp32 masters", ">= 50% MFU", "<= 75 GiB"),
     "3B-lora": ("3B `lora_llm_full_vit`", ">= 45% MFU, >= 4x", "<= 40 GiB"),
     "3B-lora-bf16": ("the same, ViT and adapters in bf16", ">= 45% MFU, >= 4x", ""),
-    "3B-lora-40": ("the same, `--memory 43GiB`", ">= 45% MFU, >= 4x", "<= 40 GiB"),
+    "3B-lora-40": ("the same, `--memory 42.7GiB`", ">= 45% MFU, >= 4x", "<= 40 GiB"),
     "7B-lora": ("7B `lora_llm_full_vit`", ">= 45% MFU", "<= 78 GiB"),
     "7B-lora-low": ("7B `lora_llm_full_vit --memory low`", "trains", "<= 24 GiB"),
     "7B-qlora": ("7B `qlora`", ">= 45% MFU, >= 3.5x", "<= 24 GiB"),

@@ -371,6 +371,10 @@ def test_two_halves_are_the_number() -> None:
             .view(torch.float32)[:8192],  # every remainder
         ]
     )
+    nan = torch.tensor([0x7FFFFFFF, -1, 0x7FC00000, 0x7F800001], dtype=torch.int32).view(torch.float32)
+    upper, lower = split(nan)
+    assert upper.isnan().all()
+    assert join(upper, lower).isnan().all()
     upper, lower = split(known)
     assert (upper.dtype, lower.dtype) == (torch.bfloat16, torch.int16)
     assert torch.equal(join(upper, lower).view(torch.int32), known.view(torch.int32))

@@ -40,6 +40,7 @@ from vlft.metrics import Metric, load_script, lower_is_better
 from vlft.models import attention_by_cudnn
 from vlft.models.forward import PackedVLM
 from vlft.models.kernels import Memory, memory_for, room_on_gpu
+from vlft.models.kernels.memory import MARGIN, MARGIN_WITHOUT_RETRY
 from vlft.models.load import Checkpoint, PictureFacts, Source, cast, open_checkpoint, read_json, source_of
 from vlft.optim import Multiplier, build_optimizer, master_dtype, schedule
 from vlft.proof import Proof, check_groups, logical_size, part_table, render
@@ -355,11 +356,15 @@ def remember(packed: PackedVLM, config: RunConfig, engine: Engine) -> Memory:
     plan = config.kept
     size = plan if isinstance(plan, int) else None
     chooses = on_gpu and (plan == "auto" or size is not None)
-    room = room_on_gpu(engine.device, engine.pending_bytes, size) if chooses else None
+    head = packed.hf.get_submodule(packed.parts.head).weight
+    # What is gathered for the head may stay for the whole backward pass.
+    stays = beside_head(head, engine) if engine.shards_weights else 0
+    margin = MARGIN if engine.retries else MARGIN_WITHOUT_RETRY
+    room = room_on_gpu(engine.device, lambda: engine.pending_bytes() + stays, size, margin) if chooses else None
     vocabulary = int(packed.hf.config.get_text_config().vocab_size)
-    beside = beside_head(packed.hf.get_submodule(packed.parts.head).weight, engine)
     packed.memory = memory_for(
-        packed.installed, vocabulary, plan, room, gradients_stay=not engine.shards_states, beside=beside
+        packed.installed, vocabulary, plan, room, gradients_stay=not engine.shards_states,
+        beside=lambda: 0 if engine.shards_weights else beside_head(head, engine),
     )  # fmt: skip
     packed.installed.holds = plan != "low" and not engine.shards_states
     if plan == "low" or chooses:
@@ -372,12 +377,15 @@ def remember(packed: PackedVLM, config: RunConfig, engine: Engine) -> Memory:
 
 
 def beside_head(weight: nn.Parameter, engine: Engine) -> int:
-    """Bytes of the head's weight cast to the compute dtype or gathered, and of its gradient before it is widened or
-    handed on."""
+    """Bytes of the head's weight cast to the compute dtype or gathered, and of its gradient before it is widened, added
+    to that of a row before, or handed on."""
     compute = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(engine.precision, weight.dtype)
+    numbers = logical_size(weight)
     cast = weight.dtype != compute or engine.shards_weights
-    widened = weight.requires_grad and (weight.dtype != compute or engine.shards_states)
-    return logical_size(weight) * compute.itemsize * (cast + widened)
+    narrow = weight.requires_grad and (weight.dtype != compute or engine.shards_states or weight.grad is not None)
+    wide = weight.requires_grad and weight.dtype != compute and weight.grad is not None
+    # The cast is gone by the time that the gradient is widened.
+    return numbers * max(compute.itemsize * (cast + narrow), (compute.itemsize + weight.dtype.itemsize) * wide)
 
 
 def known_budget(state: Mapping[str, Any] | None, folder: RunFolder, engine: Engine) -> Budget:

@@ -239,8 +239,11 @@ def test_sums_of_columns(device: str, kind: torch.dtype, rows: int, columns: int
 @pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("vocabulary", [24, 4096, 9999])
 @pytest.mark.parametrize("rows", [0, 5])
-def test_cross_entropy(device: str, kind: torch.dtype, vocabulary: int, rows: int) -> None:
+def test_cross_entropy(
+    device: str, kind: torch.dtype, vocabulary: int, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Also of logits that are far apart, whose exponents fp32 does not hold, and of some that are minus infinity."""
+    monkeypatch.setattr(pointwise, "LOGITS_AT_ONCE", 2 * 4096)
     sizes = torch.tensor([1, 1, 10, 100, 300], device=device)[:rows, None]
     logits = (torch.randn(rows, vocabulary, device=device) * sizes).to(kind)
     logits[:2, : vocabulary // 2] = -torch.inf
@@ -255,6 +258,13 @@ def test_cross_entropy(device: str, kind: torch.dtype, vocabulary: int, rows: in
     (d_found,) = torch.autograd.grad(losses, found, d_losses)
     assert d_found.dtype == kind
     assert near(d_found, d_exact, 1e-5 if kind == torch.float32 else 1e-2)
+    if rows:
+        losses = kernels.cross_entropy(found * 1, labels)
+        torch.autograd.grad(losses, found, d_losses, retain_graph=True)
+        with pytest.raises(RuntimeError, match="once"):
+            torch.autograd.grad(losses, found, d_losses)
+        with pytest.raises(RuntimeError, match="inplace operation"):
+            torch.autograd.grad(kernels.cross_entropy(torch.tanh(found), labels), found, d_losses)
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -142,6 +142,11 @@ def test_layers_are_those_that_run(tiny: Callable[..., Path], family: str) -> No
     assert static.gradients - narrowed.gradients == gone > 0.1 * static.gradients
 
 
+def test_logits_take_their_own_two_bytes_or_what_pytorchs_loss_does(seven: Path) -> None:
+    ours, pytorchs = (plan(seven, "lora", *more).memory.logits for more in ([], ["--reference", "true"]))
+    assert pytorchs == 7 * ours > 0
+
+
 def test_sums_of_a_seven_billion(seven: Path) -> None:
     """Against the published count: 8.29 billion parameters."""
     found = plan(seven, "full")

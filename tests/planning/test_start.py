@@ -6,8 +6,10 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
+import torch
 from runs import command, train, write_data
 
 from vlft.commands import read_plan
@@ -15,6 +17,7 @@ from vlft.models.peaks import peak_flops
 from vlft.planning import gpus, start
 from vlft.planning.estimate import Estimate, estimate, shared_out
 from vlft.planning.memory import Copies, PartSize, Static
+from vlft.setup import beside_head
 
 H100 = gpus.by_name("H100")
 
@@ -101,3 +104,26 @@ def test_what_engines_cut_up(stage: int, masters: bool, weights: float, gradient
     whole = Static([PartSize("llm", 100, 100, 400.0)], 400.0, 800.0, (0.0, 0.0), False, ([], []), ([], []), none, none)
     found = shared_out(whole, stage, 2, masters=masters, compute=2)
     assert (found.weights, found.gradients, found.states) == (weights, gradients, states)
+
+
+@pytest.mark.parametrize(
+    ("weight", "precision", "trains", "shards", "later", "expected"),
+    [
+        (torch.bfloat16, "bf16", False, "", False, 0),
+        (torch.bfloat16, "bf16", True, "", False, 0),
+        (torch.bfloat16, "bf16", True, "", True, 2),  # beside the gradient that it is added to
+        (torch.float32, "bf16", True, "", False, 4),  # a cast, and a gradient before it is widened
+        (torch.float32, "bf16", True, "", True, 6),  # a gradient before and after it is widened
+        (torch.float32, "no", True, "", False, 0),
+        (torch.bfloat16, "bf16", True, "states", False, 2),
+        (torch.bfloat16, "bf16", True, "weights", False, 4),
+        (torch.bfloat16, "bf16", False, "weights", False, 2),
+    ],
+)
+def test_what_the_head_takes_beside_its_weight(
+    weight: torch.dtype, precision: str, trains: bool, shards: str, later: bool, expected: int
+) -> None:
+    head = torch.nn.Parameter(torch.zeros(7, 3, dtype=weight), requires_grad=trains)
+    head.grad = torch.zeros_like(head) if later else None
+    engine = Mock(precision=precision, shards_weights=shards == "weights", shards_states=shards != "")
+    assert beside_head(head, engine) == 21 * expected

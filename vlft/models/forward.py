@@ -111,7 +111,7 @@ class PackedVLM(nn.Module):
         self.installed.split_masters()
 
     def narrow_gradients(self, kind: torch.dtype | None) -> None:
-        """Have the layers' large gradients in `kind`, or in the weights' dtype; before a step's first row.
+        """Have the layers' large gradients in `kind`, or in their masters' dtype; before a step's first row.
 
         In the compute dtype they are what autocast's own backward gives, which widens them without need where no
         second row's is added: half the memory, and half of what the optimizer reads.

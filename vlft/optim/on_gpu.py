@@ -137,7 +137,7 @@ def _update_rows(
         w = _bits_rounded(w, digits_w)
     if HALVES:  # as `remainder.split`
         bits = w.to(tl.int32, bitcast=True)
-        upper = (bits + 0x8000) >> 16
+        upper = tl.where(w == w, (bits + 0x8000) >> 16, 0x7FFF)
         tl.store(p_ptr + place, upper.to(tl.int16), mask=inside)
         tl.store(rest_ptr + place, (bits - (upper << 16)).to(tl.int16), mask=inside)
     else:

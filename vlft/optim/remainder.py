@@ -4,8 +4,8 @@ Beside masters in fp32, products in bf16 need casts of them: for every row, and 
 kept. Together the halves are the same 32 bits, so that nothing is rounded in a step, and nothing is cast for a row.
 (TransformerEngine's FusedAdam knows the idea as `store_param_remainders`.)
 
-The upper half is the nearest bf16, of two that are equally near the larger one: a tie to the even digit, as a cast has
-it, would need a 17th bit for the rest.
+The upper half is the nearest bf16, of two that are equally near the one farther from zero: a tie to the even digit, as
+a cast has it, would need a 17th bit for the rest.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ _NAME = "fp32_remainder"
 def split(x: Tensor) -> tuple[Tensor, Tensor]:
     """fp32 -> (bf16, int16)."""
     bits = x.contiguous().view(torch.int32)
-    upper = (bits + 0x8000) >> 16
+    # Of a NaN the sum would be another number, which products would take for a weight like any other.
+    upper = torch.where(x.isnan(), 0x7FFF, (bits + 0x8000) >> 16)
     return upper.to(torch.int16).view(torch.bfloat16), (bits - (upper << 16)).to(torch.int16)
 
 

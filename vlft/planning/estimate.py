@@ -91,6 +91,7 @@ def expected(
     rows = sum(map(len, steps.rows)) / len(steps.rows)
     memory = memory_of(
         static, shape, steps.largest, rows=math.ceil(rows), compute=compute.itemsize, room=gpu.memory, plan=config.kept,
+        reference=config.reference,
     )  # fmt: skip
     work = steps.work()
     share = work.tokens / rows / max(steps.largest.tokens, 1)

@@ -15,7 +15,7 @@ from vlft.models.flops import Shape
 from vlft.models.forward import base_model
 from vlft.models.kernels.block import Keep
 from vlft.models.kernels.install import blocks_of
-from vlft.models.kernels.memory import CONTEXT, MARGIN, Cost, Sizes, Tower, choose, fixed_by, peak
+from vlft.models.kernels.memory import CONTEXT, MARGIN, MARGIN_WITHOUT_RETRY, Cost, Sizes, Tower, choose, fixed_by, peak
 from vlft.models.load import is_quantised
 from vlft.planning.load import Row
 from vlft.proof import logical_size
@@ -25,6 +25,11 @@ NF4 = 0.5 + 1 / 64 + 4 / (64 * 256)
 PIECES = 1.02
 """What the allocator holds over what it gives out: by 2% more in the mean of 30 runs on an H200, from 0.7 to 5.9%
 (docs/planning.md)."""
+
+
+REFERENCE_LOGIT = 14
+"""Bytes of a logit by PyTorch's own functions: in the compute dtype and in fp32, the log of its softmax, and the
+gradients of these."""
 
 
 @dataclass(frozen=True)
@@ -255,26 +260,29 @@ def memory_of(
     compute: int,
     room: float,
     plan: str | int | MemoryPlan = "auto",
+    reference: bool = False,
 ) -> Memory:
     """
     Args:
         row: the largest.
         rows: of a step: behind the first, gradients are there before the row.
         room: bytes of the GPU, for this process; layers keep what fits, unless `plan` says what they keep.
+        reference: the loss is PyTorch's own.
     """
     come = rows == 1 and not static.sharded
     towers = towers_of(static, shape, row, compute, gradients=come)
     pixels = row.patches * shape.patch_inputs * (compute + 1)
     positions = 8 * row.tokens * shape.head_dim + 8 * row.patches * shape.vit_width // shape.vit_heads
     features = 2 * row.work.merged * shape.width * compute * (1 + len(shape.levels))
-    logits = float(compute * row.supervised * shape.vocabulary)
+    logits = float((REFERENCE_LOGIT if reference else compute) * row.supervised * shape.vocabulary)
     holds = plan != "low" and not static.sharded
     copies = static.copies.held if holds else 0.0
     still = static.weights + static.states + copies
     if plan == "auto" or isinstance(plan, int):
         # As a row of training reckons: `auto` leaves a margin alone (`room_on_gpu`), and its pixels are there already.
         coming = sum(sum(tower.gradients) for tower in towers)
-        free = room * (1 - MARGIN) - CONTEXT - still - pixels - (static.gradients - coming)
+        margin = MARGIN_WITHOUT_RETRY if static.sharded else MARGIN
+        free = room * (1 - margin) - CONTEXT - still - pixels - (static.gradients - coming)
         keeps = choose(towers, logits + 2 * _cast(static, shape, compute), free)
     else:
         keeps = fixed_by(plan, [t.layers for t in towers])

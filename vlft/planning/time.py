@@ -9,7 +9,7 @@ from vlft.models.flops import Shape, Training, Work, unit_flops
 from vlft.planning.gpus import Gpu
 from vlft.planning.memory import NF4, Memory, Static
 
-PRODUCTS, ATTENTION, BY_CUDNN, WINDOWS, BANDWIDTH = 0.72, 0.17, 0.27, 0.22, 0.8
+PRODUCTS, ATTENTION, BY_CUDNN, WINDOWS, BANDWIDTH = 0.72, 0.17, 0.27, 0.33, 0.8
 """Shares of the peaks that are reached, of arithmetic or (the last two) of bandwidth. Attention's are from profiles of
 an H200, where cuDNN's takes 0.63 of the time of PyTorch's flash kernels; the other two were assumed. docs/planning.md
 says what comes of them."""

@@ -31,7 +31,8 @@ from vlft.models.kernels.product import Copies, Gradients, Products, Weights, no
 from vlft.optim import gradient_dtype
 
 Keep = Literal["all", "attention", "attended", "input"]
-"""What a layer keeps for its backward pass: all that is dear, all but the MLP's inner values, or its input alone."""
+"""What a layer keeps for its backward pass: all that is dear; all but the MLP's inner values; all but these and
+queries, keys and values, so that what the attention gave stays; or its input alone."""
 
 
 class Norm:

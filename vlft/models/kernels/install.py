@@ -69,7 +69,7 @@ class Installed:
         return (product for block in self._blocks() for group in block.groups() for product in group.each)
 
     def narrow_gradients(self, kind: torch.dtype | None) -> None:
-        """Gradients of the products' own weights will be in `kind`, or in the weights' dtype. None is there now."""
+        """Gradients of the products' own weights will be in `kind`, or in their masters' dtype. None is there now."""
         for product in self._products():
             weight = product.base.weight
             if product.plain and (weight.requires_grad or kind is None):  # it may have been frozen meanwhile

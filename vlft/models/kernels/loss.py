@@ -29,9 +29,14 @@ class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, d_losses_S: Tensor) -> tuple[Tensor, None]:
+        if ctx.kept is None:
+            raise RuntimeError("The gradient of these logits is in their place already; a row goes backward once.")
         logits_SV, labels_S, sums_S = ctx.kept
         ctx.kept = None
-        return pointwise.cross_entropy_backward(logits_SV, labels_S, sums_S, d_losses_S), None
+        d_logits_SV = pointwise.cross_entropy_backward(logits_SV, labels_S, sums_S, d_losses_S)
+        # A kernel writes unseen by autograd, which must know if a head of its own kind has saved its output.
+        torch.autograd.graph.increment_version(logits_SV)
+        return d_logits_SV, None
 
 
 def cross_entropy(logits_SV: Tensor, labels_S: Tensor) -> Tensor:

@@ -23,8 +23,9 @@ from vlft.optim import gradient_dtype
 CONTEXT = int(0.81e9)
 """Bytes of a process on a GPU outside PyTorch's allocator: the driver's context, libraries' workspaces, kernels. On an
 H200 0.79e9 to 0.80e9 in 30 runs (bench/planning.py)."""
-MARGIN = 0.045
-"""Of the memory, for what the allocator cannot use because it lies in pieces, and for libraries' workspaces."""
+MARGIN, MARGIN_WITHOUT_RETRY = 0.045, 0.06
+"""Of the memory, for what the allocator cannot use because it lies in pieces, and for libraries' workspaces; the second
+where a row that does not fit ends the run."""
 TOWERS = ("vision", "language")
 KEEPS: tuple[Keep, ...] = get_args(Keep)
 SHARE = 8
@@ -148,7 +149,7 @@ def peak(towers: Sequence[Tower], keeps: Sequence[Sequence[Keep]], head: float) 
 
     Args:
         towers: in the order of the forward.
-        head: bytes of the logits and all that comes of them.
+        head: bytes of the logits, and of what the head needs beside them.
     """
     kept: list[float] = []
     passing: list[float] = []
@@ -211,7 +212,7 @@ class Memory:
         fixed: Sequence[Sequence[Keep]] | None = None,
         room: Callable[[], float] | None = None,
         gradients_stay: bool = True,
-        beside: int = 0,
+        beside: Callable[[], int] = int,
     ) -> None:
         """
         Args:
@@ -219,7 +220,7 @@ class Memory:
             fixed: what each keeps, whatever the row.
             room: bytes that are free for a row now, with all gradients there. Without it and `fixed` all is kept.
             gradients_stay: on the parameters, from their backward to the step; no engine takes them away.
-            beside: bytes that the head takes beside its weight, its gradient and the logits, while it works.
+            beside: bytes that the head takes in this row beside its weight, its gradient and the logits.
         """
         self.gradients_stay, self.beside = gradients_stay, beside
         self.towers = [list(layers) for layers in towers]
@@ -230,7 +231,7 @@ class Memory:
         self._trained: list[list[tuple[nn.Parameter | None, int]]] | None = None
         """What `_gradients` says of each layer; parameters are too many to be asked for every row."""
         self._row: tuple[list[Tower], float, float] = ([], 0.0, 0.0)
-        """Of the last row: towers, and in bytes all that comes of its logits, and the room for it."""
+        """Of the last row: towers, and in bytes what the head needs for it, and the room."""
         self.now: list[list[Keep]] = [list(row) for row in fixed or [["all"] * len(layers) for layers in towers]]
         self._tell()
 
@@ -251,7 +252,7 @@ class Memory:
                 cost = Cost.of(Sizes.of(layers[0].vlft_block), n, longest, kind.itemsize)  # type: ignore[arg-type]
             towers.append(Tower(cost, each))
             coming += sum(each)
-        head = float(kind.itemsize * supervised * self.vocabulary + self.beside)
+        head = float(kind.itemsize * supervised * self.vocabulary + self.beside())
         room = self.room() + coming - self.short
         self.now = choose(towers, head, room)
         self._row = towers, head, room
@@ -314,20 +315,23 @@ class Memory:
         return "no layer computes anything again in the backward pass"
 
 
-def room_on_gpu(device: torch.device, pending: Callable[[], int], size: int | None = None) -> Callable[[], float]:
+def room_on_gpu(
+    device: torch.device, pending: Callable[[], int], size: int | None = None, margin: float = MARGIN
+) -> Callable[[], float]:
     """Bytes that are free for a row, now.
 
     Args:
         pending: bytes that will be taken whatever a row keeps.
         size: of the GPU, as far as this process may use it; the allocator gives no more.
+        margin: share of either that is left alone.
     """
     index: int | None = device.index
     if index is None:  # as of a process that has the machine for itself; torch's limit wants to know which
         device = torch.device("cuda", torch.cuda.current_device())
     free, total = torch.cuda.mem_get_info(device)
-    ours = free + torch.cuda.memory_reserved(device) - MARGIN * total
+    ours = free + torch.cuda.memory_reserved(device) - margin * total
     if size is not None and size < total:
-        ours = min(ours, size - CONTEXT - MARGIN * size)
+        ours = min(ours, size - CONTEXT - margin * size)
         # Otherwise a row that takes more than was reckoned would take it from those who share the GPU.
         torch.cuda.set_per_process_memory_fraction(max(size - CONTEXT, 0) / total, device)
     return lambda: ours - torch.cuda.memory_allocated(device) - pending()
@@ -340,7 +344,7 @@ def memory_for(
     room: Callable[[], float] | None,
     *,
     gradients_stay: bool = True,
-    beside: int = 0,
+    beside: Callable[[], int] = int,
 ) -> Memory:
     """By `plan`: "all", "low" (inputs alone), "auto" or bytes (by `room`), or how many layers of a tower keep which."""
     towers = installed.learning()

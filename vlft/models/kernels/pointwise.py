@@ -341,18 +341,31 @@ def column_sums(x_NO: Tensor, kind: torch.dtype) -> Tensor:
 # ---------------------------------------------------------------------------------------------------------------------
 # Cross entropy
 
+LOGITS_AT_ONCE = 1 << 24
+"""In fp32: all of them would take twice what the logits do, and as much again for what is between."""
+
 
 @_one_kernel
 def cross_entropy(logits_SV: Tensor, labels_S: Tensor) -> tuple[Tensor, Tensor]:
     """(S,) losses, and the logs of the sums of exponents, in fp32 (fp64)."""
-    x = wide(logits_SV)
-    sums_S = torch.logsumexp(x, 1)
-    return sums_S - x.gather(1, labels_S.unsqueeze(1)).squeeze(1), sums_S
+    sums = [torch.logsumexp(wide(piece), 1) for piece in torch.split(logits_SV, _rows(logits_SV))]
+    sums_S = torch.cat(sums)
+    return sums_S - wide(logits_SV.gather(1, labels_S.unsqueeze(1))).squeeze(1), sums_S
 
 
 @_one_kernel
 def cross_entropy_backward(logits_SV: Tensor, labels_S: Tensor, sums_S: Tensor, d_losses_S: Tensor) -> Tensor:
     """The gradient of the logits, in their place, which nothing needs any more. `sums_S`: from the forward."""
-    d = torch.exp(wide(logits_SV) - sums_S.unsqueeze(1))
-    d.scatter_add_(1, labels_S.unsqueeze(1), -torch.ones_like(d[:, :1]))
-    return logits_SV.copy_(d * d_losses_S.unsqueeze(1))
+    rows = _rows(logits_SV)
+    columns = (x.unsqueeze(1) for x in (labels_S, sums_S, d_losses_S))
+    pieces = (torch.split(x, rows) for x in (logits_SV, *columns))
+    for logits, labels, sums, d_losses in zip(*pieces, strict=True):
+        d = torch.exp(wide(logits) - sums)
+        d.scatter_add_(1, labels, -torch.ones_like(d[:, :1]))
+        logits.copy_(d * d_losses)
+    return logits_SV
+
+
+def _rows(logits_SV: Tensor) -> int:
+    """That are in fp32 at once."""
+    return max(1, LOGITS_AT_ONCE // max(1, logits_SV.shape[1]))
