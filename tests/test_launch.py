@@ -77,7 +77,9 @@ for kind in (torch.bfloat16, torch.float32):
         for weights in ((None, None), (head, head)):
             on_gpu.rotate(qkv, cos, cos, 4, 2, *weights, 1e-6)
             on_gpu.rotate_backward(q, k, k, cos, cos, qkv if weights[0] is not None else None, *weights, 1e-6)
-        borders, many = torch.tensor([0, n], dtype=torch.int32), torch.zeros(n, 12, 8, dtype=kind)
+        borders = torch.tensor([0, n], dtype=torch.int32)
+        half = torch.float16 if kind == torch.float32 else kind  # as `varlen_available`
+        q, many = q.to(half), torch.zeros(n, 12, 8, dtype=half)
         attention_on_gpu.windows(many, cos, cos, borders, 0.1)
         attention_on_gpu.windows_backward(q, many, cos, cos, borders, 0.1)
 
