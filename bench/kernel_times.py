@@ -63,6 +63,7 @@ class Sizes:
         self.patches, self.tokens = (max(128, int(n * given.scale)) // 64 * 64 for n in (27_000, 7_300))
         narrow = 1.0 if given.scale == 1.0 else 0.1
         self.vision, self.inner_vision = int(1280 * narrow) // 16 * 16, int(3456 * narrow) // 64 * 64
+        self.vocabulary = int(151_936 * narrow)
         self.language, self.inner_language = int(2048 * narrow) // 64 * 64, int(11008 * narrow) // 64 * 64
 
     def rand(self, *shape: int, kind: torch.dtype = KIND) -> Tensor:
@@ -105,6 +106,22 @@ def memory_bound(s: Sizes) -> Iterator[Case]:
         for function, args in (("rotate", forward), ("rotate_backward", backward)):
             fast, slow = partial(getattr(pointwise, function), *args), partial(plain(function), *args)
             yield Case(f"{function} {name}", fast, slow, 2 * size(qkv) + size(cos, sin))
+
+
+def losses(s: Sizes) -> Iterator[Case]:
+    """Of the learnt tokens, a tenth of all."""
+    logits = s.rand(s.tokens // 10, s.vocabulary)
+    labels = torch.randint(s.vocabulary, (len(logits),), device=s.device)
+    sums = plain("cross_entropy")(logits, labels)[1]
+    fast, slow = (partial(one, logits, labels) for one in (pointwise.cross_entropy, plain("cross_entropy")))
+    yield Case("cross_entropy", fast, slow, size(logits))
+
+    def back(function: Callable[..., Tensor]) -> Tensor:
+        # On a copy, since it works in place: a pass more that reads and writes.
+        return function(logits.clone(), labels, sums, torch.ones_like(sums))
+
+    fast, slow = (partial(back, one) for one in (pointwise.cross_entropy_backward, plain("cross_entropy_backward")))
+    yield Case("cross_entropy_backward", fast, slow, 4 * size(logits))
 
 
 def windows(s: Sizes) -> Iterator[Case]:
@@ -243,7 +260,7 @@ def main() -> None:
         assert card is not None, "no GPU is there; give --device cpu"
         gpu, bandwidth = card.name, card.bandwidth
     with (given.out / "kernels.jsonl").open("a") as file:
-        for make in (memory_bound, windows, attentions, products):
+        for make in (memory_bound, losses, windows, attentions, products):
             for case in make(sizes):
                 if not case.name.startswith(given.only):
                     continue
