@@ -356,7 +356,7 @@ def remember(packed: PackedVLM, config: RunConfig, engine: Engine) -> Memory:
     plan = config.kept
     size = plan if isinstance(plan, int) else None
     chooses = on_gpu and (plan == "auto" or size is not None)
-    head = packed.hf.get_submodule(packed.parts.head).weight
+    head = getattr(packed.hf.get_submodule(packed.parts.head), "weight", None)
     # What is gathered for the head may stay for the whole backward pass.
     stays = beside_head(head, engine) if engine.shards_weights else 0
     margin = MARGIN if engine.retries else MARGIN_WITHOUT_RETRY
@@ -376,9 +376,11 @@ def remember(packed: PackedVLM, config: RunConfig, engine: Engine) -> Memory:
     return packed.memory
 
 
-def beside_head(weight: nn.Parameter, engine: Engine) -> int:
+def beside_head(weight: nn.Parameter | None, engine: Engine) -> int:
     """Bytes of the head's weight cast to the compute dtype or gathered, and of its gradient before it is widened, added
-    to that of a row before, or handed on."""
+    to that of a row before, or handed on. None: a plugin's head, of which nothing is known."""
+    if weight is None:
+        return 0
     compute = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(engine.precision, weight.dtype)
     numbers = logical_size(weight)
     cast = weight.dtype != compute or engine.shards_weights
