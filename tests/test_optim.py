@@ -271,7 +271,7 @@ def test_narrow_gradients_of_masters() -> None:
         engine.precision = "bf16"
         optimizer = KernelAdamW([{"params": [w], "part": "llm"}], "fp32", lr=1e-2)
         engine.prepare(nn.ParameterList([w]), optimizer)
-        assert engine.lean
+        assert engine.narrows_gradients
         w.grad_dtype = kind
         assert engine.pending_bytes() == (8 + kind.itemsize) * w.numel()
         for _ in range(3):
@@ -282,12 +282,13 @@ def test_narrow_gradients_of_masters() -> None:
         ends.append(w.detach())
     assert torch.equal(*ends)
     engine.precision = "no"
-    assert not engine.lean
+    assert not engine.splits_masters
     engine.precision, engine.world_size = "bf16", 2
-    assert not engine.lean
+    assert not engine.narrows_gradients
+    assert engine.splits_masters
     engine.world_size = 1
     engine.prepare(nn.ParameterList([w]), torch.optim.AdamW([{"params": [w], "part": "llm"}]))
-    assert not engine.lean
+    assert not engine.splits_masters
 
 
 def test_many_small_gradients_of_a_step_do_not_stand_still() -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from runs import command, final_weights, ledger, metrics, start, write_data
+from runs import command, distance, final_weights, ledger, metrics, start, write_data
 from torch import Tensor, nn
 
 from vlft.engine import summing
@@ -171,3 +171,20 @@ def test_a_run_is_the_same_with_and_without(tiny: Callable[..., Path], tmp_path:
     one, other = final_weights(tmp_path / "after"), final_weights(tmp_path / "ahead")
     assert one.keys() == other.keys()
     assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize("elements", [1 << 30, 8])
+def test_ranks_with_masters_in_two_halves_are_as_those_with_whole_ones(
+    tiny: Callable[..., Path], tmp_path: Path, elements: int
+) -> None:
+    """With the optimizer of a GPU, in bf16; of mixed samples, so that a rank without pictures gives zeros in fp32."""
+    registry = write_data(tmp_path, 7, counts=(0, 5, 0, 1, 0, 0, 2))
+    options: dict[str, Any] = {"max_steps": 4, "per_device_train_batch_size": 2, "save_steps": 4}
+    for name, whole in (("whole", True), ("halves", False)):
+        words = command(tiny(), registry, tmp_path / name, "full", mixed_precision="bf16", **options)
+        start(words, processes=2, fault={"kind": "of_gpu", "whole": whole, "large": elements, "rank": "all"})
+    for x, y in zip(metrics(tmp_path / "whole"), metrics(tmp_path / "halves"), strict=True):
+        assert x["loss"] == pytest.approx(y["loss"], rel=1e-3)
+    one, other = final_weights(tmp_path / "whole"), final_weights(tmp_path / "halves")
+    assert {w.dtype for w in other.values()} == {torch.float32}
+    assert distance(one, other) < 2e-5

@@ -107,7 +107,7 @@ class Job:
 
     def expect(self, rows: int) -> None:
         """Before a step's first row, also of another try: gradients that no other row's are added to may be narrow."""
-        if self.engine.lean:
+        if self.engine.narrows_gradients:
             # Of a whole copy, which no engine has wrapped into a class of its own; mypy knows an nn.Module alone.
             self.packed.narrow_gradients(torch.bfloat16 if rows == 1 else None)  # type: ignore[operator]
 
@@ -181,7 +181,7 @@ def setup(run: Run, engine: Engine) -> Job:
         engine.restore_weights(model, saved)
     wrapped = PackedVLM(model, source.parts, source.config.image_token_id, reference=config.reference)
     packed = engine.prepare(wrapped, optimizer, whole=wrapped.installed.layers)
-    if engine.lean:
+    if engine.splits_masters:
         wrapped.split_masters()
     memory = remember(wrapped, config, engine)
     proof = Proof(model, groups, engine)  # FSDP puts other parameters in the place of those before `prepare`

@@ -192,6 +192,16 @@ class OfGpu(KernelAdamW):
         super().__init__(groups, "fp32")
 
 
+def of_gpu(*, whole: bool) -> None:
+    """The optimizer that a GPU has. `whole`: without masters in two halves."""
+    from vlft import optim
+    from vlft.engine.base import Engine
+
+    optim.AdamW = OfGpu  # type: ignore[misc,assignment]
+    if whole:
+        Engine.splits_masters = False  # type: ignore[method-assign,assignment]
+
+
 def fsdp_on_cpu(*, fused: bool) -> None:
     """FSDP2 where Accelerate ignores it: PyTorch's `fully_shard` by hand, all the rest is vlft's engine.
 
@@ -239,6 +249,9 @@ def spoil(fault: dict[str, Any]) -> None:
     if fault["kind"] == "fsdp_on_cpu":
         fsdp_on_cpu(fused=fault.get("fused", False))
         return
+    if fault["kind"] == "of_gpu":
+        of_gpu(whole=fault["whole"])
+        return
     if fault["kind"] == "told":
         told(fault["path"], fault["seconds"], fault["slow"])
         return
@@ -254,7 +267,7 @@ if __name__ == "__main__":
     found = json.loads(os.environ["FAULT"])
     if "large" in found:  # on all ranks: elements of a gradient that is summed by itself
         summing.LARGE = found.pop("large")
-    if str(found.get("rank", os.environ.get("RANK", "0"))) == os.environ.get("RANK", "0"):
+    if str(found.get("rank", os.environ.get("RANK", "0"))) in ("all", os.environ.get("RANK", "0")):
         spoil(found)
     from vlft.cli import main
 

@@ -108,7 +108,7 @@ def test_a_run_with_masters_in_two_halves_is_that_of_whole_ones(
     monkeypatch.setattr(PackedVLM, "split_masters", watched)
     whole, halves, resumed = (tmp_path / name for name in ("whole", "halves", "resumed"))
     with monkeypatch.context() as patch:
-        patch.setattr(Engine, "lean", False)
+        patch.setattr(Engine, "splits_masters", False)
         train(words(tiny(), registry, whole, **more))
     assert not split
     train(words(tiny(), registry, halves, **more))

@@ -206,14 +206,16 @@ class Engine:
         return bool(self.precision == "fp16")
 
     @property
-    def lean(self) -> bool:
-        """After `prepare`: fp32 weights may be in bf16 with a remainder, and a single row's gradients in bf16.
-
-        Gradients that other ranks' are added to are sums, which want fp32's digits.
-        """
+    def splits_masters(self) -> bool:
+        """After `prepare`: fp32 weights that products in bf16 take may lie in two halves (`vlft.optim.remainder`)."""
         inner = getattr(self.optimizer, "optimizer", self.optimizer)
-        alone = self.world_size == 1 and not self.shards_states
-        return bool(alone and self.precision == "bf16" and knows_masters(inner))
+        return bool(self.precision == "bf16" and not self.shards_states and knows_masters(inner))
+
+    @property
+    def narrows_gradients(self) -> bool:
+        """And a single row's gradients of these weights may be in bf16. Gradients that other ranks' are added to are
+        sums, which want fp32's digits."""
+        return self.splits_masters and self.world_size == 1
 
     def autocast(self) -> Any:
         """Mixed precision outside the wrapped forward."""

@@ -27,6 +27,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vlft.optim import gradient_dtype
+
 LARGE = 1 << 20
 """Elements of a gradient that is summed by itself; smaller ones are joined."""
 _BUCKET = 64 << 20
@@ -119,9 +121,9 @@ class Summing:
         zeros: dict[nn.Parameter, Tensor] = {}
         for p in self._ahead[len(self._running) :]:
             if not fits:  # nobody reads them: one at a time, where memory is short
-                torch.distributed.all_reduce(torch.zeros_like(p) if p.grad is None else p.grad)
+                torch.distributed.all_reduce(_none(p) if p.grad is None else p.grad)
             elif p.grad is None:
-                zeros[p] = torch.zeros_like(p)
+                zeros[p] = _none(p)
                 self._sum_ahead(zeros[p])
             else:
                 self._sum_ahead(p.grad)
@@ -138,7 +140,7 @@ class Summing:
         having = [p for p, anywhere in zip(self._parameters, somewhere, strict=True) if anywhere]
         for p in having:
             if p.grad is None:
-                p.grad = zeros[p] if p in done else torch.zeros_like(p)
+                p.grad = zeros[p] if p in done else _none(p)
         self._sum([p for p in having if p not in done])
         there = {*having}
         if self.during and (large := {p for p in self._large if p in there}) != done:
@@ -169,6 +171,11 @@ class Summing:
             parts = torch.split(flat, [g.numel() for g in bucket])
             # All in one launch: one for each would take the host longer than the device.
             torch._foreach_copy_(bucket, [part.view_as(g) for g, part in zip(bucket, parts, strict=True)])
+
+
+def _none(p: nn.Parameter) -> Tensor:
+    """A gradient of zeros, in the dtype of those that others have."""
+    return torch.zeros_like(p, dtype=gradient_dtype(p))
 
 
 def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:

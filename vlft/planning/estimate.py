@@ -62,8 +62,8 @@ def estimate(run: Run, gpu: Gpu, *, world_size: int = 1) -> Estimate:
     steps = look(data, shape, costs=part_costs(static.parts), budget=Budget())
     stage = stage_of(config)
     static = shared_out(static, stage, world_size, masters=bool(config.deepspeed), compute=compute.itemsize)
-    if world_size == 1 and compute == torch.bfloat16 and not config.reference:
-        static = as_trained(static, steps)
+    if compute == torch.bfloat16 and not config.reference:
+        static = as_trained(static, steps, alone=world_size == 1)
     memory, time = expected(config, static, shape, training, steps, gpu, compute)
     return Estimate(run, gpu, static, memory, time, steps, data)
 
@@ -75,13 +75,13 @@ def allowed(gpu: Gpu, config: RunConfig) -> Gpu:
     return gpu
 
 
-def as_trained(static: Static, steps: Steps) -> Static:
-    """As one process has its masters (`vlft.engine.Engine.lean`), and with gradients as narrow as its steps let them be
-    (`vlft.setup.Job.expect`)."""
+def as_trained(static: Static, steps: Steps, *, alone: bool) -> Static:
+    """With masters as whole copies have them (`vlft.engine.Engine.splits_masters`), and gradients as narrow as the
+    steps of one process let them be (`vlft.setup.Job.expect`)."""
     if not static.masters or static.sharded:
         return static
     one_row = all(len(rows) == 1 for rows in steps.rows)
-    return static.split().narrowed() if one_row else static.split()
+    return static.split().narrowed() if alone and one_row else static.split()
 
 
 def expected(

@@ -96,7 +96,7 @@ class Static:
         return sum(part.bytes for part in self.parts)
 
     def split(self) -> Static:
-        """With masters in two halves, as one process has them (`PackedVLM.split_masters`)."""
+        """With masters in two halves, as whole copies have them (`PackedVLM.split_masters`)."""
         return replace(self, copies=self.copies_of_split, is_split=True)
 
     def narrowed(self) -> Static:

@@ -41,7 +41,8 @@ def short(job: Job, gpu: Gpu) -> Sequence[str]:
     )  # fmt: skip
     peak = job.meter.peak  # in this run's precision; None for a GPU that no table knows
     gpu = allowed(replace(gpu, peak=peak or gpu.peak), config)
-    static = as_trained(static, steps) if engine.lean else static
+    if engine.splits_masters:
+        static = as_trained(static, steps, alone=engine.narrows_gradients)
     memory, time = expected(config, static, shape, training, steps, gpu, compute)
     return [_memory(memory, gpu), *([_time(time, steps)] if peak else [])]
 
