@@ -20,8 +20,10 @@ from vlft.compiler.launch import Launch
 from vlft.models import attention_on_gpu
 from vlft.models.kernels import on_gpu
 from vlft.models.kernels.pointwise import Drop
+from dataclasses import replace
 from vlft.optim import on_gpu as optim
 from vlft.optim import rounded
+from vlft.optim.remainder import keep_remainder, remainder_of
 
 direct, searched = 0, 0
 real = Launch.__call__
@@ -65,6 +67,9 @@ for kind in (torch.bfloat16, torch.float32):
                 on_gpu.column_sums(x[:, 1:], torch.float32)
                 on_gpu.activate(x, "gelu")
                 on_gpu.activate(x, "gelu", drop)
+                labels = torch.zeros(n, dtype=torch.int64)
+                _, sums = on_gpu.cross_entropy(x, labels)
+                on_gpu.cross_entropy_backward(x, labels, sums, sums)
                 optim.add_up(x.view(-1), d.view(-1), n)
                 if width % 2 == 0:
                     on_gpu.activate(x, "silu_gated")
@@ -92,6 +97,9 @@ for states in ("bf16", "8bit", "fp32"):
             job = rounded.Job(w.data, torch.ones(size, dtype=kind), optimizer._fresh(w), facts, 3)
             optim.update([job], torch.tensor(1.0), torch.tensor(0.0))
             optim.update([job], None)
+            if states == "fp32":
+                keep_remainder(w)
+                optim.update([replace(job, p=w.data, remainder=remainder_of(w))], None)
 
 print(direct, searched, "forms", len({form for form, _ in hollow_gpu.LAUNCHES}))
 assert direct > 50, "the short way is taken"
