@@ -173,6 +173,7 @@ def test_a_run_is_the_same_with_and_without(tiny: Callable[..., Path], tmp_path:
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("elements", [1 << 30, 8])
 def test_ranks_with_masters_in_two_halves_are_as_those_with_whole_ones(
     tiny: Callable[..., Path], tmp_path: Path, elements: int

@@ -85,7 +85,7 @@ def weights_at(out: Path, step: int) -> dict[str, torch.Tensor]:
     return {name: w for file in files for name, w in load_file(file).items()}
 
 
-@pytest.mark.parametrize("batch", [8, 2])
+@pytest.mark.parametrize("batch", [pytest.param(8, marks=pytest.mark.slow), 2])
 def test_a_run_with_masters_in_two_halves_is_that_of_whole_ones(
     tiny: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, batch: int
 ) -> None:
