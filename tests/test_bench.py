@@ -58,8 +58,9 @@ def test_the_host_s_work_is_that_of_the_code_of_a_gpu() -> None:
     first, second = map(json.loads, run("host.py", "--rows", "3B-full-bf16", "--repeat", 5, "--processes", 1, *states))
     assert first["layers"] == 32 + 36
     # A layer's two norms, activation and rotation (in windows: attention too), forward and backward; the norms a second
-    # time and their gradients' sums; those of biases, of two launches each, of which a language layer has one.
-    assert first["kernels_of_triton"] == second["kernels_of_triton"] == 12 * 68 + 2 * (4 * 32 + 36)
+    # time and their gradients' sums; those of biases, of two launches each, of which a language layer has one. Cross
+    # entropy, forward and backward.
+    assert first["kernels_of_triton"] == second["kernels_of_triton"] == 12 * 68 + 2 * (4 * 32 + 36) + 2
     assert "over_the_first" not in first
     assert second["over_the_first"] > 0
 
