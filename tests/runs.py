@@ -91,9 +91,9 @@ def train(words: list[str]) -> None:
         AcceleratorState._reset_state(reset_partial_state=True)
 
 
-def final_weights(output: Path) -> dict[str, torch.Tensor]:
-    """Trained weights of the newest checkpoint, in their training dtype."""
-    newest = sorted((output / "checkpoints").glob("step-*"))[-1]
+def final_weights(output: Path, step: int | None = None) -> dict[str, torch.Tensor]:
+    """Trained weights of the newest checkpoint, or of that step's, in their training dtype."""
+    newest = sorted((output / "checkpoints").glob("step-*" if step is None else f"step-{step:06d}"))[-1]
     return {k: v for f in sorted(newest.glob("weights*.safetensors")) for k, v in load_file(f).items()}
 
 

@@ -197,6 +197,7 @@ def of_gpu(*, whole: bool) -> None:
     from vlft import optim
     from vlft.engine.base import Engine
 
+    # mypy: names of a class and of a property are not to be given to others, which is what a fault does.
     optim.AdamW = OfGpu  # type: ignore[misc,assignment]
     if whole:
         Engine.splits_masters = False  # type: ignore[method-assign,assignment]
@@ -211,12 +212,10 @@ def fsdp_on_cpu(*, fused: bool) -> None:
     from accelerate import Accelerator
     from torch.distributed.fsdp import fully_shard
 
-    from vlft import optim
     from vlft.engine import fsdp
 
     if fused:
-        # mypy: a class's name is not to be given to another, which is what a fault does.
-        optim.AdamW = OfGpu  # type: ignore[misc,assignment]
+        of_gpu(whole=False)
 
     def accelerator(self: Any) -> Accelerator:
         os.environ.pop("ACCELERATE_USE_FSDP")

@@ -80,11 +80,6 @@ def test_a_single_row_s_gradients_are_narrow_and_those_of_cut_rows_are_not(
         assert x["loss"] == pytest.approx(y["loss"], rel=0.02)
 
 
-def weights_at(out: Path, step: int) -> dict[str, torch.Tensor]:
-    files = (out / f"checkpoints/step-{step:06d}").glob("weights*")
-    return {name: w for file in files for name, w in load_file(file).items()}
-
-
 @pytest.mark.parametrize("batch", [pytest.param(8, marks=pytest.mark.slow), 2])
 def test_a_run_with_masters_in_two_halves_is_that_of_whole_ones(
     tiny: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, batch: int
@@ -116,7 +111,7 @@ def test_a_run_with_masters_in_two_halves_is_that_of_whole_ones(
     train(words(tiny(), registry, resumed, **more | {"max_steps": 2}))
     train(words(tiny(), registry, resumed, **more, resume_from_checkpoint="latest"))
     for step in (2, 4):
-        found = {out: weights_at(out, step) for out in (whole, halves, resumed)}
+        found = {out: final_weights(out, step) for out in (whole, halves, resumed)}
         assert {w.dtype for w in found[halves].values()} == {torch.float32}
         assert all(torch.equal(found[resumed][name], w) for name, w in found[halves].items())
         assert distance(found[whole], found[halves]) < 2e-5
@@ -125,7 +120,7 @@ def test_a_run_with_masters_in_two_halves_is_that_of_whole_ones(
     proved = [json.loads((out / "checkpoints/step-000004/state.json").read_text())["proved"] for out in (whole, halves)]
     assert proved[0] == proved[1]
     assert proved[0].keys() == {"vit", "projector", "llm", "head"}
-    result, saved = load_file(halves / "model/model.safetensors"), weights_at(halves, 4)
+    result, saved = load_file(halves / "model/model.safetensors"), final_weights(halves, 4)
     layers = [name for name in saved if ".layers." in name]
     assert layers
     assert all(torch.equal(result[name.replace("language_model.", "")], saved[name]) for name in layers)

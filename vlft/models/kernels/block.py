@@ -273,7 +273,6 @@ class Block:
         (qkv, outer, inner, down), drops = self._ready(call, x_ND.device)
         # A norm or an activation as it is, and not dropped, is wanted only by frozen weights' products and by the
         # gradients of weights that are not adapters'.
-        is_whole = call.keep != "attended"
         if kept.attended is None:
             self._attend(x_ND, call, kept, qkv, drops[0], learns=True)
             m_ND, m_dropped = self._meet(x_ND, call, kept, outer, drops[1], drops[2])
@@ -308,12 +307,12 @@ class Block:
         del attended_ND, dropped
         assert d_attended is not None
         d_attended, d_middle = _all_rows(d_attended, call, x_ND), _all_rows(d_middle, call, x_ND)
-        again = None if is_whole else self._qkv_again(x_ND, call, kept, qkv, drops[0])
+        if call.keep == "attended":
+            n_ND, n_dropped = self._qkv_again(x_ND, call, kept, qkv, drops[0])
         d_before = self._attend_backward(d_attended.view_as(kept.attended.out), call, kept, kept.attended, gradients)
         kept.before = kept.attended = None
-        if again is None:
-            again = self.norm_1.forward(x_ND, None, kind, drops[0], plain=bool(qkv.trained))[1:]
-        n_ND, n_dropped = again
+        if call.keep != "attended":
+            _, n_ND, n_dropped = self.norm_1.forward(x_ND, None, kind, drops[0], plain=bool(qkv.trained))
         wants_n = wants_input or any(True for _ in self.norm_1.trained())
         d_n = qkv.backward(
             n_ND, n_dropped, kept.lows["qkv"], d_before.flatten(1), drops[0], gradients, wants_input=wants_n
