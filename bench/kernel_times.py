@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.utils.benchmark import Timer
 
 from vlft.models import attention
-from vlft.models.kernels import pointwise
+from vlft.models.kernels import four_bit, pointwise
 from vlft.models.kernels.pointwise import Drop
 from vlft.models.kernels.product import Products
 from vlft.planning.gpus import here
@@ -122,6 +122,21 @@ def losses(s: Sizes) -> Iterator[Case]:
 
     fast, slow = (partial(back, one) for one in (pointwise.cross_entropy_backward, plain("cross_entropy_backward")))
     yield Case("cross_entropy_backward", fast, slow, 4 * size(logits))
+
+
+def four_bits(s: Sizes) -> Iterator[Case]:
+    """A weight of NF4, against bitsandbytes' own kernels."""
+    from bitsandbytes import functional as bnb
+
+    weight = s.rand(s.inner_language, s.language)
+    packed, state = bnb.quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
+    out = torch.empty_like(weight)
+
+    def fast() -> Tensor:
+        four_bit.dequantize(packed, state, out)
+        return out
+
+    yield Case("NF4 to bf16", fast, partial(bnb.dequantize_4bit, packed, state), size(packed, state.absmax, out))
 
 
 def windows(s: Sizes) -> Iterator[Case]:
@@ -260,7 +275,7 @@ def main() -> None:
         assert card is not None, "no GPU is there; give --device cpu"
         gpu, bandwidth = card.name, card.bandwidth
     with (given.out / "kernels.jsonl").open("a") as file:
-        for make in (memory_bound, losses, windows, attentions, products):
+        for make in (memory_bound, losses, four_bits, windows, attentions, products):
             for case in make(sizes):
                 if not case.name.startswith(given.only):
                     continue

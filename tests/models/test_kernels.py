@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from vlft.models import attention, attention_by_cudnn, kernels
 from vlft.models.forward import PackedVLM
 from vlft.models.kernels import block as blocks
-from vlft.models.kernels import pointwise, product
+from vlft.models.kernels import four_bit, pointwise, product
 from vlft.models.kernels.memory import KEEPS, Cost, Memory, Sizes, Tower, choose, memory_for, peak
 from vlft.models.kernels.pointwise import Drop
 from vlft.models.load import cast, open_checkpoint, source_of
@@ -267,6 +267,36 @@ def test_cross_entropy(
             torch.autograd.grad(kernels.cross_entropy(torch.tanh(found), labels), found, d_losses)
 
 
+@pytest.mark.skipif(not (INTERPRETED or torch.cuda.is_available()), reason="elsewhere it is bitsandbytes itself")
+@pytest.mark.parametrize("kind", [torch.float32, torch.float16] if INTERPRETED else [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(3, 40), (65, 4096)])
+def test_four_bits(kind: torch.dtype, shape: tuple[int, int]) -> None:
+    """To the bit what bitsandbytes' kernels give, also where the last block and the last group of them are not full."""
+    from bitsandbytes import functional as bnb
+
+    device = "cpu" if INTERPRETED else "cuda"
+    weight = (torch.randn(shape, device=device) * torch.rand(shape[0], 1, device=device)).to(kind)
+    packed, state = bnb.quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
+    scales = state.state2
+    scale = scales.code[state.absmax.long()] * scales.absmax.repeat_interleave(256)[: len(state.absmax)] + state.offset
+    halves = torch.stack([packed.view(-1) >> 4, packed.view(-1) & 15], 1).view(-1).long()
+    expected = (state.code[halves] * scale.repeat_interleave(64)[: len(halves)]).to(kind).view(shape)
+    out = torch.full(shape, torch.nan, dtype=kind, device=device)
+    if INTERPRETED:
+        from vlft.models.kernels import on_gpu
+
+        on_gpu.dequantize_4bit(
+            packed, state.absmax, scales.code, scales.absmax, state.offset, state.code, out, 64, scales.blocksize
+        )
+    else:
+        assert four_bit._has_kernel(packed, state, out)
+        four_bit.dequantize(packed, state, out)
+        assert torch.equal(out, bnb.dequantize_4bit(packed, state))
+        shifted = packed.new_empty(packed.nbytes + 1)[1:].view_as(packed)
+        assert not four_bit._has_kernel(shifted, state, out), "no word may begin there"
+    assert torch.equal(out, expected)
+
+
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("size", [8, 80])
@@ -471,7 +501,8 @@ def test_the_kernels_of_a_gpu_in_tritons_interpreter() -> None:
         "    assert hasattr(pointwise, name)\n"
         "    setattr(pointwise, name, getattr(on_gpu, name))\n"
         f"sys.exit(pytest.main(['-p', 'no:cacheprovider', '-p', 'no:xdist', {__file__!r},"
-        " '-k', 'norms or rotation or activations or test_dropout or is_dropped or columns or cross or windows']))\n"
+        " '-k', 'norms or rotation or activations or test_dropout or is_dropped or columns or cross or windows"
+        " or four_bits']))\n"
     )
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False)

@@ -38,9 +38,13 @@ class Launch:
     the key.
     """
 
-    def __init__(self, kernel: Any) -> None:
-        """`kernel`: under `triton.jit`."""
-        self.kernel = kernel
+    def __init__(self, kernel: Any, **options: Any) -> None:
+        """
+        Args:
+            kernel: under `triton.jit`.
+            options: of its compilation.
+        """
+        self.kernel, self.options = kernel, options
         self._known: dict[Hashable, tuple[Any, Any, Any]] = {}
 
     def __call__(
@@ -64,7 +68,9 @@ class Launch:
         # `_known` are of the usual case; any other goes the long way.
         usual = not reduce(or_, map(_address, pointers)) & 15 and max(changing, default=0) < 2**31
         if found is None or not usual:
-            compiled = self.kernel[grid](*pointers, *changing, *numbers, *constants, num_warps=num_warps)
+            compiled = self.kernel[grid](
+                *pointers, *changing, *numbers, *constants, num_warps=num_warps, **self.options
+            )
             if usual and compiled is not None and _knows_launcher():
                 self._known[key] = (compiled.run, compiled.function, compiled.packed_metadata)
             return

@@ -3,7 +3,7 @@
 What they compute is transformers' own: `--reference` runs that instead, and tests/models/test_kernels.py compares.
 
 * `pointwise.py`: norms, rotation, activations as plain functions; `on_gpu.py`: the same as Triton kernels.
-* `product.py`: linear modules, plain or 4-bit, with or without adapters.
+* `product.py`: linear modules, plain or 4-bit, with or without adapters; `four_bit.py`: the matrices of 4-bit weights.
 * `block.py`: a whole layer as one autograd node.
 * `install.py`: finds the pieces in a model; `foreign.py`: notices what others have hung into them, which keeps its way.
 * `held.py`: joined copies of weights, and whether they are still true.

@@ -1,4 +1,7 @@
-"""The functions of `pointwise.py` as Triton kernels, one launch each: same names, same arguments, same results."""
+"""The functions of `pointwise.py` as Triton kernels, one launch each: same names, same arguments, same results.
+
+Behind them what `four_bit.py` asks for.
+"""
 
 from __future__ import annotations
 
@@ -718,3 +721,47 @@ def cross_entropy_backward(logits_SV: Tensor, labels_S: Tensor, sums_S: Tensor, 
             (vocabulary,), (_LOGITS_BACK,), 4,
         )  # fmt: skip
     return logits_SV
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Weights of four bits
+
+
+@triton.jit(do_not_specialize=["words"])
+def _dequantize_4bit_kernel(
+    packed_ptr, absmax_ptr, map_ptr, scales_ptr, offset_ptr, code_ptr, out_ptr, words,
+    BLOCK: tl.constexpr, GROUP: tl.constexpr, WORDS: tl.constexpr,
+):  # fmt: skip
+    word = tl.program_id(0) * WORDS + tl.arange(0, WORDS)
+    inside = word < words
+    eight = tl.load(packed_ptr.to(tl.pointer_type(tl.int32)) + word, mask=inside, other=0)
+    block = word // BLOCK
+    scale = tl.load(map_ptr + tl.load(absmax_ptr + block, mask=inside, other=0).to(tl.int32))
+    scale = scale * tl.load(scales_ptr + block // GROUP, mask=inside, other=0.0) + tl.load(offset_ptr)
+    # Of a byte's two values the upper half is the first.
+    value = tl.arange(0, 8)
+    code = (eight[:, None] >> (4 * (value ^ 1))[None, :]) & 15
+    out = tl.load(code_ptr + code) * scale[:, None]
+    place = word.to(tl.int64)[:, None] * 8 + value[None, :]
+    tl.store(out_ptr + place, out.to(out_ptr.dtype.element_ty), mask=inside[:, None])
+
+
+# bitsandbytes rounds the product before it adds the offset; joined, some weights would differ in their last bit.
+_dequantize_4bit = Launch(_dequantize_4bit_kernel, enable_fp_fusion=False)
+
+
+def dequantize_4bit(
+    packed: Tensor, absmax: Tensor, map_256: Tensor, scales: Tensor, offset: Tensor, code_16: Tensor, out_OD: Tensor,
+    block: int, group: int,
+) -> None:  # fmt: skip
+    """
+    Args:
+        packed: (O D / 8,) words of four bytes, in any dtype.
+        absmax: of each block of `block` values a place in `map_256`, whose value times one of `scales` for each
+            `group` of blocks, plus `offset`, is the scale of its values in `code_16`.
+    """
+    words = out_OD.numel() // 8
+    _dequantize_4bit(
+        (-(-words // 512), 1), (packed, absmax, map_256, scales, offset, code_16, out_OD), (), (block // 8, group, 512),
+        4, changing=(words,),
+    )  # fmt: skip

@@ -26,7 +26,8 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 @lru_cache(maxsize=1)
-def _on_gpu() -> Any:
+def kernels() -> Any:
+    """`on_gpu.py`; None where Triton cannot compile."""
     if compiler.trouble():
         return None
     from vlft.models.kernels import on_gpu
@@ -39,7 +40,7 @@ def _one_kernel(function: Function) -> Function:
 
     @wraps(function)
     def run(first: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if first.is_cuda and first.dtype != torch.float64 and (fast := _on_gpu()) is not None:
+        if first.is_cuda and first.dtype != torch.float64 and (fast := kernels()) is not None:
             return getattr(fast, function.__name__)(first, *args, **kwargs)
         return function(first, *args, **kwargs)
 

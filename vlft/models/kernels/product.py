@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vlft.models.kernels import pointwise
+from vlft.models.kernels import four_bit, pointwise
 from vlft.models.kernels.pointwise import Drop
 from vlft.optim import gradient_dtype
 
@@ -105,14 +105,9 @@ class Product:
         if self.plain:
             target.copy_(self.base.weight)
             return
-        from bitsandbytes import functional as bnb
-
         # A sharding engine has made the parameter anew where it has no state; the module remembers.
         state = getattr(self.base.weight, "quant_state", None) or self.base.quant_state
-        if target.is_cuda and state.dtype == target.dtype and target.is_contiguous():
-            bnb.dequantize_4bit(self.base.weight.data, state, out=target)
-        else:
-            target.copy_(bnb.dequantize_4bit(self.base.weight.data, state))
+        four_bit.dequantize(self.base.weight.data, state, target)
 
     def trained(self) -> Iterator[nn.Parameter]:
         for p in self.own():
