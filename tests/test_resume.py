@@ -13,6 +13,7 @@ import torch
 from runs import command, final_weights, ledger, metrics, train, write_data
 from safetensors.torch import load_file
 
+from vlft import checkpoint as checkpoints
 from vlft import train as story
 from vlft.errors import CheckpointError, ConfigError
 
@@ -237,3 +238,114 @@ def test_other_data_are_noticed(tiny: Callable[..., Path], tmp_path: Path) -> No
     (tmp_path / "toy.jsonl").write_text("".join(lines[:15]))
     with pytest.raises(CheckpointError, match="the data are not those"):
         train(command(tiny(), registry, tmp_path / "out", "lora", max_steps=4, resume_from_checkpoint="latest"))
+
+
+def edited(registry: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    """The registry's data sets after `change`."""
+    whole = json.loads(registry.read_text())
+    change(whole["datasets"])
+    registry.write_text(json.dumps(whole))
+
+
+def test_what_the_samples_of_a_step_depend_on_is_noticed(tiny: Callable[..., Path], tmp_path: Path) -> None:
+    """How often a set is passed over, the words of an answer, and the numbers that the order is drawn from."""
+    write_data(tmp_path, 12, name="a")
+    registry, out = write_data(tmp_path, 12, name="b", seed=1), tmp_path / "out"
+
+    def go(**more: Any) -> None:
+        train(command(tiny(), registry, out, "lora", train_split_ratio=0.8, eval_steps=1000, save_steps=1, **more))
+
+    def refused() -> None:
+        with pytest.raises(CheckpointError, match="the data are not those"):
+            go(max_steps=4, resume_from_checkpoint="latest")
+
+    go(max_steps=1)
+    go(max_steps=2, resume_from_checkpoint="latest")
+    edited(registry, lambda sets: sets["a"].update(weight=3))
+    refused()
+    edited(registry, lambda sets: sets["a"].update(weight=1))
+    go(max_steps=3, resume_from_checkpoint="latest")
+
+    records, before = tmp_path / "a.jsonl", (tmp_path / "a.jsonl").read_text()
+    records.write_text(before.replace("the picture is red", "the picture is blue"))
+    refused()
+    # A record more that is held out: none that trains is another one, but those of `b` have other numbers.
+    for n in range(40):
+        turns = [{"role": "user", "content": f"how many {n}"}, {"role": "assistant", "content": "square"}]
+        records.write_text(before + json.dumps({"id": f"new{n}", "messages": turns, "images": []}) + "\n")
+        refused()
+
+
+def test_a_budget_of_other_data_leaves_none_of_these_out(tiny: Callable[..., Path], tmp_path: Path) -> None:
+    """It names samples by their numbers, and a fresh start by `latest` may have other data."""
+    registry, out = write_data(tmp_path, 8), tmp_path / "out"
+    words = command(tiny(), registry, out, "lora", max_steps=1, resume_from_checkpoint="latest", max_bad_fraction=0.5)
+    out.mkdir()
+    (out / "run_card.json").write_text("{}")
+    for without in ([15], [3]):
+        budget = {"schema": 1, "tokens": None, "patches": None, "without": without, "short": 0, "data": "another"}
+        (out / "budget.json").write_text(json.dumps(budget))
+        train(words)
+        assert not [line for line in ledger(out) if line["reason"] == "out_of_memory"]
+        for made in ("checkpoints", "model"):
+            shutil.rmtree(out / made)
+
+
+def test_a_result_without_checkpoints_is_not_replaced(tiny: Callable[..., Path], tmp_path: Path) -> None:
+    registry, out = write_data(tmp_path, 8), tmp_path / "out"
+    words = command(tiny(), registry, out, "lora", max_steps=1, resume_from_checkpoint="latest")
+    train(words)
+    train(words)  # to the end again, from the last checkpoint
+    shutil.rmtree(out / "checkpoints")
+    before = (out / "metrics.jsonl").read_text()
+    with pytest.raises(ConfigError, match=r"holds a result \(model/\) and no checkpoint"):
+        train(words)
+    assert (out / "metrics.jsonl").read_text() == before
+
+
+@pytest.mark.parametrize("damage", ["altered", "cut off"])
+def test_a_best_checkpoint_that_was_damaged_does_not_become_the_result(
+    tiny: Callable[..., Path], tmp_path: Path, damage: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    registry, out, real = write_data(tmp_path, 24), tmp_path / "out", story.hand_over
+
+    def hand_over(job: Any) -> None:
+        assert job.best.step < job.done_steps
+        (file,) = (out / f"checkpoints/step-{job.best.step:06d}").glob("weights*")
+        content = bytearray(file.read_bytes())
+        content[-3] ^= 0x40
+        file.write_bytes(content if damage == "altered" else content[: len(content) // 2])
+        real(job)
+
+    monkeypatch.setattr(story, "hand_over", hand_over)
+    worse = {"metric_for_best": "toy/loss", "greater_is_better": "true", "learning_rate_llm": 1e-2}
+    steps = {"max_steps": 3, "eval_steps": 1, "save_steps": 1, "save_total_limit": 5, "train_split_ratio": 0.7}
+    with pytest.raises(CheckpointError, match="is missing, truncated or altered"):
+        train(command(tiny(), registry, out, "lora", **worse, **steps))
+    assert not (out / "model").exists()
+
+
+def saved(root: Path, step: int, keep: int = 3) -> Path:
+    state: dict[str, Any] = {key: 0 for key in checkpoints._STATE if key != "step"}
+    checkpoints.begin(root, step)
+    files = checkpoints.write(root, step, 0, [("weights", "a", torch.ones(3))])
+    return checkpoints.finish(root, step, files, state, keep)
+
+
+def test_steps_of_seven_digits_come_after_those_of_six(tmp_path: Path) -> None:
+    for step in (999_400, 999_600, 999_800, 1_000_000, 1_000_200):
+        assert saved(tmp_path, step).exists()
+    assert [checkpoints.step_of(p) for p in checkpoints.complete(tmp_path)] == [999_800, 1_000_000, 1_000_200]
+    last = checkpoints.find("latest", tmp_path)
+    assert last is not None
+    assert last.name == "step-1000200"
+    (last / "state.json").write_text("{")
+    with pytest.raises(CheckpointError, match="before it: --resume_from_checkpoint .*step-1000000"):
+        checkpoints.read_state(last)
+
+
+def test_a_half_deleted_checkpoint_is_not_in_the_way(tmp_path: Path) -> None:
+    saved(tmp_path, 1)
+    (tmp_path / "step-000001/state.json").unlink()
+    assert checkpoints.complete(tmp_path) == []
+    assert saved(tmp_path, 1) == checkpoints.complete(tmp_path)[0]

@@ -41,7 +41,8 @@ def step_folder(root: Path, step: int) -> Path:
     return root / f"step-{step:06d}"
 
 
-def _checksum(path: Path) -> str:
+def checksum(path: Path) -> str:
+    """Of a file's content."""
     digest = xxhash.xxh3_128()
     with path.open("rb") as file:
         while block := file.read(1 << 22):
@@ -105,7 +106,7 @@ def write(root: Path, step: int, rank: int, tensors: Iterable[tuple[str, str, Te
         try:
             save_file(held, path)
             _sync(path)
-            files[path.name] = {"bytes": path.stat().st_size, "xxh3_128": _checksum(path)}
+            files[path.name] = {"bytes": path.stat().st_size, "xxh3_128": checksum(path)}
         except (OSError, SafetensorError) as error:
             failed = error
         held.clear()
@@ -154,6 +155,8 @@ def finish(
         _sync(beside)
         if target.exists():  # of a course that was left; a kill in between must not leave neither
             set_aside(complete(root), step - 1)
+        if target.exists():  # half deleted: a kill came between
+            shutil.rmtree(target)
         beside.rename(target)
         _sync(root)
         keep_newest(root, keep, best)
@@ -165,14 +168,19 @@ def finish(
 
 def complete(root: Path) -> list[Path]:
     """Complete checkpoints, oldest first."""
-    return sorted(p.parent for p in root.glob("step-*/state.json"))
+    return sorted((p.parent for p in root.glob("step-*/state.json")), key=step_of)
+
+
+def step_of(folder: Path) -> int:
+    """The step of a checkpoint's folder. Names alone do not sort: a step of seven digits would come before six."""
+    return int(folder.name.removeprefix("step-"))
 
 
 def set_aside(folders: Iterable[Path], step: int) -> list[Path]:
     """Rename folders of steps after `step`, which a run that goes on from there would otherwise mix with its own."""
     moved = []
     for later in folders:
-        if int(later.name.removeprefix("step-")) > step:
+        if step_of(later) > step:
             for n in itertools.count(1):
                 target = later.with_name(f"left-{n}-{later.name}")
                 if not target.exists():
@@ -235,15 +243,15 @@ def read_state(path: Path) -> dict[str, Any]:
             raise ValueError(f"there is no {', '.join(missing)} in it")
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path / 'state.json'} cannot be read ({error}).{_offer(path)}") from error
-    for name, (size, checksum) in files.items():
+    for name, (size, expected) in files.items():
         file = path / name
-        if not file.exists() or file.stat().st_size != size or _checksum(file) != checksum:
+        if not file.exists() or file.stat().st_size != size or checksum(file) != expected:
             raise CheckpointError(f"{file} is missing, truncated or altered.{_offer(path)}")
     return dict(state)
 
 
 def _offer(path: Path) -> str:
-    before = [p for p in complete(path.parent) if p.name < path.name]
+    before = [p for p in complete(path.parent) if step_of(p) < step_of(path)]
     return (
         f" Give the checkpoint before it: --resume_from_checkpoint {before[-1]}."
         if before

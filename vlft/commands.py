@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,6 +28,7 @@ from vlft.config import (
     default_cache_dir,
     options_of,
     output_dir_problem,
+    parse_scripts,
 )
 from vlft.errors import ConfigError
 from vlft.parse import read_training
@@ -352,11 +355,31 @@ def complete_eval(given: dict[str, Given]) -> dict[str, Given]:
     if config:
         known = options_of(EvalOptions).keys() - {"output_dir", "model", "config"}
         values = {name: value for name, value in read_yaml(config).items() if name in known and value is not None}
+        if "config" not in given:
+            _refuse_code_of(config, values.keys() - given.keys(), values)
         found |= {name: Given(value, f"{config.name}: {name}", flag=False) for name, value in values.items()}
     found |= given
     if run == model:
         found["model"] = Given(str(model / "model"), given["model"].place, flag=True)
     return found
+
+
+def _refuse_code_of(config: Path, taken: Set[str], values: Mapping[str, Any]) -> None:
+    """A folder that is evaluated brings options along, and somebody else's must not run code or ask the network.
+
+    Raises:
+        ConfigError: they would; whoever wrote the file may name it.
+    """
+    asks = [f"{name} true" for name in ("trust_remote_code", "allow_remote_images") if name in taken and values[name]]
+    if "eval_dataset_scripts" in taken:
+        with suppress(ValueError):  # told where all options are read
+            scripts = chain.from_iterable(parse_scripts(values["eval_dataset_scripts"]).values())
+            asks += sorted({script for script in scripts if script.endswith(".py")})
+    if asks:
+        raise ConfigError(
+            f"{config} asks for {', '.join(asks)}, which runs code or asks the network; if you trust whoever wrote it, "
+            f"give --config {config}."
+        )
 
 
 def _eval(options: EvalOptions) -> None:

@@ -778,6 +778,11 @@ def output_dir_problem(folder: Path, resume: str | None) -> str:
         return f"--output_dir {folder} cannot be made: {found}; choose another."
     if not folder.is_dir() or all(entry.name.startswith(".") for entry in folder.iterdir()):
         return ""
+    if resume == "latest" and (folder / "model").is_dir() and not any(folder.glob("checkpoints/step-*/state.json")):
+        return (
+            f"--output_dir {folder} holds a result (model/) and no checkpoint to go on from: a fresh start would "
+            "replace it; give a new folder, or move model/ away."
+        )
     if resume and (resume != "latest" or _is_run_folder(folder)):
         return ""
     if resume:

@@ -23,14 +23,14 @@ from vlft.batch import ToInputs
 from vlft.config import SCHEMA, EvalOptions, evaluation_files
 from vlft.data.collate import Row
 from vlft.data.ledger import LedgerEntry
-from vlft.data.prepare import Data, DataOptions, prepare_data
+from vlft.data.prepare import Data, DataOptions
 from vlft.engine import Engine, start_engine
-from vlft.errors import ConfigError, DeviceMemoryError, StrategyError
-from vlft.evaluate import Answers, Evaluation, evaluate
+from vlft.errors import ConfigError, StrategyError
+from vlft.evaluate import Answers, Evaluation, does_not_fit, evaluate
 from vlft.export import whole_model
 from vlft.models.forward import PackedVLM
 from vlft.models.load import Checkpoint, compute_dtype, open_checkpoint, picture_facts
-from vlft.setup import load_metrics, shared_data_options, try_metrics
+from vlft.setup import load_metrics, same_data, shared_data_options, try_metrics
 from vlft.terminal import figure, table
 from vlft.tracking import run_card, write_json, write_predictions
 
@@ -72,13 +72,8 @@ def main(options: EvalOptions) -> None:
         found = evaluate(engine, judged.packed, judged.packed.model, judged.rows, judged.inputs, judged.data, scripts,
                          answers)  # fmt: skip
     except torch.OutOfMemoryError as error:
-        raise DeviceMemoryError(
-            "the model and one batch do not fit into this device; lower --per_device_eval_batch_size, "
-            "--eval_max_new_tokens or --max_pixels."
-        ) from error
-    if engine.is_main:
-        hand_over(options, judged, found, time.monotonic() - began)
-    engine.wait()  # a process that ends with an error takes the others along
+        raise does_not_fit(error) from error
+    engine.on_main(lambda: hand_over(options, judged, found, time.monotonic() - began))
     engine.close()
     if found.failed:
         failures = "; ".join(f"{name} could not score: {error.rstrip(': ')}" for name, error in found.failed.items())
@@ -90,7 +85,7 @@ def main(options: EvalOptions) -> None:
 def load(options: EvalOptions, engine: Engine) -> Judged:
     checkpoint = open_checkpoint(options.model, trust_remote_code=options.trust_remote_code)
     pictures = picture_facts(checkpoint)
-    data = engine.main_first(lambda: prepare_data(data_options(options, engine, checkpoint)))
+    data = same_data(engine, data_options(options, engine, checkpoint))
     model: Any = whole_model(checkpoint, str(engine.device))
     model.to(compute_dtype(engine.precision, model.config)).eval()
     packed = PackedVLM(model, checkpoint.family.parts, model.config.image_token_id).eval()

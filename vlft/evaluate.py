@@ -23,7 +23,7 @@ from vlft.data.collate import Row
 from vlft.data.prepare import Data
 from vlft.data.show import Described, last_answer
 from vlft.engine import Engine
-from vlft.errors import ConfigError
+from vlft.errors import ConfigError, DeviceMemoryError
 from vlft.metrics import Metric, Prediction
 from vlft.models.attention import plain_attention
 from vlft.models.forward import base_model
@@ -88,6 +88,14 @@ def evaluate(
         values |= scores
         failed |= errors
     return Evaluation(values, made, failed)
+
+
+def does_not_fit(error: torch.OutOfMemoryError) -> DeviceMemoryError:
+    first = str(error).split(". ")[0]
+    return DeviceMemoryError(
+        f"the model and one batch of an evaluation do not fit into this device ({first}); lower "
+        "--per_device_eval_batch_size, --eval_max_new_tokens or --max_pixels."
+    )
 
 
 _WRONG = ("", "no idea", "{[1, 2")

@@ -47,8 +47,11 @@ def _merge(file: dict[str, Given], flags: dict[str, Given]) -> dict[str, Given]:
         for name in ("wandb_project", "wandb_run_name"):
             if name not in flags:
                 merged.pop(name, None)
-    if "augmentation" in flags and "use_data_augmentation" not in flags:
-        merged.pop("use_data_augmentation", None)
+    for flag, depending in (
+        ("augmentation", "use_data_augmentation"), ("epochs", "max_steps"), ("metric_for_best", "greater_is_better"),
+    ):  # fmt: skip
+        if flag in flags and depending not in flags:
+            merged.pop(depending, None)
     return merged
 
 

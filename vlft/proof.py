@@ -214,7 +214,8 @@ class Proof:
         self.proved = {part: Moved(*facts) for part, facts in state.items()}
 
     def before_update(self, reached_pictures: bool) -> None:
-        """Call with gradients in place. A step without pictures says nothing about ViT and projector.
+        """Call with gradients in place. A step without pictures that a learnt token follows says nothing about ViT and
+        projector.
 
         Raises:
             TrainingError: a part that the step's data reached has no gradient at all.

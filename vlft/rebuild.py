@@ -40,7 +40,7 @@ def checkpoint_of(folder: RunFolder, wanted: str) -> Path:
     if wanted == "best":
         name = _best(folder.root / "best.json", there)
     elif wanted == "latest" and there:
-        name = max(there)
+        name = list(there)[-1]
     if name not in there:
         found = f"it has {', '.join(there)}" if there else "it has none"
         raise CheckpointError(f"{folder.checkpoints} has no complete checkpoint '{name}' ({found}); give one of them.")

@@ -64,7 +64,7 @@ def end_of_memory_in_a_row(job: Job, load: Load, step: Step) -> NoReturn:
     else:
         budget = job.budget.excluding(load.samples) if len(load.samples) == 1 else job.budget.halved([load])
         then = f"limits rows to {budget}"
-    write_json(job.folder.budget, {"schema": 1, **budget.json()})
+    write_json(job.folder.budget, {"schema": 1, **budget.json(), "data": job.data.fingerprint})
     job.engine.end_all(DeviceMemoryError.exit_code)
     raise DeviceMemoryError(
         f"step {step.number + 1}: {_describe(job, load)} did not fit into the memory; {job.folder.budget} now {then}, "
@@ -224,7 +224,13 @@ def write_report(job: Job) -> None:
 
 
 def best_weights(job: Job) -> dict[str, Tensor]:
-    """Trained weights of the best checkpoint, by name, where --metric_for_best asks for one other than the last."""
+    """Trained weights of the best checkpoint, by name, where --metric_for_best asks for one other than the last.
+
+    Called on the main process alone.
+
+    Raises:
+        CheckpointError: a file of it is missing, truncated or altered.
+    """
     best = job.best
     if best is None or best.step in (0, job.done_steps):
         return {}
@@ -232,6 +238,7 @@ def best_weights(job: Job) -> dict[str, Tensor]:
     if folder not in checkpoints.complete(job.folder.checkpoints):
         job.journal.say(f"WARNING: {folder}, the best by {best.metric}, is gone; model/ is of step {job.done_steps}.")
         return {}
+    checkpoints.read_state(folder)  # what a disk has spoiled since must not become the result
     job.journal.say(f"model/ is of step {best.step}, the best by {best.metric} ({best.value:.4g}).")
     return dict(checkpoints.load_weights(folder, job.model))
 

@@ -6,11 +6,15 @@ Whatever can be wrong with options, data, model, strategy or checkpoint is found
 from __future__ import annotations
 
 import math
+import shutil
+import socket
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+import xxhash
 from torch import nn
 
 from vlft import card, compiler, evaluate, export
@@ -31,7 +35,7 @@ from vlft.config import (
 from vlft.data.budget import Budget
 from vlft.data.prepare import Data, DataOptions, prepare_data
 from vlft.engine import Engine, seed_start
-from vlft.errors import CheckpointError, ConfigError, StrategyError, VlftError
+from vlft.errors import CheckpointError, ConfigError, DataError, StrategyError, VlftError
 from vlft.evaluate import Answers
 from vlft.gallery import thumbnails, write_gallery
 from vlft.interrupt import Interrupt
@@ -145,14 +149,14 @@ def setup(run: Run, engine: Engine) -> Job:
     state = engine.on_main(lambda: checkpoints.read_state(resume)) if resume else None
     policy = read_policy(config.augmentation) if config.augmentation else None
     metrics = load_metrics(engine, config.eval_dataset_scripts)
-    checkpoint = base_checkpoint(run, engine, folder)
+    checkpoint = base_checkpoint(run, engine, folder, resumes=resume is not None)
     source = source_of(checkpoint, engine.precision, engine.device, sharded=engine.shards_weights)
 
     batch = int(state["global_batch"]) if state else global_batch(config, engine.world_size)
     if state:
         check_resume(state["options"], run, stored_global_batch=batch, world_size=engine.world_size,
                      precision=(state["precision"], engine.precision))  # fmt: skip
-    data = engine.main_first(lambda: prepare_data(data_options(run, engine, checkpoint, batch, policy)))
+    data = same_data(engine, data_options(run, engine, checkpoint, batch, policy))
     if state and state["data"] != data.fingerprint:
         raise CheckpointError(
             f"the data are not those of {resume} (now {data.plan.samples_per_epoch} training samples an epoch); go on "
@@ -164,11 +168,18 @@ def setup(run: Run, engine: Engine) -> Job:
             "start a new --output_dir from the result."
         )
     best = choose_best(config, try_metrics(engine, data, metrics))
-    total = config.max_steps or math.ceil(config.epochs * data.steps_per_epoch)
+    total = config.max_steps or math.ceil(
+        config.epochs * data.steps_per_epoch - 1e-9
+    )  # 1.1 x 100 is 110.00000000000001
 
     seed_start(config.seed)
     strategy, model, groups = prepare_strategy(run, source)
     check_groups(model, groups, config.tuning_strategy, source.parts, run.rates, source.tied_head)
+    check_same(
+        engine, f"{len(groups)} groups, digest {digest_of(groups)}", StrategyError,
+        f"the parameter groups of '{config.tuning_strategy}'",
+        "prepare_model and param_groups must not depend on the rank or on chance",
+    )  # fmt: skip
     check_optimizer(config, engine)
     cast(model, source.compute_dtype, masters=not engine.keeps_masters and config.optim == "adamw")
     optimizer = build_optimizer(
@@ -193,7 +204,7 @@ def setup(run: Run, engine: Engine) -> Job:
 
     warmup = math.ceil(0.03 * total) if config.warmup_steps is None else config.warmup_steps
     done = int(state["step"]) if state else 0
-    budget = known_budget(state, folder, engine)
+    budget = known_budget(state, folder, engine, data)
     trackers = Trackers(
         config.trackers, folder.root, project=config.wandb_project, run_name=config.wandb_run_name, done_steps=done,
         options=resolved(run), rates=lambda: {g["name"]: g["lr"] for g in optimizer.param_groups},
@@ -218,6 +229,35 @@ def setup(run: Run, engine: Engine) -> Job:
         for note in (*run.notes, *data.summary, counts, *chosen, *runs, render(table)):
             job.journal.say(note)
     return job
+
+
+def same_data(engine: Engine, options: DataOptions) -> Data:
+    """The data, on the main process first, which the others find indexed.
+
+    Raises:
+        DataError: as `prepare_data`, or a machine that has other files.
+    """
+    data = engine.main_first(lambda: prepare_data(options))
+    advice = "give all machines the same files and pictures under the same paths"
+    check_same(engine, data.told, DataError, "the data", advice)
+    return data
+
+
+def check_same(engine: Engine, mine: str, kind: type[VlftError], what: str, advice: str) -> None:
+    """Raise `kind` on all ranks where `mine`, which says what `what` is on this one, is not the same on all: each would
+    take its part of another step, and none would be told.
+    """
+    seen = engine.gather([(socket.gethostname(), mine)])
+    for rank, (host, found) in enumerate(seen):
+        if found != seen[0][1]:
+            raise kind(
+                f"process {rank} (on {host}) finds {what} to be other than process 0 (on {seen[0][0]}): {found} there, "
+                f"{seen[0][1]} here; {advice}."
+            )
+
+
+def digest_of(groups: Sequence[ParamGroup]) -> str:
+    return xxhash.xxh3_64_hexdigest(repr(list(groups)).encode())[:8]
 
 
 def load_metrics(engine: Engine, scripts: Mapping[str, Sequence[str]]) -> dict[str, dict[str, Metric]]:
@@ -390,11 +430,15 @@ def beside_head(weight: nn.Parameter | None, engine: Engine) -> int:
     return numbers * max(compute.itemsize * (cast + narrow), (compute.itemsize + weight.dtype.itemsize) * wide)
 
 
-def known_budget(state: Mapping[str, Any] | None, folder: RunFolder, engine: Engine) -> Budget:
+def known_budget(state: Mapping[str, Any] | None, folder: RunFolder, engine: Engine, data: Data) -> Budget:
     """Of the checkpoint, and of a run that ended out of memory since."""
     budget = Budget.from_json(state["budget"]) if state else Budget()
     left = engine.from_main(read_json(folder.budget) if engine.is_main and folder.budget.exists() else None)
-    return budget.meet(Budget.from_json(left)) if left else budget
+    if not left:
+        return budget
+    found = Budget.from_json(left)
+    # Its samples are numbers: of other data these would be other samples.
+    return budget.meet(found if left.get("data") == data.fingerprint else replace(found, without=()))
 
 
 def told_since_save(engine: Engine, folder: RunFolder, step: int) -> list[dict[str, Any]]:
@@ -426,16 +470,37 @@ def start_sentence(job: Job) -> str:
     )
 
 
-def base_checkpoint(run: Run, engine: Engine, folder: RunFolder) -> Checkpoint:
-    """The model to start from. The adapter of an earlier run is merged into output_dir/base first (a second stage)."""
+def base_checkpoint(run: Run, engine: Engine, folder: RunFolder, *, resumes: bool = False) -> Checkpoint:
+    """The model to start from. The adapter of an earlier run is merged into output_dir/base first (a second stage).
+
+    Raises:
+        CheckpointError: a run that goes on would do so from another adapter.
+    """
     trust = run.config.trust_remote_code
     found = open_checkpoint(run.config.model_name_or_path, trust_remote_code=trust)
     if not found.is_adapter:
         return found
-    if engine.is_main and not (folder.base / "config.json").exists():
-        export.merge(found.folder, folder.base)
-    engine.wait()
+    engine.on_main(lambda: merge_base(found.folder, folder.base, resumes=resumes))
     return open_checkpoint(str(folder.base), trust_remote_code=trust)
+
+
+def merge_base(adapter: Path, base: Path, *, resumes: bool) -> None:
+    """Merge `adapter` into `base`, unless it was before: an earlier start may have merged another one there."""
+    mark = base / "merged_from.json"
+    files = {file.name: checkpoints.checksum(file) for file in sorted(adapter.glob("adapter_*"))}
+    now = {"adapter": str(adapter.resolve()), "files": files}
+    if (base / "config.json").exists():
+        then = read_json(mark) if mark.exists() else {}
+        if then == now:
+            return
+        if resumes:
+            raise CheckpointError(
+                f"{base} was merged from {then.get('adapter', 'an unknown adapter')} as it was then, and this run "
+                f"goes on from that; {adapter} is another one or has changed, start a new --output_dir with it."
+            )
+        shutil.rmtree(base)
+    export.merge(adapter, base)
+    write_json(mark, now)
 
 
 def data_options(

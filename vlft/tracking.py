@@ -298,7 +298,8 @@ def _results(evaluations: Sequence[Mapping[str, Any]], best: Best | None) -> lis
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     # Hidden: a run that is killed here has not begun its folder, and its repetition may.
-    beside = path.with_name(f".writing-{path.name}")
+    # By rank: two that are out of memory at once both write their budget.
+    beside = path.with_name(f".writing-{os.environ.get('RANK', '0')}-{path.name}")
     with _writable(path):
         beside.write_text(json.dumps(content, indent=2, default=str))
         os.replace(beside, path)

@@ -81,7 +81,7 @@ def train_step(job: Job, step: Step) -> dict[str, Any]:
     """Forward, backward, update. The divisor counts what was really decoded, on all ranks, before the first forward."""
     engine = job.engine
     while True:
-        supervised, samples, tokens, images, failed, padding = engine.sums(job.data.counts(step))
+        supervised, samples, tokens, images, failed, padding, reached = engine.sums(job.data.counts(step))
         reads, unfit = forward_backward(job, step, supervised) if supervised else ([], None)
         if engine.reduce(fits=unfit is None):
             break
@@ -91,7 +91,7 @@ def train_step(job: Job, step: Step) -> dict[str, Any]:
     update = None
     if supervised:
         if not job.proof.done:
-            job.proof.before_update(reached_pictures=images > 0)
+            job.proof.before_update(reached_pictures=reached > 0)
         # Not where a stop is asked for: a launcher waits half a minute, and a slow disk may take it for the next step.
         update = engine.update(meanwhile=lambda: None if job.interrupt.asked else job.steps.look_ahead())
     losses = [read() for read in reads]
@@ -173,6 +173,8 @@ def run_evaluation(job: Job) -> None:
         )  # fmt: skip
     except recovery.EvaluationStoppedError:
         return
+    except torch.OutOfMemoryError as error:
+        raise evaluate.does_not_fit(error) from error
     finally:
         job.packed.train()
     job.journal.evaluation(job.done_steps, found.values, found.made, found.failed, time.monotonic() - began)
@@ -200,16 +202,17 @@ def save_checkpoint(job: Job) -> None:
 
 def hand_over(job: Job) -> None:
     whole = job.engine.weights(job.model, export.needed(job.strategy, job.model, job.source))
-    if job.engine.is_main:
+
+    def write() -> None:
         best = recovery.best_weights(job)
-        whole |= best
         limits = {"min_pixels": job.data.options.min_pixels, "max_pixels": job.data.options.max_pixels}
         facts = result_facts(job.run, job.folder, job.proof.missing, job.best.step if job.best and best else None)
-        export.save_result(job.strategy, job.model, job.source, whole, job.folder.model, facts=facts, **limits)
+        export.save_result(job.strategy, job.model, job.source, whole | best, job.folder.model, facts=facts, **limits)
         trained = f"{', '.join(job.proof.proved) or 'nothing'} by {job.run.config.tuning_strategy}"
         adapter = (job.folder.model / "adapter_config.json").exists()
         job.journal.ended(
             f"{trained} for {job.done_steps} steps", job.best if best or job.is_best else None, merges=adapter
         )
-    recovery.write_report(job)
-    job.engine.wait()
+        recovery.write_report(job)
+
+    job.engine.on_main(write)

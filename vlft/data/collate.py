@@ -77,6 +77,15 @@ class Row:
         ends = self.cu_seqlens[1:].numpy()
         return torch.from_numpy(np.searchsorted(ends, self.supervised_S.cpu().numpy(), side="right"))
 
+    @property
+    def reaches_pictures(self) -> bool:
+        """Whether a gradient gets to a picture: a learnt token of the same sample stands behind it."""
+        ends = self.cu_seqlens[1:].numpy()
+        learnt, pictured = self.supervised_S.cpu().numpy(), self.pictured_M.cpu().numpy()
+        last = np.full(len(ends), -1)
+        np.maximum.at(last, np.searchsorted(ends, learnt, side="right"), learnt)
+        return bool((last[np.searchsorted(ends, pictured, side="right")] >= pictured).any())
+
     def to(self, device: torch.device | str, *, non_blocking: bool = True) -> Row:
         """The row with the tensors of the forward on `device`."""
         return self._mapped(lambda x: x.to(device, non_blocking=non_blocking))

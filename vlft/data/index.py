@@ -42,7 +42,7 @@ from vlft.data.sources import Chunk, RawRow, Source, open_source
 from vlft.data.tokens import Chat, PictureSize
 from vlft.errors import DataError, RecordError
 
-INDEX_VERSION = 2
+INDEX_VERSION = 3
 """Raise it when the same data would be indexed otherwise by the code below."""
 BOXED, HAS_BOXES = 1, 2
 """Bits of `flags`: the text must be written again with the final sizes; it speaks of places in the picture."""
@@ -62,6 +62,7 @@ _ARRAYS: dict[str, type[np.generic]] = {
     "n_tokens": np.int32,  # (N,)
     "n_images": np.int32,  # (N,)
     "split_hash": np.uint64,  # (N,) of the pictures' contents, or of the text
+    "text_hash": np.uint64,  # (N,) of the tokens, and which of them are supervised
     "flags": np.uint8,  # (N,)
     "width": np.int32,  # (I,) pixels after EXIF orientation
     "height": np.int32,  # (I,)
@@ -162,7 +163,9 @@ class _Collector:
         lists["n_images"].append(len(sizes))
         lists["split_hash"].append(_split_hash(record, hashes))
         lists["flags"].append(BOXED * encoded.boxed + HAS_BOXES * record.has_boxes)
-        lists["tokens"].append(encoded.input_ids | np.where(encoded.supervised, LEARNT, np.uint32(0)))
+        tokens = encoded.input_ids | np.where(encoded.supervised, LEARNT, np.uint32(0))
+        lists["tokens"].append(tokens)
+        lists["text_hash"].append(xxhash.xxh3_64_intdigest(np.ascontiguousarray(tokens).tobytes()))
         for size, text in zip(sizes, refs, strict=True):
             data = text.encode("utf-8", "surrogateescape")
             lists["width"].append(size.width)
@@ -531,6 +534,11 @@ class Index:
     def split_hash(self) -> npt.NDArray[np.uint64]:
         """(N,) equal for samples about the same pictures; of the text where there is none."""
         return self._joined("split_hash")
+
+    @cached_property
+    def text_hash(self) -> npt.NDArray[np.uint64]:
+        """(N,) of each sample's tokens, and of which of them are supervised."""
+        return self._joined("text_hash")
 
     @cached_property
     def flags(self) -> npt.NDArray[np.uint8]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
@@ -209,12 +210,16 @@ class Data:
         return LedgerEntry(self.dataset_of(i), self.index.sample_id(i), "not_finite", text, step)
 
     def counts(self, step: Step) -> list[float]:
-        """Of this rank's part of a step: supervised tokens, samples, tokens, pictures, samples that failed, padding."""
+        """Of this rank's part of a step: supervised tokens, samples, tokens, pictures, samples that failed, padding,
+        rows whose pictures get a gradient.
+        """
         real = [row for row in step.rows if row.sample_ids]
         tokens = sum(row.input_ids_T.shape[1] for row in real)
         pictures = sum(len(row.image_grid_thw) for row in real)
         padding = sum(row.input_ids_T.shape[1] for row in step.rows) - tokens
-        return [float(n) for n in (step.supervised_tokens, step.samples, tokens, pictures, len(step.failures), padding)]
+        reached = sum(row.reaches_pictures for row in real)
+        counts = (step.supervised_tokens, step.samples, tokens, pictures, len(step.failures), padding, reached)
+        return [float(n) for n in counts]
 
     def by_name(self, sums: Sequence[float]) -> dict[str, float | None]:
         """Mean loss of each data set that a step holds; None where it is not finite.
@@ -233,19 +238,32 @@ class Data:
             DataError: with those before the run, more than `max_bad_fraction` of the data.
         """
         # Not by id: several records may share one. The message names the place, which no two share.
-        new = [e for e in failures if (e.dataset, e.message) not in self._bad]
-        self._bad |= {(e.dataset, e.message): e for e in new}
+        found = {(e.dataset, e.message): e for e in failures}  # a sample may be in a step twice
+        new = [entry for place, entry in found.items() if place not in self._bad]
+        self._bad |= found | self._bad
         check_bad_fraction([*self.ledger, *self._bad.values()], self.index.total, self.options.max_bad_fraction)
         return new
 
     @cached_property
     def fingerprint(self) -> str:
-        """Of what membership depends on: which samples train, with their content, and what became of their size."""
-        ids = self.plan.ids
-        digest = xxhash.xxh3_128()
-        for array in (self.index.identity, self.index.split_hash, self.fitted.length, self.fitted.patches):
+        """Of what a step's samples depend on: their numbers, which the order is drawn from, how often each data set is
+        passed over, texts, pictures, and what became of their size.
+        """
+        ids, index = self.plan.ids, self.index
+        sets = [[spec.name, spec.weight] for spec in index.specs]
+        digest = xxhash.xxh3_128(json.dumps(sets).encode())
+        digest.update(ids.tobytes())
+        for array in (index.identity, index.text_hash, index.split_hash, self.fitted.length, self.fitted.patches):
             digest.update(np.ascontiguousarray(array[ids]).tobytes())
         return digest.hexdigest()
+
+    @property
+    def told(self) -> str:
+        """What must be the same on all ranks, in one phrase."""
+        digest = xxhash.xxh3_64(self.fingerprint.encode())
+        digest.update(self._held_out.tobytes())
+        many = f"{self.plan.samples_per_epoch} samples an epoch, {len(self._held_out)} held out"
+        return f"{many}, {len(self.ledger)} in the ledger, digest {digest.hexdigest()[:8]}"
 
     @property
     def bad(self) -> list[dict[str, Any]]:

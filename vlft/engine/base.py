@@ -13,13 +13,14 @@ import socket
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import GradientAccumulationPlugin, broadcast_object_list, gather_object
 from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_
 from torch.optim import Optimizer
@@ -91,6 +92,18 @@ def _adding_up(before: dict[nn.Parameter, Tensor]) -> Iterator[None]:
             join(p)
 
 
+def one_row_at_a_time() -> GradientAccumulationPlugin:
+    """vlft divides a step's losses itself. Given no plugin, Accelerate divides them once more by what a variable of the
+    environment (ACCELERATE_GRADIENT_ACCUMULATION_STEPS) says.
+    """
+    return GradientAccumulationPlugin(num_steps=1)
+
+
+def _store() -> Any:
+    """Where the processes found each other, through which they can wait without a collective."""
+    return torch.distributed.distributed_c10d._get_default_store()
+
+
 class Engine:
     """Devices, ranks, backward and update. Whole tensors on every rank, so "gathering" costs nothing here."""
 
@@ -118,6 +131,8 @@ class Engine:
         self.world_size: int = self.accelerator.num_processes
         self.device: torch.device = self.accelerator.device
         self.is_main: bool = self.accelerator.is_main_process
+        self._works = 0
+        """How often the main process has worked alone."""
         self.kind: str = self.accelerator.distributed_type.value
         """What Accelerate really set up, not always what was meant: NO, MULTI_CPU, MULTI_GPU, DEEPSPEED, FSDP."""
         asked = int(os.environ.get("WORLD_SIZE", "1"))
@@ -128,7 +143,7 @@ class Engine:
             )
 
     def _accelerator(self) -> Accelerator:
-        return Accelerator(mixed_precision=self.precision)
+        return Accelerator(mixed_precision=self.precision, gradient_accumulation_plugin=one_row_at_a_time())
 
     # -- processes ---------------------------------------------------------------------------------------------------
 
@@ -148,14 +163,42 @@ class Engine:
         return [value for value, _ in found]  # type: ignore[misc]  # no failure: every value is a T
 
     def on_main(self, work: Callable[[], T]) -> T:
-        """Run `work` on the main process; its result everywhere, or its error."""
-        return self.together(lambda: work() if self.is_main else None)[0]  # type: ignore[return-value]
+        """Run `work` on the main process; its result everywhere, or its error. It may take as long as it likes."""
+
+        def here() -> T | None:
+            if not self.is_main:
+                self._await_main()
+                return None
+            try:
+                return work()
+            finally:
+                self._release()
+
+        return self.together(here)[0]  # type: ignore[return-value]
+
+    def _release(self) -> None:
+        if self.world_size > 1:
+            self._works += 1
+            _store().set(f"vlft/main-has-done/{self._works}", "")
+
+    def _await_main(self) -> None:
+        """In pieces: a collective gives up after ten minutes, which an index, a judge of answers or the writing of a
+        large result may take. A main process that dies takes the store with it, or the launcher ends the others.
+        """
+        self._works += 1
+        while True:
+            try:
+                _store().wait([f"vlft/main-has-done/{self._works}"], timedelta(seconds=30))
+            except torch.distributed.DistStoreError:
+                continue
+            return
 
     def main_first(self, work: Callable[[], T]) -> T:
         """Run `work` on the main process, then on the others (who find its result in the cache)."""
         made: list[T] = []
         self.on_main(lambda: made.append(work()))
-        return made[0] if self.is_main else work()
+        self.together(lambda: None if self.is_main else made.append(work()))
+        return made[0]
 
     def wait(self) -> None:
         self.accelerator.wait_for_everyone()
@@ -433,12 +476,19 @@ class Engine:
                     optimizer.state[p] = state
 
     def scaler_state(self) -> dict[str, Any]:
+        """Of fp16's loss scale, the same for every engine: the scale, and the steps since it last fell or grew."""
         scaler = self.accelerator.scaler
-        return dict(scaler.state_dict()) if scaler is not None else {}
+        if scaler is None:
+            return {}
+        state = scaler.state_dict()
+        return {"scale": state["scale"], "good_steps": state["_growth_tracker"]}
 
     def restore_scaler(self, state: dict[str, Any]) -> None:
-        if state and self.accelerator.scaler is not None:
-            self.accelerator.scaler.load_state_dict(state)
+        scaler = self.accelerator.scaler
+        if state and scaler is not None:
+            own = scaler.state_dict()
+            good = int(state["good_steps"]) % own["growth_interval"]
+            scaler.load_state_dict(own | {"scale": state["scale"], "_growth_tracker": good})
 
     def end_all(self, exit_code: int) -> None:
         """End every other rank, which may wait inside a collective. (Here none does: errors are told in `together`.)"""

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from vlft.engine.alarm import Alarm
-from vlft.engine.base import MOMENTS, Engine, Update, alone, norms_of, read_norms
+from vlft.engine.base import MOMENTS, Engine, Update, alone, norms_of, one_row_at_a_time, read_norms
 from vlft.errors import ConfigError
 from vlft.family import Part
 
@@ -51,7 +51,9 @@ class FsdpEngine(Engine):
             fsdp_version=2, auto_wrap_policy="transformer_based_wrap", cpu_ram_efficient_loading=False,
             mixed_precision_policy=mixed_precision_policy(self.precision),
         )  # fmt: skip
-        return Accelerator(mixed_precision=self.precision, fsdp_plugin=plugin)
+        return Accelerator(
+            mixed_precision=self.precision, fsdp_plugin=plugin, gradient_accumulation_plugin=one_row_at_a_time()
+        )
 
     def prepare(self, model: nn.Module, optimizer: Optimizer, whole: Sequence[nn.Module] = ()) -> nn.Module:  # noqa: ARG002
         self.model, self.optimizer = self._shard(model, optimizer)

@@ -296,12 +296,21 @@ class ZeroEngine(Engine):
             self.zero._lazy_init_hp_params_optimizer_state()
 
     def scaler_state(self) -> dict[str, Any]:
-        scale = getattr(self.zero, "loss_scaler", None)
-        return {"cur_scale": float(scale.cur_scale)} if self.precision == "fp16" and scale is not None else {}
+        scaler = getattr(self.zero, "loss_scaler", None)
+        if self.precision != "fp16" or scaler is None:
+            return {}
+        if not scaler.dynamic:
+            return {"scale": float(scaler.cur_scale), "good_steps": 0}
+        good = scaler.cur_iter - scaler.last_overflow_iter - 1
+        return {"scale": float(scaler.cur_scale), "good_steps": good, "hysteresis": scaler.cur_hysteresis}
 
     def restore_scaler(self, state: dict[str, Any]) -> None:
-        if state and "cur_scale" in state and getattr(self.zero, "loss_scaler", None) is not None:
-            self.zero.loss_scaler.cur_scale = state["cur_scale"]
+        scaler = getattr(self.zero, "loss_scaler", None)
+        if not state or self.precision != "fp16" or scaler is None or not scaler.dynamic:
+            return
+        scaler.cur_scale = state["scale"]
+        scaler.cur_iter, scaler.last_overflow_iter = int(state["good_steps"]), -1
+        scaler.cur_hysteresis = state.get("hysteresis", scaler.cur_hysteresis)
 
 
 def _bytes(tensor: Tensor) -> int:

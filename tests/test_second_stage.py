@@ -1,0 +1,73 @@
+"""A run that starts from an earlier run's adapter merges it into output_dir/base first: that very adapter, as it is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from runs import command, train, write_data
+from safetensors.torch import load_file, save_file
+
+from vlft import train as story
+from vlft.errors import CheckpointError
+
+
+class Stop(Exception):
+    """As a kill before the first step."""
+
+
+def base_of(out: Path) -> dict[str, torch.Tensor]:
+    return load_file(out / "base/model.safetensors")
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.fixture
+def adapters(tiny: Callable[..., Path], tmp_path: Path) -> tuple[Path, list[Path]]:
+    """The registry, and two results of `lora`."""
+    registry = write_data(tmp_path, 8)
+    for seed in (1, 2):
+        train(command(tiny(), registry, tmp_path / f"run{seed}", "lora", max_steps=2, seed=seed, learning_rate_llm=1e-2))
+    return registry, [tmp_path / f"run{seed}/model" for seed in (1, 2)]
+
+
+def test_a_start_that_failed_leaves_no_base_to_the_next(
+    adapters: tuple[Path, list[Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    registry, (one, two) = adapters
+
+    def words(adapter: Path, out: str) -> list[str]:
+        more: dict[str, Any] = {"resume_from_checkpoint": "latest", "max_steps": 2, "save_steps": 1}
+        return command(adapter, registry, tmp_path / out, "vit_only", **more)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(story, "train_step", lambda job, step: (_ for _ in ()).throw(Stop))
+        for _ in range(2):  # the second finds what the first has merged
+            with pytest.raises(Stop):
+                train(words(one, "out"))
+    train(words(two, "fresh"))
+    assert not same(base_of(tmp_path / "out"), base_of(tmp_path / "fresh"))
+    train(words(two, "out"))
+    assert same(base_of(tmp_path / "out"), base_of(tmp_path / "fresh"))
+
+
+def test_a_run_that_goes_on_does_so_from_the_adapter_it_began_with(
+    adapters: tuple[Path, list[Path]], tmp_path: Path
+) -> None:
+    """Trained again under the same path it is another one."""
+    registry, (one, _) = adapters
+    words = command(one, registry, tmp_path / "out", "vit_only", max_steps=2)
+    train(words)
+    more = {"max_steps": 3, "resume_from_checkpoint": "latest"}
+    before = base_of(tmp_path / "out")
+    train(command(one, registry, tmp_path / "out", "vit_only", **more))
+    file = one / "adapter_model.safetensors"
+    save_file({name: 2 * tensor for name, tensor in load_file(file).items()}, file)
+    with pytest.raises(CheckpointError, match="is another one or has changed"):
+        train(command(one, registry, tmp_path / "out", "vit_only", **(more | {"max_steps": 4})))
+    assert same(base_of(tmp_path / "out"), before)
