@@ -70,7 +70,7 @@ def build_optimizer(
     for group in groups:
         decay = weight_decay if group.weight_decay is None else group.weight_decay
         for suffix, wanted in (("", True), ("/no_decay", False)):
-            names = [n for n in group.parameters if (by_name[n].ndim >= 2) == wanted]
+            names = [n for n in group.parameters if _is_matrix(by_name[n]) == wanted]
             if names:
                 rate = group_rate(group, rates)
                 torch_groups.append(
@@ -91,6 +91,11 @@ def build_optimizer(
     if on_gpu and whole and not torchs_own and not compiler.trouble():
         return KernelAdamW(torch_groups, "fp32")
     return AdamW(torch_groups, fused=on_gpu)
+
+
+def _is_matrix(p: Tensor) -> bool:
+    """ZeRO-3 has an empty vector in the place of a weight that it has cut up, and its real shape beside it."""
+    return len(getattr(p, "ds_shape", p.shape)) >= 2
 
 
 def scales_gradients(optimizer: Optimizer) -> bool:
