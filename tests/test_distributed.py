@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import matrix
 import pytest
+import torch
 from matrix import Case
 from runs import CPU_ADAM, distance, final_weights, metrics, start, train, write_data
+
+from vlft.engine import Engine
+from vlft.engine.zero import ZeroEngine
 
 
 def words(model: Path, registry: Path, out: Path, strategy: str, **more: Any) -> list[str]:
@@ -93,3 +99,69 @@ def test_a_resume_with_offload_has_adams_states(tiny: Callable[..., Path], tmp_p
     for more in ({"max_steps": 3}, {"resume_from_checkpoint": "latest"}):
         start(words(tiny(), registry, tmp_path / "cut", "full", deepspeed="zero3_offload", **(common | more)))
     assert distance(final_weights(tmp_path / "whole"), final_weights(tmp_path / "cut")) < 1e-5
+
+
+def test_a_machine_with_other_data_is_told(tiny: Callable[..., Path], tmp_path: Path) -> None:
+    """Its rank would number the samples otherwise, train some twice and others never, and nobody would see it."""
+    registry = write_data(tmp_path / "one", 16)
+    write_data(tmp_path / "other", 16)
+    lines = (tmp_path / "other/toy.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "other/toy.jsonl").write_text("".join(lines[:2] + lines[3:]))
+    fault = {"kind": "other_data", "rank": 1, "registry": str(tmp_path / "other/registry.json")}
+    line = words(tiny(), registry, tmp_path / "out", "lora", max_steps=2)
+    done = start(line, processes=2, check=False, fault=fault)
+    assert done.returncode
+    assert "finds the data to be other than process 0" in done.stdout + done.stderr
+    assert not (tmp_path / "out/metrics.jsonl").exists()
+
+
+def test_what_the_main_process_does_alone_may_take_longer_than_a_collective(
+    tiny: Callable[..., Path], tmp_path: Path
+) -> None:
+    """An index, a script that scores answers, the writing of a large result: NCCL gives up after ten minutes."""
+    registry = write_data(tmp_path, 16)
+    line = words(tiny(), registry, tmp_path / "out", "lora", max_steps=1, save_steps=1)
+    start(line, processes=2, fault={"kind": "slow_main", "rank": "all", "seconds": 12, "patience": 6})
+    assert len(metrics(tmp_path / "out")) == 1
+
+
+def test_accelerates_variable_divides_no_gradient(
+    tiny: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    registry = write_data(tmp_path, 16)
+    train(words(tiny(), registry, tmp_path / "one", "lora", max_steps=2))
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "8")
+    train(words(tiny(), registry, tmp_path / "two", "lora", max_steps=2))
+    assert metrics(tmp_path / "one") == metrics(tmp_path / "two")
+
+
+def test_a_loss_scale_goes_on_where_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    """fp16 (which needs a GPU to run): it grows and falls at the same steps as without the stop, under any engine."""
+    loss_scaler = pytest.importorskip("deepspeed.runtime.fp16.loss_scaler")
+    monkeypatch.setattr(loss_scaler.dist, "get_rank", lambda: 0)  # who logs an overflow
+
+    def zero() -> ZeroEngine:
+        engine = ZeroEngine.__new__(ZeroEngine)
+        scaler = loss_scaler.DynamicLossScaler(2.0**16, 5, 1.0, 2, consecutive_hysteresis=False)
+        engine.precision, engine.zero = "fp16", SimpleNamespace(loss_scaler=scaler)
+        return engine
+
+    def go(engine: ZeroEngine, overflows: str) -> list[float]:
+        scales = []
+        for what in overflows:
+            engine.zero.loss_scaler.update_scale(what == "x")
+            scales.append(engine.zero.loss_scaler.cur_scale)
+        return scales
+
+    past, future = "...x..x.x....", "..x......x.......x......"
+    one, two = zero(), zero()
+    go(one, past)
+    two.restore_scaler(json.loads(json.dumps(one.scaler_state())))
+    assert go(one, future) == go(two, future)
+
+    plain = Engine("no", 1.0)
+    plain.accelerator.scaler = torch.amp.GradScaler("cpu", growth_interval=5)
+    plain.restore_scaler(one.scaler_state())
+    assert plain.scaler_state()["scale"] == one.scaler_state()["scale"]
+    two.restore_scaler(plain.scaler_state())
+    assert two.zero.loss_scaler.cur_scale == one.zero.loss_scaler.cur_scale

@@ -86,6 +86,24 @@ def test_each_model_of_a_run_has_its_own_place(a_run: Path, given: str, place: s
     assert (found.model, found.output_dir) == (str(a_run / place), a_run / "eval" / place)
 
 
+def test_a_folder_does_not_bring_code_along(a_run: Path) -> None:
+    """What it names runs, or asks the network, only where its run.yaml is given by name, or a flag says otherwise."""
+    known = (a_run / "run.yaml").read_text()
+    (a_run / "run.yaml").write_text(f"{known}eval_dataset_scripts:\n  held: [exact_match, /there/evil.py]\n")
+    said = problems(str(a_run))
+    assert f"{a_run / 'run.yaml'} asks for /there/evil.py, which runs code" in said
+    assert f"give --config {a_run / 'run.yaml'}" in said
+    assert "/there/evil.py" in problems(str(a_run / "merged"))
+    found = parse_command(COMMANDS["eval"], [str(a_run), "--config", str(a_run / "run.yaml")])
+    assert isinstance(found, EvalOptions)
+    assert found.eval_dataset_scripts == {"held": ("exact_match", "/there/evil.py")}
+    found = parse_command(COMMANDS["eval"], [str(a_run), "--eval_dataset_scripts", "held:exact_match"])
+    assert isinstance(found, EvalOptions)
+    assert found.eval_dataset_scripts == {"held": ("exact_match",)}
+    (a_run / "run.yaml").write_text(f"{known}trust_remote_code: true\nallow_remote_images: true\n")
+    assert "asks for trust_remote_code true, allow_remote_images true" in problems(str(a_run))
+
+
 def test_a_model_that_is_not_there(tmp_path: Path, a_run: Path) -> None:
     said = problems("nosuchmodel")
     assert "MODEL nosuchmodel: there is no such folder" in said

@@ -389,7 +389,10 @@ def test_vlft_eval_finds_what_the_run_found(
     tmp_path: Path, by_one_process: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The options come from run.yaml; adapters, whole models and hub folders go the same way."""
-    assert main(["eval", str(by_one_process)]) == 0
+    assert main(["eval", str(by_one_process)]) == 2
+    said = capsys.readouterr().err  # the run's own script is code, wherever the folder may come from
+    assert ".py, which runs code or asks the network" in said
+    assert main(["eval", str(by_one_process), "--config", str(by_one_process / "run.yaml")]) == 0
     found = json.loads((by_one_process / "eval/model/metrics.json").read_text())
     last = metrics(by_one_process, "eval")[-1]
     assert found["values"].keys() == {key for key in last if key.startswith("eval/")}
@@ -432,7 +435,8 @@ def test_vlft_eval_of_any_folder(
 
 @pytest.mark.slow
 def test_vlft_eval_on_two_processes(tmp_path: Path, by_one_process: Path) -> None:
-    start(["eval", str(by_one_process), "--output_dir", str(tmp_path / "e")], processes=2)
+    config = ["--config", str(by_one_process / "run.yaml")]
+    start(["eval", str(by_one_process), *config, "--output_dir", str(tmp_path / "e")], processes=2)
     one = json.loads((tmp_path / "e/metrics.json").read_text())["values"]
     last = metrics(by_one_process, "eval")[-1]
     assert all(value == pytest.approx(last[key], rel=1e-4) for key, value in one.items())

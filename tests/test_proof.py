@@ -40,5 +40,5 @@ def test_a_picture_that_no_learnt_token_follows_proves_nothing(
 
 def test_a_run_whose_pictures_stand_all_behind_says_so(tiny: Callable[..., Path], tmp_path: Path) -> None:
     registry = data(tmp_path, behind=lambda _: True)
-    with pytest.raises(TrainingError, match="not proved to have trained: .*no step with pictures reached them"):
+    with pytest.raises(TrainingError, match=r"not proved to have trained: .*no step with pictures reached them"):
         train(command(tiny(), registry, tmp_path / "out", "vit_only", max_steps=2))

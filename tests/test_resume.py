@@ -340,7 +340,7 @@ def test_steps_of_seven_digits_come_after_those_of_six(tmp_path: Path) -> None:
     assert last is not None
     assert last.name == "step-1000200"
     (last / "state.json").write_text("{")
-    with pytest.raises(CheckpointError, match="before it: --resume_from_checkpoint .*step-1000000"):
+    with pytest.raises(CheckpointError, match=r"before it: --resume_from_checkpoint .*step-1000000"):
         checkpoints.read_state(last)
 
 

@@ -32,7 +32,9 @@ def adapters(tiny: Callable[..., Path], tmp_path: Path) -> tuple[Path, list[Path
     """The registry, and two results of `lora`."""
     registry = write_data(tmp_path, 8)
     for seed in (1, 2):
-        train(command(tiny(), registry, tmp_path / f"run{seed}", "lora", max_steps=2, seed=seed, learning_rate_llm=1e-2))
+        train(
+            command(tiny(), registry, tmp_path / f"run{seed}", "lora", max_steps=2, seed=seed, learning_rate_llm=1e-2)
+        )
     return registry, [tmp_path / f"run{seed}/model" for seed in (1, 2)]
 
 

@@ -180,7 +180,7 @@ def setup(run: Run, engine: Engine) -> Job:
         f"the parameter groups of '{config.tuning_strategy}'",
         "prepare_model and param_groups must not depend on the rank or on chance",
     )  # fmt: skip
-    check_optimizer(config, engine)
+    check_optimizer(config, engine.precision, sharded=engine.shards_states)
     cast(model, source.compute_dtype, masters=not engine.keeps_masters and config.optim == "adamw")
     optimizer = build_optimizer(
         model, groups, run.rates, config.weight_decay, config.optim, engine.device, torchs_own=engine.wants_torchs_adamw
@@ -351,22 +351,25 @@ def prepare_strategy(run: Run, source: Source) -> tuple[Strategy, nn.Module, lis
         ) from error
 
 
-def check_optimizer(config: RunConfig, engine: Engine) -> None:
+def check_optimizer(config: RunConfig, precision: str, *, sharded: bool) -> None:
     """
+    Args:
+        precision: that training computes in.
+        sharded: an engine cuts optimizer states up.
     Raises:
         ConfigError: an optimizer without masters is asked for where there must be some.
     """
     if config.optim == "adamw":
         return
-    if engine.shards_states:
+    if sharded:
         raise ConfigError(
             f"--optim {config.optim} runs on one GPU or on whole copies; with DeepSpeed or FSDP, whose own "
             "masters are cut up, use adamw."
         )
-    if engine.precision != "bf16":
+    if precision != "bf16":
         raise ConfigError(
             f"--optim {config.optim} keeps trained weights in bf16, but --mixed_precision is "
-            f"{engine.precision}; give --mixed_precision bf16, or use adamw."
+            f"{precision}; give --mixed_precision bf16, or use adamw."
         )
 
 

@@ -14,12 +14,14 @@ import os
 import signal
 import sys
 import time
+from datetime import timedelta
 from typing import Any
 
 import torch
+import torch.distributed.distributed_c10d as c10d
 from torch import Tensor
 
-from vlft.engine import summing
+from vlft.engine import Engine, summing
 from vlft.models.forward import PackedVLM
 from vlft.optim import KernelAdamW
 
@@ -237,6 +239,23 @@ def fsdp_on_cpu(*, fused: bool) -> None:
     fsdp.FsdpEngine._shard = shard  # type: ignore[method-assign]
 
 
+def slow_main(seconds: float, patience: float) -> None:
+    """What the main process does alone takes `seconds` once; collectives give up after `patience`."""
+    c10d._get_default_timeout = lambda _: timedelta(seconds=patience)  # type: ignore[assignment]
+    real, slept = Engine.on_main, []
+
+    def on_main(self: Engine, work: Any) -> Any:
+        def slowly() -> Any:
+            if not slept:
+                slept.append(True)
+                time.sleep(seconds)
+            return work()
+
+        return real(self, slowly)
+
+    Engine.on_main = on_main  # type: ignore[method-assign]
+
+
 def gpu_share(gib: float) -> None:
     """The process may hold that much of the GPU; beyond, PyTorch's allocator really is out of memory."""
     torch.cuda.set_per_process_memory_fraction(gib * 2**30 / torch.cuda.get_device_properties(0).total_memory)
@@ -253,6 +272,12 @@ def spoil(fault: dict[str, Any]) -> None:
         return
     if fault["kind"] == "told":
         told(fault["path"], fault["seconds"], fault["slow"])
+        return
+    if fault["kind"] == "other_data":
+        sys.argv[sys.argv.index("--dataset_config_path") + 1] = fault["registry"]
+        return
+    if fault["kind"] == "slow_main":
+        slow_main(fault["seconds"], fault["patience"])
         return
     if fault["kind"] == "gpu_share":
         gpu_share(fault["gib"])

@@ -320,6 +320,51 @@ def test_several_gpus_share_what_zero_cuts_up(seven: Path) -> None:
     assert not four.memory.holds  # their layers join weights anew for each product
 
 
+def test_what_is_offloaded_is_not_on_the_gpu(seven: Path) -> None:
+    """Only then does `full` of 7B fit into one small GPU."""
+    here, away = (plan(seven, "full", "--deepspeed", name, gpu="RTX 4090") for name in ("zero3", "zero3_offload"))
+    assert here.memory.states > 80e9
+    assert (away.memory.weights, away.memory.states, away.memory.gradients) == (0, 0, 0)
+    assert away.fits
+    assert not here.fits
+
+
+def test_time_counts_weights_of_four_bits_and_no_others(seven: Path) -> None:
+    """By their number: what a part takes in bytes says little beside an embedding, adapters and shards."""
+    found = plan(seven, "qlora")
+    layers = 28 * (3584 * (3584 * 2 + 512 * 2) + 3 * 3584 * 18944)
+    assert [part.quantised for part in found.static.parts if part.quantised] == [layers]
+    eight = estimate(read_plan(words(seven, "full", "--deepspeed", "zero3")).run, gpus.by_name("H100"), world_size=8)
+    assert not any(part.quantised for part in eight.static.parts)
+
+
+@pytest.mark.parametrize("precision", ["fp16", "no"])
+def test_what_training_refuses_is_not_planned(seven: Path, precision: str) -> None:
+    line = ("--mixed_precision", precision)
+    assert {"optim"} not in flags_of(seven, "full", *line)
+    with pytest.raises(ConfigError, match="keeps trained weights in bf16"):
+        plan(seven, "full", *line, "--optim", "adamw_8bit")
+
+
+@pytest.mark.parametrize(
+    ("strategy", "more"),
+    [
+        ("full", ("--learning_rate_vit", "1e-5", "--learning_rate_projector", "1e-5")),
+        ("lora_llm_full_vit", ("--learning_rate_vit", "1e-5", "--lora_rank", "32")),
+        ("partial_llm_full_vit", ("--llm_frozen_layers", "20", "--learning_rate_llm", "1e-5")),
+    ],
+)
+def test_a_lighter_strategy_leaves_what_it_does_not_take(seven: Path, strategy: str, more: tuple[str, ...]) -> None:
+    line = words(seven, strategy, *more)
+    found = advice.search(line, read_plan(line).run, lambda new: read_plan(new).run, lambda run: estimate(run, SMALL))
+    assert found is not None
+    assert "--tuning_strategy qlora" in found.command
+    assert found.found.fits
+
+
+SMALL = replace(gpus.by_name("RTX 4090"), memory=16 * GIB)
+
+
 @pytest.mark.parametrize(
     ("text", "memory"), [("RTX 4090 24GB", 24), ("A100 40GB", 40), ("h100", 80), ("NVIDIA H100 80GB HBM3", 80)]
 )

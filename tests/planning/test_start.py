@@ -15,7 +15,7 @@ from runs import command, train, write_data
 from vlft.commands import read_plan
 from vlft.models.peaks import peak_flops
 from vlft.planning import gpus, start
-from vlft.planning.estimate import Estimate, estimate, shared_out
+from vlft.planning.estimate import Cut, Estimate, estimate, shared_out
 from vlft.planning.memory import Copies, PartSize, Static
 from vlft.setup import beside_head
 
@@ -95,14 +95,21 @@ def test_a_gpu_that_no_table_knows_is_told_no_time(
 
 
 @pytest.mark.parametrize(
-    ("stage", "masters", "weights", "gradients", "states"),
-    [(0, False, 400, 400, 800), (2, True, 200, 200, 600), (3, True, 100, 200, 600), (3, False, 200, 200, 400)],
+    ("cut", "weights", "gradients", "states"),
+    [
+        (Cut(), 400, 400, 800),
+        (Cut(2, masters=True), 200, 100, 600),
+        (Cut(3, masters=True), 100, 100, 600),
+        (Cut(3), 200, 200, 400),
+        (Cut(2, masters=True, states_away=True), 200, 0, 0),
+        (Cut(3, masters=True, states_away=True, weights_away=True), 0, 0, 0),
+    ],
 )
-def test_what_engines_cut_up(stage: int, masters: bool, weights: float, gradients: float, states: float) -> None:
+def test_what_engines_cut_up(cut: Cut, weights: float, gradients: float, states: float) -> None:
     """A hundred weights in fp32 on two processes."""
     none = Copies()
     whole = Static([PartSize("llm", 100, 100, 400.0)], 400.0, 800.0, (0.0, 0.0), False, ([], []), ([], []), none, none)
-    found = shared_out(whole, stage, 2, masters=masters, compute=2)
+    found = shared_out(whole, cut, 2, compute=2)
     assert (found.weights, found.gradients, found.states) == (weights, gradients, states)
 
 

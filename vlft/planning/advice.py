@@ -11,9 +11,11 @@ import shlex
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from vlft.config import Run
+from vlft import discovery
+from vlft.config import RATE_PARTS, Run
 from vlft.errors import ConfigError, VlftError
 from vlft.planning.estimate import Estimate
+from vlft.strategy import StrategyConfig
 
 Estimator = Callable[[Run], Estimate]
 Reader = Callable[[Sequence[str]], Run]
@@ -69,7 +71,7 @@ def changes(run: Run) -> Iterator[Change]:
         rows = c.per_device_train_batch_size * c.gradient_accumulation_steps
         flags: dict[str, str | None] = {"per_device_train_batch_size": "1", "gradient_accumulation_steps": str(rows)}
         yield Change(flags, "one sample a forward, the same samples a step: the same result")
-    if c.optim == "adamw" and not c.deepspeed:
+    if c.optim == "adamw" and not c.deepspeed and c.mixed_precision in (None, "bf16"):
         yield Change({"optim": "adamw_8bit"}, "no fp32 masters, states of 8 bits, stochastic rounding")
     if (rank := getattr(run.options, "lora_rank", None)) and rank > 8:
         yield Change({"lora_rank": str(max(8, rank // 2))}, "half the rank")
@@ -79,10 +81,23 @@ def changes(run: Run) -> Iterator[Change]:
         yield Change({"max_seq_length": str(c.max_seq_length // 2)}, "half the tokens: longer samples shrink or go")
     lighter = getattr(run.strategy.Config, "lighter", None)
     if lighter and lighter != c.tuning_strategy:
-        flags = {"tuning_strategy": lighter}
+        flags = {"tuning_strategy": lighter, **_left_behind(run, lighter)}
         if c.optim != "adamw":
             flags["optim"] = None
         yield Change(flags, "fewer trained weights, or smaller frozen ones")
+
+
+def _left_behind(run: Run, strategy: str) -> dict[str, str | None]:
+    """Flags that this strategy refuses: options of the other's own, rates of parts that it does not train."""
+    try:
+        own: type[StrategyConfig] = discovery.load_strategy(strategy)[0].Config
+        kept = {name: getattr(run.options, name) for name in own.model_fields if name in run.options.model_fields_set}
+        trained = own(**kept).rates()
+    except (VlftError, ValueError):  # another plugin's: the attempt says what is wrong
+        return {}
+    names = [name for name in type(run.options).model_fields if name not in own.model_fields]
+    names += [f"learning_rate_{part}" for part in RATE_PARTS if part not in trained]
+    return dict.fromkeys(names)
 
 
 def ladder(words: Sequence[str], before: Estimate, read: Reader, estimator: Estimator) -> list[Advice]:

@@ -25,7 +25,7 @@ from vlft.planning.load import Steps, look
 from vlft.planning.memory import Memory, Static, memory_of, static_of
 from vlft.planning.skeleton import SkeletonSource, prepared
 from vlft.planning.time import Time, time_of
-from vlft.setup import Alone, data_options, part_costs
+from vlft.setup import Alone, check_optimizer, data_options, part_costs
 from vlft.strategy import Strategy
 
 
@@ -50,6 +50,7 @@ def estimate(run: Run, gpu: Gpu, *, world_size: int = 1) -> Estimate:
         VlftError: as training does: options, model, data or plugin.
     """
     config = run.config
+    check_optimizer(config, config.mixed_precision or "bf16", sharded=bool(config.deepspeed))
     gpu = allowed(gpu, config)
     checkpoint = _checkpoint(config.model_name_or_path, config.trust_remote_code)
     batch = global_batch(config, world_size)
@@ -60,8 +61,7 @@ def estimate(run: Run, gpu: Gpu, *, world_size: int = 1) -> Estimate:
     compute = compute_dtype(config.mixed_precision or "bf16", load_config(checkpoint))
     shape, training, static = _model(run, compute)
     steps = look(data, shape, costs=part_costs(static.parts), budget=Budget())
-    stage = stage_of(config)
-    static = shared_out(static, stage, world_size, masters=bool(config.deepspeed), compute=compute.itemsize)
+    static = shared_out(static, zero_of(config), world_size, compute=compute.itemsize)
     if compute == torch.bfloat16 and not config.reference:
         static = as_trained(static, steps, alone=world_size == 1)
     memory, time = expected(config, static, shape, training, steps, gpu, compute)
@@ -98,30 +98,47 @@ def expected(
     return memory, time_of(shape, training, work, static, memory, gpu, rows=rows, row_share=share)
 
 
-def stage_of(config: RunConfig) -> int:
-    """ZeRO's; 0 without."""
+@dataclass(frozen=True)
+class Cut:
+    """What an engine cuts up, and where it keeps it."""
+
+    stage: int = 0
+    """as ZeRO counts: 1 cuts up optimizer states, 2 gradients too, 3 weights too (FSDP does)"""
+    masters: bool = False
+    """Trained weights and gradients are in the compute dtype, and fp32 masters beside the states."""
+    states_away: bool = False
+    """Optimizer states and masters are in the host's memory, and the gradients go there."""
+    weights_away: bool = False
+    """Weights are, and come to the GPU for their layer."""
+
+
+def zero_of(config: RunConfig) -> Cut:
+    """By the DeepSpeed file; nothing without."""
     if not config.deepspeed:
-        return 0
-    return int(json.loads(deepspeed_path(config.deepspeed).read_text()).get("zero_optimization", {}).get("stage", 0))
+        return Cut()
+    zero = json.loads(deepspeed_path(config.deepspeed).read_text()).get("zero_optimization", {})
+    away = {
+        what: (zero.get(f"offload_{what}") or {}).get("device", "none") != "none" for what in ("optimizer", "param")
+    }
+    return Cut(int(zero.get("stage", 0)), True, states_away=away["optimizer"], weights_away=away["param"])
 
 
-def shared_out(static: Static, stage: int, world_size: int, *, masters: bool, compute: int) -> Static:
+def shared_out(static: Static, cut: Cut, world_size: int, *, compute: int) -> Static:
     """What one of several processes holds of it.
 
     Args:
-        stage: as ZeRO counts: 1 cuts up optimizer states, 2 gradients too, 3 weights too (FSDP does).
-        masters: trained weights are in the compute dtype, of so many bytes, and their fp32 masters beside the states.
+        compute: bytes of a number in the compute dtype.
     """
-    n, parts, states = world_size, static.parts, static.states
-    if masters:
+    n, parts, states, gradients = world_size, static.parts, static.states, static.gradients
+    if cut.masters:
         parts = [replace(part, bytes=part.bytes - part.trainable * (4 - compute)) for part in parts]
         states += 4.0 * sum(part.trainable for part in parts)
-    if stage == 3:
-        parts = [replace(part, bytes=part.bytes / n) for part in parts]
-    gradients = static.gradients / (n if stage > 1 else 1)
-    return replace(
-        static, parts=parts, states=states / (n if stage else 1), gradients=gradients, sharded=stage > 0
-    )  # fmt: skip
+        static, gradients = static.scaled(compute / 4), gradients * compute / 4
+    if cut.stage == 3:
+        parts = [replace(part, bytes=0.0 if cut.weights_away else part.bytes / n) for part in parts]
+    gradients = 0.0 if cut.states_away else gradients / (n if cut.stage > 1 else 1)
+    states = 0.0 if cut.states_away else states / (n if cut.stage else 1)
+    return replace(static, parts=parts, states=states, gradients=gradients, sharded=cut.stage > 0)
 
 
 @lru_cache(maxsize=2)

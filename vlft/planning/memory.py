@@ -39,6 +39,8 @@ class PartSize:
     trainable: int
     bytes: float
     """of weights, trained ones as the run keeps them"""
+    quantised: int = 0
+    """of the parameters, those of four bits"""
 
 
 @dataclass(frozen=True)
@@ -95,6 +97,12 @@ class Static:
     def weights(self) -> float:
         return sum(part.bytes for part in self.parts)
 
+    def scaled(self, by: float) -> Static:
+        """With gradients of single weights and layers so much as large."""
+        vision, language = ([size * by for size in each] for each in self.layer_gradients)
+        ends = (self.ends[0] * by, self.ends[1] * by)
+        return replace(self, ends=ends, layer_gradients=(vision, language))
+
     def split(self) -> Static:
         """With masters in two halves, as whole copies have them (`PackedVLM.split_masters`)."""
         return replace(self, copies=self.copies_of_split, is_split=True)
@@ -144,7 +152,7 @@ def static_of(model: nn.Module, parts: Parts, tied: bool, optimizer: str, comput
     quantised = {
         id(p) for m in model.modules() if is_quantised(m) for n, p in m.named_parameters(recurse=False) if n == "weight"
     }
-    numbers: dict[Part, list[float]] = {part: [0, 0, 0.0] for part in PARTS}
+    numbers: dict[Part, list[float]] = {part: [0, 0, 0.0, 0] for part in PARTS}
     layer, products = ([[0.0] * shape.vit_depth, [0.0] * shape.layers] for _ in range(2))
     ends = [0.0, 0.0]
     for name, p in model.named_parameters():
@@ -152,6 +160,7 @@ def static_of(model: nn.Module, parts: Parts, tied: bool, optimizer: str, comput
         size = logical_size(p)
         at[0] += size
         at[2] += size * (weight if p.requires_grad else NF4 if id(p) in quantised else compute)
+        at[3] += size * (id(p) in quantised)
         if not p.requires_grad:
             continue
         at[1] += size
@@ -166,7 +175,7 @@ def static_of(model: nn.Module, parts: Parts, tied: bool, optimizer: str, comput
     trained = sum(at[1] for at in numbers.values())
     first = next((n for n, size in enumerate(layer[0]) if size), shape.vit_depth)
     return Static(
-        parts=[PartSize(part, int(at[0]), int(at[1]), at[2]) for part, at in numbers.items() if at[0]],
+        parts=[PartSize(part, int(at[0]), int(at[1]), at[2], int(at[3])) for part, at in numbers.items() if at[0]],
         gradients=trained * gradient, states=trained * states, ends=(ends[0], ends[0] if tied else ends[1]), tied=tied,
         layer_gradients=(layer[0][first:], layer[1]),
         copies=copies_of(model, parts, masters=weight == 4, compute=compute),

@@ -89,8 +89,7 @@ def time_of(
         moved += rows * 2 * static.copies.held
     elif static.masters and not static.sharded:
         moved += rows * 2 * 6.0 * trained  # fp32 weights are cast for the forward and for the backward
-    packed = sum(part.bytes / NF4 for part in static.parts if part.bytes < 0.6 * part.parameters)
-    moved += rows * 2 * packed * (NF4 + 2)
+    moved += rows * 2 * sum(part.quantised for part in static.parts) * (NF4 + 2)
     adapted = 2.0 * (amounts["patches"] * static.adapted[0] + amounts["tokens"] * static.adapted[1])
     states = 2 * static.states + 2 * static.weights * (trained / max(sum(p.parameters for p in static.parts), 1))
     return Time(
