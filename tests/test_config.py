@@ -226,6 +226,33 @@ def test_run_yaml_repeats_the_run(tmp_path: Path) -> None:
     assert again.config.model_dump(exclude=same) == first.config.model_dump(exclude=same)
 
 
+def test_a_flag_decides_for_what_depends_on_it(tmp_path: Path) -> None:
+    """Otherwise the file's `max_steps` would hold against `--epochs`, and its direction for another metric."""
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(stored() | {"max_steps": 2, "metric_for_best": "a/f1", "greater_is_better": True}))
+    assert load_run(path).config.max_steps == 2
+    new = load_run(path, ["--epochs", "3", "--metric_for_best", "a/loss"]).config
+    assert (new.epochs, new.max_steps, new.greater_is_better) == (3, None, None)
+    new = load_run(path, ["--epochs", "3", "--max_steps", "5"]).config
+    assert (new.epochs, new.max_steps, new.greater_is_better) == (3, 5, True)
+
+
+def test_a_run_that_was_moved_says_where_it_goes_on(tmp_path: Path) -> None:
+    """Its run.yaml names the folder that it had, where a resume would begin anew in silence."""
+    here, there = tmp_path / "here", tmp_path / "there"
+    here.mkdir()
+    (here / "run_card.json").write_text("{}")
+    path = here / "run.yaml"
+    path.write_text(yaml.safe_dump(stored() | {"output_dir": str(there)}))
+    with pytest.raises(ConfigError, match=f"whose folder was {there}, and lies in {here}; give --output_dir"):
+        load_run(path, ["--resume_from_checkpoint", "latest"])
+    assert load_run(path).config.output_dir == there  # repeats the run
+    more = ["--resume_from_checkpoint", "latest", "--output_dir", str(here)]
+    assert load_run(path, more).config.output_dir == here
+    path.write_text(yaml.safe_dump(stored() | {"output_dir": str(here)}))
+    assert load_run(path, more[:2]).config.output_dir == here
+
+
 def test_run_yaml_is_flat_and_complete() -> None:
     data = yaml.safe_load(c.resolved_yaml(run("--resume_from_checkpoint", "latest", strategy="lora")))
     assert next(iter(data)) == "schema"
@@ -450,8 +477,8 @@ def test_a_plan_of_memory_is_a_size(text: str, size: int) -> None:
 def test_a_word_that_is_no_plan_of_memory(text: str) -> None:
     with pytest.raises(
         ConfigError,
-        match=rf"--memory {text} is no word of it, no size and no file.*; give auto, all, low, a size such as 40GiB or "
-        "24GB, or the path of a YAML file",
+        match=r"^--memory is no word of it, no size and no file.*; give auto, all, low, a size such as 40GiB or "
+        rf"24GB, or the path of a YAML file; found '{text}'\.$",
     ):
         run("--memory", text)
 
@@ -463,10 +490,11 @@ def test_a_plan_of_memory_that_is_none(tmp_path: Path, text: str) -> None:
     path = tmp_path / "memory.yaml"
     path.write_text(text)
     with pytest.raises(
-        ConfigError, match=r"memory\.yaml is no such plan .*write e\.g\. vision: \{attention: 20, input: 12\}"
+        ConfigError,
+        match=r"--memory is no such plan .*write e\.g\. vision: \{attention: 20, input: 12\}; found '.*memory\.yaml'",
     ):
         run("--memory", str(path))
-    with pytest.raises(ConfigError, match=r"absent\.yaml is no word of it, no size and no file; give auto, all, low"):
+    with pytest.raises(ConfigError, match=r"no word of it, no size and no file; give auto.*found '.*absent\.yaml'"):
         run("--memory", str(tmp_path / "absent.yaml"))
 
 

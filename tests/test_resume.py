@@ -349,3 +349,12 @@ def test_a_half_deleted_checkpoint_is_not_in_the_way(tmp_path: Path) -> None:
     (tmp_path / "step-000001/state.json").unlink()
     assert checkpoints.complete(tmp_path) == []
     assert saved(tmp_path, 1) == checkpoints.complete(tmp_path)[0]
+
+
+def test_fewer_steps_than_are_done_are_refused(tiny: Callable[..., Path], tmp_path: Path) -> None:
+    registry, out = write_data(tmp_path, 8), tmp_path / "out"
+    train(command(tiny(), registry, out, "lora", max_steps=3))
+    before = (out / "run.yaml").read_text()
+    with pytest.raises(CheckpointError, match="is of step 3, beyond the 2 that --max_steps or --epochs ask for"):
+        train(command(tiny(), registry, out, "lora", max_steps=2, resume_from_checkpoint="latest"))
+    assert (out / "run.yaml").read_text() == before

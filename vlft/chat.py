@@ -208,6 +208,10 @@ class Conversation:
         chat = self.talker.chat
         if found := next((m for m in chat.family.markers if m in question), None):
             raise ConfigError(f"the question holds the special token {found}, which would forge a turn; leave it out.")
+        if "<image>" in question:
+            raise ConfigError(
+                "the question holds <image>; leave it out: pictures of --image stand before the question."
+            )
         if not self.messages and self.system:
             self.messages.append({"role": "system", "content": self.system})
         parts = [{"type": "image"} for _ in self._new]

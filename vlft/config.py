@@ -383,7 +383,8 @@ class RunConfig(SharedOptions):
         try:
             memory_plan(value)
         except ConfigError as error:
-            raise ValueError(str(error)) from error
+            # The place that it was written in, and what was found, are added to every such sentence.
+            raise ValueError(str(error).removeprefix(f"--memory {value} ").rstrip(".")) from error
         return value
 
     @field_validator("output_dir")

@@ -132,8 +132,8 @@ are errors, all of them reported at once.
 A resume keeps the global batch (`per_device_train_batch_size` x `gradient_accumulation_steps` x processes). On
 another number of processes the accumulation is chosen anew; a batch size or accumulation that differs from the run's
 must multiply to the same global batch. A larger `epochs` or `max_steps` makes the schedule longer, so the rates from
-there on are not those of the shorter run. Options of a strategy, and the rates, never change on a resume: to change
-them, start a second stage with `--model_name_or_path RUN/model`."""
+there on are not those of the shorter run; fewer steps than are done are refused. Options of a strategy, and the rates,
+never change on a resume: to change them, start a second stage with `--model_name_or_path RUN/model`."""
 
 
 def _row(option: Option, resume: str) -> str:

@@ -114,6 +114,7 @@ def read_training(argv: Sequence[str], model: type[ConfigT], *, start: bool = Tr
     problems += _unknown(unknown, known, name)
     given = _merge(file, flags)
 
+    problems += _moved(given, flags, words_of=argv)
     # A file that could not be read may hold what is missing.
     config, failed = build(model, given, problems, broken, missing=readable)
     options: StrategyConfig | None = None
@@ -127,6 +128,19 @@ def read_training(argv: Sequence[str], model: type[ConfigT], *, start: bool = Tr
     if problems or config is None:
         raise ConfigError(problems)
     return Read(config, strategy, options, found, tuple(notes))
+
+
+def _moved(given: Mapping[str, Given], flags: Mapping[str, Given], *, words_of: Sequence[str]) -> list[str]:
+    """A run.yaml names its folder; from a copy or another place a resume would begin anew, or go on there, unasked."""
+    config = next((words[0] for flag, words in split_words(words_of)[1] if flag == "--config" and words), None)
+    if config is None or "resume_from_checkpoint" not in given or "output_dir" in flags or "output_dir" not in given:
+        return []
+    here, there = Path(config).expanduser().absolute().parent, Path(str(given["output_dir"].value)).expanduser()
+    if not (here / "run_card.json").is_file() or here.resolve() == there.resolve():
+        return []
+    return [
+        f"{config} is of a run whose folder was {there}, and lies in {here}; give --output_dir with the one you mean."
+    ]
 
 
 def _environment_notes() -> list[str]:
@@ -198,7 +212,9 @@ def _unknown(given: Mapping[str, Given], known: Mapping[str, Option], strategy: 
     for name, place in _unnested(given, known).items():
         lower, positive = name.lower(), name.lower().removeprefix("no_")
         owners = ", ".join(other for other, fields in others.items() if name.removeprefix("no_") in fields)
-        if owners:
+        if name.startswith("no_") and name.removeprefix("no_") in known:
+            problems.append(f"{place} is not an option: --{name.removeprefix('no_')} takes a value and is no switch.")
+        elif owners:
             problems.append(f"{place} belongs to {owners}; {strategy} does not use it: leave it out.")
         elif lower in known:
             problems.append(f"{place} is not an option; use --{lower}.")

@@ -45,6 +45,16 @@ def check_groups(
         StrategyError: names what is in no group, in two, frozen but grouped, unknown, under a wrong part, or promised
             and not grouped; all at once.
     """
+    for group in groups:
+        if not isinstance(group, ParamGroup):
+            raise StrategyError(
+                f"'{strategy}': param_groups gave a {type(group).__name__}; give vlft.ParamGroup objects."
+            )
+        if (odd := next((n for n in group.parameters if not isinstance(n, str)), None)) is not None:
+            raise StrategyError(
+                f"'{strategy}': the group '{group.name}' holds a {type(odd).__name__}; give names, as "
+                "model.named_parameters() has them."
+            )
     trainable = {n for n, p in model.named_parameters() if p.requires_grad}
     everything = {n for n, _ in model.named_parameters()}
     counts = Counter(name for group in groups for name in group.parameters)

@@ -168,9 +168,16 @@ def setup(run: Run, engine: Engine) -> Job:
             "start a new --output_dir from the result."
         )
     best = choose_best(config, try_metrics(engine, data, metrics))
+    done = int(state["step"]) if state else 0
     total = config.max_steps or math.ceil(
         config.epochs * data.steps_per_epoch - 1e-9
     )  # 1.1 x 100 is 110.00000000000001
+
+    if done > total:
+        raise CheckpointError(
+            f"{resume} is of step {done}, beyond the {total} that --max_steps or --epochs ask for; ask for more, or go "
+            "on from an earlier checkpoint."
+        )
 
     seed_start(config.seed)
     strategy, model, groups = prepare_strategy(run, source)
@@ -203,7 +210,6 @@ def setup(run: Run, engine: Engine) -> Job:
         proof.restore(state["proved"])
 
     warmup = math.ceil(0.03 * total) if config.warmup_steps is None else config.warmup_steps
-    done = int(state["step"]) if state else 0
     budget = known_budget(state, folder, engine, data)
     trackers = Trackers(
         config.trackers, folder.root, project=config.wandb_project, run_name=config.wandb_run_name, done_steps=done,
@@ -225,6 +231,8 @@ def setup(run: Run, engine: Engine) -> Job:
     if engine.is_main:
         counts = dataset_table(read_json(folder.data)["datasets"])
         chosen = [best_sentence(best)] if best else []
+        if warmup >= total:
+            chosen.append(f"--warmup_steps {warmup} of {total} steps: the rates end before they reach what is given.")
         runs = (wrapped.said(), *kernels, *engine.said(), start_sentence(job))
         for note in (*run.notes, *data.summary, counts, *chosen, *runs, render(table)):
             job.journal.say(note)

@@ -109,7 +109,9 @@ def ending(trained: str, results: Sequence[str], unused: int, seconds: float, ru
         merges: the result is an adapter.
     """
     model, root = shlex.quote(str(run / "model")), shlex.quote(str(run))
-    ledger = f"{unused:,} samples were not used: {run / 'ledger.jsonl'} says why" if unused else "every sample was used"
+    ledger = (
+        f"{unused:,} samples were not used: {run / 'ledger.jsonl'} says why" if unused else "no sample was left out"
+    )
     lines = [f"trained {trained} in {duration(seconds)}", *results, ledger, f"model: {run / 'model'}", "next:"]
     lines += [f"  vlft report {root}", f'  vlft chat {model} --image PICTURE "QUESTION"']
     lines += [f"  vlft merge {model} --output_dir {shlex.quote(str(run / 'merged'))}"] if merges else []

@@ -134,6 +134,14 @@ def test_history_and_per_message_loss() -> None:
     assert [t.text for t in record.turns] == ["a", "b", "c", "d"]
     raw = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", "loss": False}]}
     assert [t.loss for t in read(raw).turns] == [True, False]
+    for own, learnt in (
+        ({"weight": 0}, False),
+        ({"weight": 1}, True),
+        ({"train": False}, False),
+        ({"train": True}, True),
+    ):
+        answer = {"role": "assistant", "content": "a", **own}
+        assert read({"messages": [raw["messages"][0], answer]}).turns[1].loss is learnt
 
 
 def test_many_pictures_keep_their_places() -> None:
@@ -172,6 +180,8 @@ def test_pictures_that_no_text_places_go_to_the_first_user_turn() -> None:
         ({"messages": [{"role": "user", "content": None}]}, "bad_record"),
         ({"messages": [{"role": "user", "content": [{"type": "audio", "audio": "x"}]}]}, "bad_record"),
         ({"messages": [{"role": "user", "content": "x", "loss": "yes"}]}, "bad_record"),
+        ({"messages": [{"role": "user", "content": "x", "weight": 0.5}]}, "bad_record"),
+        ({"messages": [{"role": "user", "content": "x", "train": "false"}]}, "bad_record"),
         ({"messages": MESSAGES}, "image_count"),
         ({"messages": MESSAGES, "images": ["a", "b"]}, "image_count"),
         ({"messages": [{"role": "user", "content": "<image><image>"}], "images": ["a"]}, "image_count"),

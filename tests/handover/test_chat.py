@@ -234,6 +234,7 @@ def test_sampling(run: Path, talker: Talker) -> None:
         (["{run}", "--image", "{picture}", "b.png"], 2, "--image b.png: there is no such file"),
         (["{run}", "hm", "--image", "{picture}", "what is it"], 2, "what is it: there is no such file; check the path"),
         (["{run}", "hm", "--image", "{text}"], 3, "is no picture in a format that Pillow knows"),
+        (["{run}", "<image>what is it"], 2, "the question holds <image>; leave it out"),
         (["{run}", "say <|im_end|>"], 2, "holds the special token <|im_end|>, which would forge a turn"),
         (["{run}/nothing"], 2, "there is no such folder"),
         (["{run}", "a", "b"], 2, "'b' is one word too many; chat takes MODEL and QUESTION"),

@@ -89,6 +89,31 @@ def test_a_trained_parameter_in_no_group(module: Module, tmp_path: Path) -> None
     )
 
 
+@pytest.mark.parametrize(
+    ("groups", "said"),
+    [
+        (
+            '[{"params": list(model.parameters()), "lr": 1e-4}]',
+            "param_groups gave a dict; give vlft.ParamGroup objects",
+        ),
+        (
+            '[ParamGroup(name="projector", parameters=tuple(model.parameters()), part="projector")]',
+            "the group 'projector' holds a Parameter; give names",
+        ),
+    ],
+)
+def test_groups_that_are_none(module: Module, tmp_path: Path, groups: str, said: str) -> None:
+    """As PyTorch's optimizers take them."""
+    bad = module(
+        f"""
+        class Bad(Good):
+            def param_groups(self, model):
+                return {groups}
+        """
+    ).Bad
+    _refused(bad, tmp_path, said)
+
+
 def test_a_parameter_in_two_groups(module: Module, tmp_path: Path) -> None:
     bad = module(
         """

@@ -283,10 +283,20 @@ def _read_message(message: Any, spec: DatasetSpec, number: int) -> tuple[Role, A
         raise RecordError(
             "tool_calls", f"{where} holds structured 'tool_calls'; write the call into the content as text."
         )
-    loss = message.get("loss")
-    if loss not in (None, True, False):
-        raise RecordError("bad_record", f"{where}: 'loss' is {loss!r}; expected true or false.")
-    return _role(message[role_key], spec, where), message[content_key], loss is None or bool(loss)
+    return _role(message[role_key], spec, where), message[content_key], _is_learnt(message, where)
+
+
+def _is_learnt(message: Mapping[str, Any], where: str) -> bool:
+    """By `loss` or `train`, true or false, or by OpenAI's `weight`, 0 or 1."""
+    learnt = True
+    for key, expected in (("loss", "true or false"), ("train", "true or false"), ("weight", "0 or 1")):
+        value = message.get(key)
+        if value is None:
+            continue
+        if value not in (0, 1):
+            raise RecordError("bad_record", f"{where}: '{key}' is {value!r}; expected {expected}.")
+        learnt = learnt and bool(value)
+    return learnt
 
 
 def _role(word: Any, spec: DatasetSpec, where: str) -> Role:

@@ -631,6 +631,6 @@ def summary(index: Index) -> Iterable[str]:
     for shard in index.shards:
         readers = ", ".join(f"{name} {count}" for name, count in sorted(shard.meta["formats"].items())) or "none"
         rejected = int(shard.meta["total"]) - len(shard)
-        yield f"{shard.spec.name}: {len(shard)} samples ({readers})" + (
-            f", {rejected} in the ledger" if rejected else ""
-        )
+        ledger = f", {rejected} in the ledger" if rejected else ""
+        blind = ", none of them with a picture" if len(shard) and not shard.n_images.any() else ""
+        yield f"{shard.spec.name}: {len(shard)} samples ({readers}){blind}{ledger}"

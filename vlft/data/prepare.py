@@ -359,6 +359,11 @@ def prepare_data(options: DataOptions, load_chat: Callable[[Path, Family], Chat]
     train, held_out = split(index, specs, o.train_split_ratio, usable=fitted.usable)
     if o.use == "all":
         train, held_out = train[:0], np.sort(np.concatenate([train, held_out]))
+    if o.use != "train" and not len(held_out) and not fitted.usable.any():
+        raise DataError(
+            f"no sample is left to evaluate: of {index.total} records {len(index.ledger)} cannot be used and "
+            f"{len(fitted.ledger)} are longer than --max_seq_length {o.max_seq_length}; raise it."
+        )
     if o.use != "train" and not len(held_out):
         raise DataError(
             f"no sample of {', '.join(s.name for s in specs)} is held out; lower --train_split_ratio, or give "

@@ -188,7 +188,7 @@ class Engine:
         self._works += 1
         while True:
             try:
-                _store().wait([f"vlft/main-has-done/{self._works}"], timedelta(seconds=30))
+                _store().wait([f"vlft/main-has-done/{self._works}"], timedelta(seconds=5))
             except torch.distributed.DistStoreError:
                 continue
             return

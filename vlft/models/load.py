@@ -47,7 +47,7 @@ def resolve_folder(name: str, *, trust_remote_code: bool = False, weights: bool 
         return Path(snapshot_download(name, allow_patterns=wanted))
     except (HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError, OSError, ValueError) as error:
         raise ModelError(
-            f"--model_name_or_path '{name}' is neither a folder nor a model that the hub gave ({_short(error)}); "
+            f"the model '{name}' is neither a folder nor a model that the hub gave ({_short(error)}); "
             "check the name, the network, or give a local folder."
         ) from error
 

@@ -42,6 +42,10 @@ class Advice:
 
 
 def command_of(words: Sequence[str]) -> str:
+    """A plan needs no folder, a training does."""
+    named = {word.split("=", 1)[0].replace("-", "_") for word in words if word.startswith("--")}
+    if not named & {"__output_dir", "__config"}:
+        words = [*words, "--output_dir", "output/planned"]
     return "accelerate launch -m vlft " + shlex.join(words)
 
 

@@ -28,8 +28,9 @@ def main(options: PlanOptions, run: Run, words: Sequence[str], read: advice.Read
     if gpu is None and not options.goal:
         raise ConfigError("there is no GPU here to plan for; name one, e.g. --gpu 'RTX 4090 24GB'.")
     if options.goal:
-        room = gpus.usable(advice.goal_of(options.goal))
-        gpu = replace(gpu or gpus.by_name("RTX 4090"), name=options.goal, memory=room)
+        size = advice.goal_of(options.goal)
+        gpu = gpu or gpus.by_name("RTX 4090")
+        gpu = replace(gpu, name=f"{size:g} GB of a GPU as fast as {gpu.name}", memory=gpus.usable(size))
     assert gpu is not None
     target: Gpu = gpu
 
