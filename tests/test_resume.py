@@ -320,9 +320,13 @@ def test_a_best_checkpoint_that_was_damaged_does_not_become_the_result(
     monkeypatch.setattr(story, "hand_over", hand_over)
     worse = {"metric_for_best": "toy/loss", "greater_is_better": "true", "learning_rate_llm": 1e-2}
     steps = {"max_steps": 3, "eval_steps": 1, "save_steps": 1, "save_total_limit": 5, "train_split_ratio": 0.7}
-    with pytest.raises(CheckpointError, match="is missing, truncated or altered"):
+    with pytest.raises(CheckpointError, match=r"truncated or altered, and .*step-000001 is the best by .*move it away"):
         train(command(tiny(), registry, out, "lora", **worse, **steps))
     assert not (out / "model").exists()
+    monkeypatch.undo()
+    shutil.rmtree(out / "checkpoints/step-000001")
+    train(command(tiny(), registry, out, "lora", **worse, **steps, resume_from_checkpoint="latest"))
+    assert (out / "model").exists()
 
 
 def saved(root: Path, step: int, keep: int = 3) -> Path:
@@ -342,6 +346,18 @@ def test_steps_of_seven_digits_come_after_those_of_six(tmp_path: Path) -> None:
     (last / "state.json").write_text("{")
     with pytest.raises(CheckpointError, match=r"before it: --resume_from_checkpoint .*step-1000000"):
         checkpoints.read_state(last)
+
+
+def test_somebodys_copies_are_no_checkpoints(tmp_path: Path) -> None:
+    for step in (1, 2):
+        saved(tmp_path, step)
+    shutil.copytree(tmp_path / "step-000001", tmp_path / "step-000001.bak")
+    saved(tmp_path, 3, keep=1)
+    assert [p.name for p in checkpoints.complete(tmp_path)] == ["step-000003"]
+    (aside,) = checkpoints.set_aside(checkpoints.complete(tmp_path), 2)
+    (aside / "state.json").write_text("{")
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        checkpoints.read_state(aside)
 
 
 def test_a_half_deleted_checkpoint_is_not_in_the_way(tmp_path: Path) -> None:

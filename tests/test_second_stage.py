@@ -12,7 +12,7 @@ from runs import command, train, write_data
 from safetensors.torch import load_file, save_file
 
 from vlft import train as story
-from vlft.errors import CheckpointError
+from vlft.cli import main
 
 
 class Stop(Exception):
@@ -58,18 +58,23 @@ def test_a_start_that_failed_leaves_no_base_to_the_next(
     assert same(base_of(tmp_path / "out"), base_of(tmp_path / "fresh"))
 
 
-def test_a_run_that_goes_on_does_so_from_the_adapter_it_began_with(
-    adapters: tuple[Path, list[Path]], tmp_path: Path
-) -> None:
-    """Trained again under the same path it is another one."""
+def test_what_weights_were_trained_on_stays(adapters: tuple[Path, list[Path]], tmp_path: Path) -> None:
+    """The adapter trained on under the same path is another one: neither a resume nor a look at the run takes that."""
     registry, (one, _) = adapters
-    words = command(one, registry, tmp_path / "out", "vit_only", max_steps=2)
-    train(words)
-    more = {"max_steps": 3, "resume_from_checkpoint": "latest"}
-    before = base_of(tmp_path / "out")
-    train(command(one, registry, tmp_path / "out", "vit_only", **more))
+    out = tmp_path / "out"
+    train(command(one, registry, out, "vit_only", max_steps=2))
+    before = base_of(out)
     file = one / "adapter_model.safetensors"
     save_file({name: 2 * tensor for name, tensor in load_file(file).items()}, file)
-    with pytest.raises(CheckpointError, match="is another one or has changed"):
-        train(command(one, registry, tmp_path / "out", "vit_only", **(more | {"max_steps": 4})))
-    assert same(base_of(tmp_path / "out"), before)
+    train(command(one, registry, out, "vit_only", max_steps=3, resume_from_checkpoint="latest"))
+    assert main(["verify", str(out / "model"), "--against", str(out)]) == 0
+    assert main(["export", str(out), "--checkpoint", "latest", "--output_dir", str(tmp_path / "e")]) == 0
+    assert same(base_of(out), before)
+
+
+def test_a_base_that_was_half_deleted_is_made_again(adapters: tuple[Path, list[Path]], tmp_path: Path) -> None:
+    registry, (one, _) = adapters
+    (tmp_path / "out/base").mkdir(parents=True)
+    (tmp_path / "out/base/tokenizer.json").write_text("{}")
+    train(command(one, registry, tmp_path / "out", "vit_only", max_steps=1, resume_from_checkpoint="latest"))
+    assert base_of(tmp_path / "out")

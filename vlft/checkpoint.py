@@ -16,6 +16,7 @@ import contextlib
 import itertools
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -168,12 +169,20 @@ def finish(
 
 def complete(root: Path) -> list[Path]:
     """Complete checkpoints, oldest first."""
-    return sorted((p.parent for p in root.glob("step-*/state.json")), key=step_of)
+    found = (path.parent for path in root.glob("step-*/state.json"))
+    return sorted((folder for folder in found if _NAME.fullmatch(folder.name)), key=step_of)
+
+
+_NAME = re.compile(r"step-\d+")
+"""Others are somebody's copies."""
 
 
 def step_of(folder: Path) -> int:
-    """The step of a checkpoint's folder. Names alone do not sort: a step of seven digits would come before six."""
-    return int(folder.name.removeprefix("step-"))
+    """The step of a checkpoint's folder, also of one that was set aside (`left-1-step-...`).
+
+    Names alone do not sort: a step of seven digits would come before one of six.
+    """
+    return int(folder.name.rpartition("-")[2])
 
 
 def set_aside(folders: Iterable[Path], step: int) -> list[Path]:

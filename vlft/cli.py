@@ -147,7 +147,14 @@ def _leave_group(code: int) -> int:
 def _lost_another(error: RuntimeError) -> bool:
     """Whether a collective failed because another process is gone: its reason is worth reading, this one is not."""
     return any(
-        word in str(error) for word in ("closed by peer", "reset by peer", "Broken pipe", "remote process exited")
+        word in str(error)
+        for word in (
+            "closed by peer",
+            "reset by peer",
+            "Broken pipe",
+            "remote process exited",
+            "Connection was likely closed",
+        )
     )
 
 

@@ -212,8 +212,11 @@ def _unknown(given: Mapping[str, Given], known: Mapping[str, Option], strategy: 
     for name, place in _unnested(given, known).items():
         lower, positive = name.lower(), name.lower().removeprefix("no_")
         owners = ", ".join(other for other, fields in others.items() if name.removeprefix("no_") in fields)
-        if name.startswith("no_") and name.removeprefix("no_") in known:
-            problems.append(f"{place} is not an option: --{name.removeprefix('no_')} takes a value and is no switch.")
+        if (option := known.get(name.removeprefix("no_"))) and name.startswith("no_"):
+            how = (
+                f"write '{option.name}: false'" if option.is_bool else f"--{option.name} takes a value and is no switch"
+            )
+            problems.append(f"{place} is not an option; {how}.")
         elif owners:
             problems.append(f"{place} belongs to {owners}; {strategy} does not use it: leave it out.")
         elif lower in known:

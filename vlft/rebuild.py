@@ -101,7 +101,7 @@ def rebuild(root: Path, wanted: str = "latest", *, untrained: bool = False) -> R
     run = load_run(root / "run.yaml")
     gpu = torch.cuda.is_available()
     engine = Engine("no" if state["precision"] == "fp16" and not gpu else state["precision"], max_grad_norm=0.0)
-    source = source_of(base_checkpoint(run, engine, folder), engine.precision, engine.device)
+    source = source_of(base_checkpoint(run, engine, folder, fresh=False), engine.precision, engine.device)
     strategy, model, _ = prepare_strategy(run, source)
     cast(model, source.compute_dtype)
     if not untrained:

@@ -20,7 +20,7 @@ from vlft import report
 from vlft.data.budget import Budget, Load
 from vlft.data.collate import Row
 from vlft.data.loader import Step
-from vlft.errors import DeviceMemoryError, StoppedError, TrainingError
+from vlft.errors import CheckpointError, DeviceMemoryError, StoppedError, TrainingError
 from vlft.setup import Job
 from vlft.tracking import write_json
 
@@ -238,7 +238,13 @@ def best_weights(job: Job) -> dict[str, Tensor]:
     if folder not in checkpoints.complete(job.folder.checkpoints):
         job.journal.say(f"WARNING: {folder}, the best by {best.metric}, is gone; model/ is of step {job.done_steps}.")
         return {}
-    checkpoints.read_state(folder)  # what a disk has spoiled since must not become the result
+    try:
+        checkpoints.read_state(folder)
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"{str(error).partition('. ')[0].rstrip('.')}, and {folder} is the best by {best.metric}, which becomes "
+            "the result; move it away and go on with --resume_from_checkpoint latest, then model/ is of the last step."
+        ) from error
     job.journal.say(f"model/ is of step {best.step}, the best by {best.metric} ({best.value:.4g}).")
     return dict(checkpoints.load_weights(folder, job.model))
 

@@ -149,7 +149,7 @@ def setup(run: Run, engine: Engine) -> Job:
     state = engine.on_main(lambda: checkpoints.read_state(resume)) if resume else None
     policy = read_policy(config.augmentation) if config.augmentation else None
     metrics = load_metrics(engine, config.eval_dataset_scripts)
-    checkpoint = base_checkpoint(run, engine, folder, resumes=resume is not None)
+    checkpoint = base_checkpoint(run, engine, folder, fresh=resume is None)
     source = source_of(checkpoint, engine.precision, engine.device, sharded=engine.shards_weights)
 
     batch = int(state["global_batch"]) if state else global_batch(config, engine.world_size)
@@ -231,7 +231,7 @@ def setup(run: Run, engine: Engine) -> Job:
     if engine.is_main:
         counts = dataset_table(read_json(folder.data)["datasets"])
         chosen = [best_sentence(best)] if best else []
-        if warmup >= total:
+        if config.warmup_steps and warmup > total:
             chosen.append(f"--warmup_steps {warmup} of {total} steps: the rates end before they reach what is given.")
         runs = (wrapped.said(), *kernels, *engine.said(), start_sentence(job))
         for note in (*run.notes, *data.summary, counts, *chosen, *runs, render(table)):
@@ -481,37 +481,34 @@ def start_sentence(job: Job) -> str:
     )
 
 
-def base_checkpoint(run: Run, engine: Engine, folder: RunFolder, *, resumes: bool = False) -> Checkpoint:
+def base_checkpoint(run: Run, engine: Engine, folder: RunFolder, *, fresh: bool) -> Checkpoint:
     """The model to start from. The adapter of an earlier run is merged into output_dir/base first (a second stage).
 
-    Raises:
-        CheckpointError: a run that goes on would do so from another adapter.
+    Args:
+        fresh: a training from its first step, of which nothing is there yet.
     """
     trust = run.config.trust_remote_code
     found = open_checkpoint(run.config.model_name_or_path, trust_remote_code=trust)
     if not found.is_adapter:
         return found
-    engine.on_main(lambda: merge_base(found.folder, folder.base, resumes=resumes))
+    engine.on_main(lambda: merge_base(found.folder, folder.base, fresh=fresh))
     return open_checkpoint(str(folder.base), trust_remote_code=trust)
 
 
-def merge_base(adapter: Path, base: Path, *, resumes: bool) -> None:
-    """Merge `adapter` into `base`, unless it was before: an earlier start may have merged another one there."""
+def merge_base(adapter: Path, base: Path, *, fresh: bool) -> None:
+    """Merge `adapter` into `base`. What weights were trained on stays as it was; only a fresh start makes it anew,
+    where an earlier one, which ended before its first checkpoint, has merged another adapter there.
+    """
     mark = base / "merged_from.json"
     files = {file.name: checkpoints.checksum(file) for file in sorted(adapter.glob("adapter_*"))}
-    now = {"adapter": str(adapter.resolve()), "files": files}
     if (base / "config.json").exists():
-        then = read_json(mark) if mark.exists() else {}
-        if then == now:
+        known = read_json(mark).get("files") if mark.exists() else None
+        if not fresh or known == files:
             return
-        if resumes:
-            raise CheckpointError(
-                f"{base} was merged from {then.get('adapter', 'an unknown adapter')} as it was then, and this run "
-                f"goes on from that; {adapter} is another one or has changed, start a new --output_dir with it."
-            )
+    if base.exists():
         shutil.rmtree(base)
     export.merge(adapter, base)
-    write_json(mark, now)
+    write_json(mark, {"adapter": str(adapter.resolve()), "files": files})
 
 
 def data_options(

@@ -205,9 +205,10 @@ def hand_over(job: Job) -> None:
 
     def write() -> None:
         best = recovery.best_weights(job)
+        whole.update(best)
         limits = {"min_pixels": job.data.options.min_pixels, "max_pixels": job.data.options.max_pixels}
         facts = result_facts(job.run, job.folder, job.proof.missing, job.best.step if job.best and best else None)
-        export.save_result(job.strategy, job.model, job.source, whole | best, job.folder.model, facts=facts, **limits)
+        export.save_result(job.strategy, job.model, job.source, whole, job.folder.model, facts=facts, **limits)
         trained = f"{', '.join(job.proof.proved) or 'nothing'} by {job.run.config.tuning_strategy}"
         adapter = (job.folder.model / "adapter_config.json").exists()
         job.journal.ended(

@@ -13,6 +13,7 @@ import torch
 from runs import command, train, write_data
 
 from vlft.commands import read_plan
+from vlft.engine import Engine
 from vlft.models.peaks import peak_flops
 from vlft.planning import gpus, start
 from vlft.planning.estimate import Cut, Estimate, estimate, shared_out
@@ -134,3 +135,20 @@ def test_what_the_head_takes_beside_its_weight(
     head.grad = torch.zeros_like(head) if later else None
     engine = Mock(precision=precision, shards_weights=shards == "weights", shards_states=shards != "")
     assert beside_head(head, engine) == 21 * expected
+
+
+def test_a_file_of_the_launcher_is_planned_with(
+    tiny: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """DeepSpeed then runs without --deepspeed."""
+    words = command(tiny(), write_data(tmp_path, 8), tmp_path / "out", "full", mixed_precision="bf16", max_steps=1)
+    real = start.shared_out
+    cuts: list[Cut] = []
+    monkeypatch.setattr(
+        start, "shared_out", lambda static, cut, *a, **k: cuts.append(cut) or real(static, cut, *a, **k)
+    )
+    monkeypatch.setattr(
+        Engine, "deepspeed", {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}
+    )
+    said(monkeypatch, words)
+    assert cuts == [Cut(2, masters=True, states_away=True)]

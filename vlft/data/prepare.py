@@ -261,7 +261,8 @@ class Data:
     def told(self) -> str:
         """What must be the same on all ranks, in one phrase."""
         digest = xxhash.xxh3_64(self.fingerprint.encode())
-        digest.update(self._held_out.tobytes())
+        for array in (self._held_out, self.index.text_hash[self._held_out]):
+            digest.update(np.ascontiguousarray(array).tobytes())
         many = f"{self.plan.samples_per_epoch} samples an epoch, {len(self._held_out)} held out"
         return f"{many}, {len(self.ledger)} in the ledger, digest {digest.hexdigest()[:8]}"
 

@@ -26,6 +26,7 @@ from torch.nn.utils import clip_grads_with_norm_
 from torch.optim import Optimizer
 
 from vlft.engine.readback import readback
+from vlft.engine.store import common_store, this_attempts
 from vlft.engine.summing import Summing
 from vlft.errors import ConfigError, VlftError
 from vlft.family import Part
@@ -99,11 +100,6 @@ def one_row_at_a_time() -> GradientAccumulationPlugin:
     return GradientAccumulationPlugin(num_steps=1)
 
 
-def _store() -> Any:
-    """Where the processes found each other, through which they can wait without a collective."""
-    return torch.distributed.distributed_c10d._get_default_store()
-
-
 class Engine:
     """Devices, ranks, backward and update. Whole tensors on every rank, so "gathering" costs nothing here."""
 
@@ -117,6 +113,8 @@ class Engine:
     """The step may be asked of the optimizer before the norm is known, where the optimizer can do its part."""
     stage: int = 0
     """What is cut up, as ZeRO counts: 1 optimizer states, 2 gradients too, 3 weights too; 0: whole copies."""
+    deepspeed: Mapping[str, Any] | None = None
+    """DeepSpeed's configuration, where it runs."""
     retries = True
     """A step that ran out of memory can be tried again: no rank waits for another before `reduce`."""
 
@@ -179,7 +177,7 @@ class Engine:
     def _release(self) -> None:
         if self.world_size > 1:
             self._works += 1
-            _store().set(f"vlft/main-has-done/{self._works}", "")
+            common_store().set(this_attempts(f"main has done {self._works}"), "")
 
     def _await_main(self) -> None:
         """In pieces: a collective gives up after ten minutes, which an index, a judge of answers or the writing of a
@@ -188,7 +186,7 @@ class Engine:
         self._works += 1
         while True:
             try:
-                _store().wait([f"vlft/main-has-done/{self._works}"], timedelta(seconds=5))
+                common_store().wait([this_attempts(f"main has done {self._works}")], timedelta(seconds=5))
             except torch.distributed.DistStoreError:
                 continue
             return

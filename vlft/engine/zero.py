@@ -89,8 +89,8 @@ class ZeroEngine(Engine):
     wants_torchs_adamw = True  # DeepSpeed calls it piece by piece, over flat masters of its own
 
     def __init__(self, mixed_precision: str | None, path: Path, max_grad_norm: float) -> None:
-        self.config = read_config(path)
-        self.stage = int(self.config["zero_optimization"]["stage"])
+        self.deepspeed: dict[str, Any] = read_config(path)
+        self.stage = int(self.deepspeed["zero_optimization"]["stage"])
         self.shards_weights = self.stage == 3
         super().__init__(mixed_precision, max_grad_norm)
         self.alarm = Alarm() if self.world_size > 1 else None
@@ -110,7 +110,7 @@ class ZeroEngine(Engine):
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         alone()
         os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
-        self.config |= {
+        self.deepspeed |= {
             "train_micro_batch_size_per_gpu": 1,
             "gradient_accumulation_steps": 1,
             "gradient_clipping": self.max_grad_norm,
@@ -118,8 +118,8 @@ class ZeroEngine(Engine):
             "steps_per_print": 10**9,
         }
         if self.precision != "no":
-            self.config[self.precision] = {"enabled": True}
-        plugin = DeepSpeedPlugin(hf_ds_config=self.config, zero3_init_flag=False)
+            self.deepspeed[self.precision] = {"enabled": True}
+        plugin = DeepSpeedPlugin(hf_ds_config=self.deepspeed, zero3_init_flag=False)
         return Accelerator(mixed_precision=self.precision, deepspeed_plugin=plugin, kwargs_handlers=handlers)
 
     def prepare(self, model: nn.Module, optimizer: Optimizer, whole: Sequence[nn.Module] = ()) -> nn.Module:

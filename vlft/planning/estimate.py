@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -61,7 +62,8 @@ def estimate(run: Run, gpu: Gpu, *, world_size: int = 1) -> Estimate:
     compute = compute_dtype(config.mixed_precision or "bf16", load_config(checkpoint))
     shape, training, static = _model(run, compute)
     steps = look(data, shape, costs=part_costs(static.parts), budget=Budget())
-    static = shared_out(static, zero_of(config), world_size, compute=compute.itemsize)
+    zero = json.loads(deepspeed_path(config.deepspeed).read_text()) if config.deepspeed else None
+    static = shared_out(static, cut_of(zero), world_size, compute=compute.itemsize)
     if compute == torch.bfloat16 and not config.reference:
         static = as_trained(static, steps, alone=world_size == 1)
     memory, time = expected(config, static, shape, training, steps, gpu, compute)
@@ -112,11 +114,11 @@ class Cut:
     """Weights are, and come to the GPU for their layer."""
 
 
-def zero_of(config: RunConfig) -> Cut:
-    """By the DeepSpeed file; nothing without."""
-    if not config.deepspeed:
+def cut_of(deepspeed: Mapping[str, Any] | None) -> Cut:
+    """By DeepSpeed's configuration; nothing without."""
+    if deepspeed is None:
         return Cut()
-    zero = json.loads(deepspeed_path(config.deepspeed).read_text()).get("zero_optimization", {})
+    zero = deepspeed.get("zero_optimization", {})
     away = {
         what: (zero.get(f"offload_{what}") or {}).get("device", "none") != "none" for what in ("optimizer", "param")
     }

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from vlft.planning import gpus
-from vlft.planning.estimate import Cut, allowed, as_trained, expected, shared_out, zero_of
+from vlft.planning.estimate import Cut, allowed, as_trained, cut_of, expected, shared_out
 from vlft.planning.gpus import GIB, Gpu
 from vlft.planning.load import Steps, look
 from vlft.planning.memory import Memory, static_of
@@ -33,7 +33,8 @@ def short(job: Job, gpu: Gpu) -> Sequence[str]:
     shape, training = job.meter.counts
     compute, source = job.source.compute_dtype, job.source
     static = static_of(job.model, source.parts, source.tied_head, config.optim, compute.itemsize, shape)
-    cut = zero_of(config) if engine.keeps_masters else Cut(engine.stage)
+    # Of the engine, which also reads a file that Accelerate's launcher names.
+    cut = cut_of(engine.deepspeed) if engine.deepspeed else Cut(engine.stage)
     static = shared_out(static, cut, engine.world_size, compute=compute.itemsize)
     steps = look(
         job.data, shape, costs=job.costs, budget=job.trial, start=job.done_steps, total=job.total_steps, steps=STEPS

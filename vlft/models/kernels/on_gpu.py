@@ -756,7 +756,7 @@ def dequantize_4bit(
 ) -> None:  # fmt: skip
     """
     Args:
-        packed: (O D / 8,) words of four bytes, in any dtype.
+        packed: O D / 2 bytes, in any dtype and shape; read as words of four.
         absmax: of each block of `block` values a place in `map_256`, whose value times one of `scales` for each
             `group` of blocks, plus `offset`, is the scale of its values in `code_16`.
     """
