@@ -796,7 +796,7 @@ TABLE: dict[str, list[Case]] = {
              ("there is no such model, older guides misname it", "give Qwen/Qwen2.5-VL-7B-Instruct"), exit=2),
         Case("misspelt hub name", "a hub name that cannot be had, here without network",
              model_path("Qwen/Qwen2.5-VL-7B-Instrct"),
-             ("--model_name_or_path 'Qwen/Qwen2.5-VL-7B-Instrct'", "check the name, the network"), exit=4),
+             ("the model 'Qwen/Qwen2.5-VL-7B-Instrct'", "check the name, the network"), exit=4),
         Case("no model folder", "a folder without config.json", model_file("config.json", None),
              ("model has no config.json", "give"), exit=4),
         Case("config broken", "a config.json that is no JSON", model_file("config.json", lambda old: old[:50]),

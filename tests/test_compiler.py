@@ -18,7 +18,7 @@ from vlft.models.kernels import pointwise
 from vlft.optim import rounded
 from vlft.setup import kernels_sentence
 
-ASKED = (compiler.trouble, pointwise._on_gpu, attention._short, rounded._on_gpu)
+ASKED = (compiler.trouble, pointwise.kernels, attention._short, rounded._on_gpu)
 
 
 @pytest.fixture(autouse=True)

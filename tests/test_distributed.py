@@ -115,6 +115,7 @@ def test_a_machine_with_other_data_is_told(tiny: Callable[..., Path], tmp_path: 
     assert not (tmp_path / "out/metrics.jsonl").exists()
 
 
+@pytest.mark.slow
 def test_what_the_main_process_does_alone_may_take_longer_than_a_collective(
     tiny: Callable[..., Path], tmp_path: Path
 ) -> None:

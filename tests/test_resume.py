@@ -270,7 +270,7 @@ def test_what_the_samples_of_a_step_depend_on_is_noticed(tiny: Callable[..., Pat
     records.write_text(before.replace("the picture is red", "the picture is blue"))
     refused()
     # A record more that is held out: none that trains is another one, but those of `b` have other numbers.
-    for n in range(40):
+    for n in range(6):
         turns = [{"role": "user", "content": f"how many {n}"}, {"role": "assistant", "content": "square"}]
         records.write_text(before + json.dumps({"id": f"new{n}", "messages": turns, "images": []}) + "\n")
         refused()

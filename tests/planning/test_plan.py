@@ -349,7 +349,9 @@ def test_what_training_refuses_is_not_planned(seven: Path, precision: str) -> No
 @pytest.mark.parametrize(
     ("strategy", "more"),
     [
-        ("full", ("--learning_rate_vit", "1e-5", "--learning_rate_projector", "1e-5")),
+        pytest.param(
+            "full", ("--learning_rate_vit", "1e-5", "--learning_rate_projector", "1e-5"), marks=pytest.mark.slow
+        ),
         ("lora_llm_full_vit", ("--learning_rate_vit", "1e-5", "--lora_rank", "32")),
         ("partial_llm_full_vit", ("--llm_frozen_layers", "20", "--learning_rate_llm", "1e-5")),
     ],
