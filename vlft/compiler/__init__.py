@@ -3,7 +3,7 @@
 Triton builds a small driver in C at its first launch, and calls ptxas for every kernel. Where one of these is missing
 (slim containers have no C compiler) the first launch of a step would end the training. Whoever has kernels asks here,
 and runs plain PyTorch functions where there is trouble: norms, activations and dropout, attention in short windows,
-the optimizers without fp32 masters.
+the optimizers without fp32 masters; for 4-bit weights bitsandbytes' kernels.
 
 `launch.py` launches those kernels of which a row needs thousands.
 """
@@ -63,5 +63,6 @@ def said(why: str) -> str:
     """One line for the start of a run."""
     return (
         f"Triton cannot compile kernels here ({why}): norms, activations, dropout, attention in short windows and "
-        "--optim adamw_bf16 and adamw_8bit run as plain PyTorch functions, which takes longer; a C compiler mends it."
+        "--optim adamw_bf16 and adamw_8bit run as plain PyTorch functions, 4-bit weights by bitsandbytes' kernels, "
+        "which takes longer; a C compiler mends it."
     )
