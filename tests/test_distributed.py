@@ -42,7 +42,7 @@ def test_two_processes_end_with_the_weights_of_one(
 
 @pytest.mark.parametrize(
     "layout",
-    [name if name == "ZeRO-3" else pytest.param(name, marks=pytest.mark.slow) for name in matrix.LAYOUTS],
+    [name if name == "DDP" else pytest.param(name, marks=pytest.mark.slow) for name in matrix.LAYOUTS],
 )
 def test_ranks_without_pictures_or_samples(tiny: Callable[..., Path], tmp_path: Path, layout: str) -> None:
     """Text alone on one rank, five pictures on another, nothing on two of three at an epoch's end: no hang."""

@@ -543,6 +543,7 @@ print(len(reads), is_scipy_available(), sorted(dir(transformers.models)), sorted
 """
 
 
+@pytest.mark.slow
 def test_lean_imports_read_less_and_leave_the_same_names() -> None:
     """transformers reads the files of its models for their names: once, where it would read them twice."""
     counted = (
