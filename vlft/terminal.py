@@ -110,7 +110,7 @@ def ending(trained: str, results: Sequence[str], unused: int, seconds: float, ru
     """
     model, root = shlex.quote(str(run / "model")), shlex.quote(str(run))
     ledger = (
-        f"{unused:,} samples were not used: {run / 'ledger.jsonl'} says why" if unused else "no sample was left out"
+        f"{unused:,} samples were not used: {run / 'ledger.jsonl'} says why" if unused else "every sample could be used"
     )
     lines = [f"trained {trained} in {duration(seconds)}", *results, ledger, f"model: {run / 'model'}", "next:"]
     lines += [f"  vlft report {root}", f'  vlft chat {model} --image PICTURE "QUESTION"']
