@@ -169,9 +169,8 @@ def setup(run: Run, engine: Engine) -> Job:
         )
     best = choose_best(config, try_metrics(engine, data, metrics))
     done = int(state["step"]) if state else 0
-    total = config.max_steps or math.ceil(
-        config.epochs * data.steps_per_epoch - 1e-9
-    )  # 1.1 x 100 is 110.00000000000001
+    # 1.1 x 100 is 110.00000000000001, which would be a step too many.
+    total = config.max_steps or math.ceil(config.epochs * data.steps_per_epoch - 1e-9)
 
     if done > total:
         raise CheckpointError(
@@ -499,12 +498,12 @@ def merge_base(adapter: Path, base: Path, *, fresh: bool) -> None:
     """Merge `adapter` into `base`. What weights were trained on stays as it was; only a fresh start makes it anew,
     where an earlier one, which ended before its first checkpoint, has merged another adapter there.
     """
-    mark = base / "merged_from.json"
+    whole, mark = (base / "config.json").exists(), base / "merged_from.json"
+    if whole and not fresh:
+        return
     files = {file.name: checkpoints.checksum(file) for file in sorted(adapter.glob("adapter_*"))}
-    if (base / "config.json").exists():
-        known = read_json(mark).get("files") if mark.exists() else None
-        if not fresh or known == files:
-            return
+    if whole and mark.exists() and read_json(mark)["files"] == files:
+        return
     if base.exists():
         shutil.rmtree(base)
     export.merge(adapter, base)

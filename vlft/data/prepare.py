@@ -240,7 +240,7 @@ class Data:
         # Not by id: several records may share one. The message names the place, which no two share.
         found = {(e.dataset, e.message): e for e in failures}  # a sample may be in a step twice
         new = [entry for place, entry in found.items() if place not in self._bad]
-        self._bad |= found | self._bad
+        self._bad = found | self._bad
         check_bad_fraction([*self.ledger, *self._bad.values()], self.index.total, self.options.max_bad_fraction)
         return new
 

@@ -131,14 +131,14 @@ def shared_out(static: Static, cut: Cut, world_size: int, *, compute: int) -> St
     Args:
         compute: bytes of a number in the compute dtype.
     """
-    n, parts, states, gradients = world_size, static.parts, static.states, static.gradients
+    n, parts, states = world_size, static.parts, static.states
     if cut.masters:
         parts = [replace(part, bytes=part.bytes - part.trainable * (4 - compute)) for part in parts]
         states += 4.0 * sum(part.trainable for part in parts)
-        static, gradients = static.scaled(compute / 4), gradients * compute / 4
+        static = static.scaled(compute / 4)
     if cut.stage == 3:
         parts = [replace(part, bytes=0.0 if cut.weights_away else part.bytes / n) for part in parts]
-    gradients = 0.0 if cut.states_away else gradients / (n if cut.stage > 1 else 1)
+    gradients = 0.0 if cut.states_away else static.gradients / (n if cut.stage > 1 else 1)
     states = 0.0 if cut.states_away else states / (n if cut.stage else 1)
     return replace(static, parts=parts, states=states, gradients=gradients, sharded=cut.stage > 0)
 

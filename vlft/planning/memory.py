@@ -98,10 +98,10 @@ class Static:
         return sum(part.bytes for part in self.parts)
 
     def scaled(self, by: float) -> Static:
-        """With gradients of single weights and layers so much as large."""
+        """With gradients so much as large."""
         vision, language = ([size * by for size in each] for each in self.layer_gradients)
         ends = (self.ends[0] * by, self.ends[1] * by)
-        return replace(self, ends=ends, layer_gradients=(vision, language))
+        return replace(self, gradients=self.gradients * by, ends=ends, layer_gradients=(vision, language))
 
     def split(self) -> Static:
         """With masters in two halves, as whole copies have them (`PackedVLM.split_masters`)."""
