@@ -26,12 +26,13 @@ HERE = Path(__file__).resolve().parent
 ROWS = {
     "3B-full-bf16": ("3B", "full", False),
     "3B-full-fp32": ("3B", "full", True),
+    "3B-full-fsdp2": ("3B", "full", True),
     "3B-lora": ("3B", "lora_llm_full_vit", True),
     "3B-lora-bf16": ("3B", "lora_llm_full_vit", False),
     "7B-qlora": ("7B", "qlora", True),
     "qwen3-4B-lora": ("qwen3-4B", "lora_llm_full_vit", True),
 }
-"""name -> size, strategy, whether trained weights have fp32 masters"""
+"""name -> size, strategy, whether trained weights have fp32 masters; FSDP2 has two ranks, of which one is there"""
 NARROW = {
     "hidden_size": 32,
     "intermediate_size": 32,
@@ -133,11 +134,13 @@ def prepared(row: str, folder: Path) -> tuple[Any, dict[str, Any]]:
     model = wanted(made.Config()).prepare_model(source)
     cast(model, source.compute_dtype, masters=masters)
     packed = PackedVLM(model, source.parts, source.config.image_token_id).train()
-    packed.installed.holds = True
-    if masters and hasattr(packed, "split_masters"):  # an older checkout has whole ones
+    packed.installed.holds = not row.endswith("fsdp2")
+    if masters and packed.installed.holds and hasattr(packed, "split_masters"):  # an older checkout has whole ones
         packed.split_masters()
     for p in packed.parameters():
         p.data = p.data.clone()  # a file's mapping is aligned otherwise than a GPU's memory
+    if row.endswith("fsdp2"):
+        cut_up(packed)
     grid = torch.tensor([[1, 2, 2]])
     ids = torch.tensor([[20, 21, source.config.image_token_id, *range(22, 40)]])
     places = torch.arange(ids.shape[1])
@@ -147,6 +150,32 @@ def prepared(row: str, folder: Path) -> tuple[Any, dict[str, Any]]:
         "pixel_values": torch.randn(4, packed.patch_dim).bfloat16(), "image_grid_thw": grid,
         "supervised_S": places[-3:], "pictured_M": torch.tensor([2]), "tower": tower_inputs(grid, packed.layout),
     }  # fmt: skip
+
+
+UNITS = {"vision": 16, "llm": 4}
+"""Layers of a unit in Qwen2.5-VL-3B, as vlft.engine.fsdp joins them."""
+
+
+def cut_up(packed: Any) -> None:
+    """Into the units of the real model, for two ranks that tell each other nothing."""
+    import torch
+    from torch.distributed.fsdp import fully_shard
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    from vlft.engine import fsdp
+
+    torch.distributed.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
+    words = {"mp_policy": fsdp.mixed_precision_policy("bf16")}
+    names = fsdp.layer_names(packed)
+    layers = [layer for layer in packed.modules() if type(layer).__name__ in names]
+    joined = UNITS if hasattr(fsdp, "units_of") else dict.fromkeys(UNITS, 1)  # an older checkout has a unit a layer
+    units = list[list[Any]]()
+    for tower, size in joined.items():
+        some = [layer for layer in layers if (tower == "vision") == ("Vision" in type(layer).__name__)]
+        units += [some[i : i + size] for i in range(0, len(some), size)]
+    for unit in units:
+        fully_shard(unit, **words)
+    fully_shard(packed, **words)
 
 
 def measure(row: str, rows: int) -> dict[str, Any]:

@@ -410,7 +410,8 @@ def remember(packed: PackedVLM, config: RunConfig, engine: Engine) -> Memory:
     # What is gathered for the head may stay for the whole backward pass.
     stays = beside_head(head, engine) if engine.shards_weights else 0
     margin = MARGIN if engine.retries else MARGIN_WITHOUT_RETRY
-    room = room_on_gpu(engine.device, lambda: engine.pending_bytes() + stays, size, margin) if chooses else None
+    beside = stays + engine.passing_bytes()
+    room = room_on_gpu(engine.device, lambda: engine.pending_bytes() + beside, size, margin) if chooses else None
     vocabulary = int(packed.hf.config.get_text_config().vocab_size)
     packed.memory = memory_for(
         packed.installed, vocabulary, plan, room, gradients_stay=not engine.shards_states,

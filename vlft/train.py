@@ -16,7 +16,7 @@ from vlft import evaluate, export, probe, recovery
 from vlft.config import Run, deepspeed_path
 from vlft.data.budget import Load
 from vlft.data.loader import Step
-from vlft.engine import readback, seed_row, start_engine
+from vlft.engine import readback, seed_row, settled, start_engine
 from vlft.meter import loss_by_dataset
 from vlft.optim import set_rates
 from vlft.planning.start import say_plan
@@ -49,7 +49,7 @@ def main(run: Run) -> None:
 def fit(job: Job) -> None:
     config = job.run.config
     job.packed.train()
-    with job.interrupt:
+    with job.interrupt, settled():
         probe.try_largest(job)
         if evaluation_due(job) and not job.engine.on_main(lambda: job.journal.evaluated(job.done_steps)):
             run_evaluation(job)  # the run that goes on here ended between its save and its evaluation

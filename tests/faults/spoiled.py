@@ -205,14 +205,14 @@ def of_gpu(*, whole: bool) -> None:
         Engine.splits_masters = False  # type: ignore[method-assign,assignment]
 
 
-def fsdp_on_cpu(*, fused: bool) -> None:
-    """FSDP2 where Accelerate ignores it: PyTorch's `fully_shard` by hand, all the rest is vlft's engine.
+def fsdp_on_cpu(*, fused: bool, unit: int | None) -> None:
+    """FSDP2 where Accelerate ignores it; all but its file is vlft's engine.
 
     Args:
         fused: the optimizer of a GPU, whose step is made before its norm is read.
+        unit: parameters of a unit of layers; None: as many as in a real model, where a tiny one's run is one.
     """
     from accelerate import Accelerator
-    from torch.distributed.fsdp import fully_shard
 
     from vlft.engine import fsdp
 
@@ -223,20 +223,12 @@ def fsdp_on_cpu(*, fused: bool) -> None:
         os.environ.pop("ACCELERATE_USE_FSDP")
         return Accelerator(mixed_precision=self.precision)
 
-    def shard(_: Any, model: Any, optimizer: Any) -> tuple[Any, Any]:
-        before = {id(p): name for name, p in model.named_parameters()}
-        names = fsdp.layer_names(model)
-        for module in list(model.modules()):
-            if type(module).__name__ in names:
-                fully_shard(module)
-        fully_shard(model)
-        after = dict(model.named_parameters())
-        for group in optimizer.param_groups:
-            group["params"] = [after[before[id(p)]] for p in group["params"]]
-        return model, optimizer
+    def words(self: Any) -> dict[str, Any]:
+        return {"reshard_after_forward": True, "mp_policy": fsdp.mixed_precision_policy(self.precision)}
 
     fsdp.FsdpEngine._accelerator = accelerator  # type: ignore[method-assign]
-    fsdp.FsdpEngine._shard = shard  # type: ignore[method-assign]
+    fsdp.FsdpEngine._words = property(words)  # type: ignore[method-assign,assignment]
+    fsdp.UNIT = unit or fsdp.UNIT
 
 
 def slow_main(seconds: float, patience: float) -> None:
@@ -265,7 +257,7 @@ def spoil(fault: dict[str, Any]) -> None:
     if fault["kind"] == "none":
         return
     if fault["kind"] == "fsdp_on_cpu":
-        fsdp_on_cpu(fused=fault.get("fused", False))
+        fsdp_on_cpu(fused=fault.get("fused", False), unit=fault.get("unit"))
         return
     if fault["kind"] == "of_gpu":
         of_gpu(whole=fault["whole"])

@@ -11,9 +11,10 @@ from pathlib import Path
 
 from vlft.allocator import prepare_allocator
 from vlft.engine.base import Engine, Update, choose_precision, seed_row, seed_start
+from vlft.engine.garbage import settled
 from vlft.engine.readback import readback
 
-__all__ = ["Engine", "Update", "choose_precision", "readback", "seed_row", "seed_start", "start_engine"]
+__all__ = ["Engine", "Update", "choose_precision", "readback", "seed_row", "seed_start", "settled", "start_engine"]
 
 
 def start_engine(mixed_precision: str | None, deepspeed: Path | None = None, max_grad_norm: float = 1.0) -> Engine:

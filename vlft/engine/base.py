@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import GradientAccumulationPlugin, broadcast_object_list, gather_object
+from accelerate.utils import GradientAccumulationPlugin
 from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_
 from torch.optim import Optimizer
@@ -129,6 +129,8 @@ class Engine:
         self.world_size: int = self.accelerator.num_processes
         self.device: torch.device = self.accelerator.device
         self.is_main: bool = self.accelerator.is_main_process
+        self._hosts = hosts_of_one_machine(self.device) if self.world_size > 1 else None
+        """Carries what ranks tell each other, where it does not lie on the devices."""
         self._works = 0
         """How often the main process has worked alone."""
         self.kind: str = self.accelerator.distributed_type.value
@@ -204,20 +206,25 @@ class Engine:
     def from_main(self, value: T) -> T:
         """The main process's `value`, everywhere."""
         box = [value]
-        broadcast_object_list(box)
+        if self.world_size > 1:
+            torch.distributed.broadcast_object_list(box, group=self._hosts)
         return box[0]
 
     def sums(self, values: Sequence[float]) -> list[float]:
         """Each value summed over the ranks, in fp64."""
         if self.world_size == 1:
             return [float(v) for v in values]  # a tensor on the device would have to wait for all that runs there
-        kind = torch.float32 if self.device.type == "mps" else torch.float64
-        total: Tensor = self.accelerator.reduce(torch.tensor(values, dtype=kind, device=self.device), "sum")
+        total = torch.tensor(values, dtype=torch.float64, device="cpu" if self._hosts else self.device)
+        torch.distributed.all_reduce(total, group=self._hosts)
         return [float(v) for v in total.tolist()]
 
     def gather(self, items: Sequence[T]) -> list[T]:
         """The items of all ranks, on all ranks, in rank order."""
-        return list(gather_object(list(items)))
+        if self.world_size == 1:
+            return list(items)
+        found: list[list[T]] = [[] for _ in range(self.world_size)]
+        torch.distributed.all_gather_object(found, list(items), group=self._hosts)
+        return [item for some in found for item in some]
 
     # -- one step ----------------------------------------------------------------------------------------------------
 
@@ -234,7 +241,7 @@ class Engine:
         self._note_parameters(optimizer)
         assert isinstance(self.model, nn.Module)
         if self.world_size > 1:
-            self._summing = Summing(self._parameters, self.device)
+            self._summing = Summing(self._parameters, self.device, self._hosts)
         return self.model
 
     def _note_parameters(self, optimizer: Optimizer) -> None:
@@ -261,6 +268,10 @@ class Engine:
     def autocast(self) -> Any:
         """Mixed precision outside the wrapped forward."""
         return self.accelerator.autocast()
+
+    def passing_bytes(self) -> int:
+        """Of weights that are gathered and gradients that are summed while a row runs, beside what always lies here."""
+        return 0
 
     def pending_bytes(self) -> int:
         """Of gradients and optimizer states that are not there yet and will be, on this device."""
@@ -530,6 +541,23 @@ def norms_of(gradients: Sequence[Tensor]) -> list[Tensor]:
         wide = torch.promote_types(kind, torch.float32)
         found |= zip(places, torch._foreach_norm([gradients[i] for i in places], dtype=wide), strict=True)
     return [found[i].to(gradients[0].device) for i in range(len(gradients))]
+
+
+def hosts_of_one_machine(device: torch.device) -> Any:
+    """A group in which the hosts of ranks with GPUs talk to each other, all on one machine; else None.
+
+    What they say would go through NCCL behind all that the GPUs were asked for, and each answer would wait for it: at
+    the end of a step no host could ask for the next one while the GPUs are still at the update. Between machines the
+    GPUs carry it: gloo would have to be told which network joins them.
+    """
+    one_machine = os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE")
+    if device.type != "cuda" or not one_machine:
+        return None
+    return torch.distributed.new_group(backend="gloo", timeout=HOSTS_LIMIT)
+
+
+HOSTS_LIMIT = timedelta(minutes=10)
+"""Of what hosts tell each other: NCCL's own, where gloo would wait for half an hour."""
 
 
 def alone() -> None:

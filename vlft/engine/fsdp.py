@@ -1,7 +1,11 @@
-"""FSDP2 through Accelerate: PyTorch's `fully_shard`, weights, gradients and optimizer states cut up (Zhao et al. 2023).
+"""FSDP2: PyTorch's `fully_shard`, weights, gradients and optimizer states cut up over the GPUs (Zhao et al. 2023).
 
 Who owns which number: the accelerate file, or the FSDP_* variables, own what is kept whole after a forward and
 offloaded; vlft's options own precision, clipping and batch.
+
+Accelerate reads its file and sets up the processes, but the model is cut up here. It would make every layer a unit of
+its own: a layer of a 3B model takes the GPU a millisecond or two, and its unit's gathering, sums and bookkeeping take
+the host about as long, so that the GPU waited for it. Here neighbours are joined to units of some size.
 """
 
 from __future__ import annotations
@@ -10,6 +14,7 @@ import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -48,7 +53,7 @@ class FsdpEngine(Engine):
             raise ConfigError("--mixed_precision fp16 does not run under FSDP2 here; use bf16.")
         alone()
         plugin = FullyShardedDataParallelPlugin(
-            fsdp_version=2, auto_wrap_policy="transformer_based_wrap", cpu_ram_efficient_loading=False,
+            fsdp_version=2, cpu_ram_efficient_loading=False,
             mixed_precision_policy=mixed_precision_policy(self.precision),
         )  # fmt: skip
         return Accelerator(
@@ -56,11 +61,12 @@ class FsdpEngine(Engine):
         )
 
     def prepare(self, model: nn.Module, optimizer: Optimizer, whole: Sequence[nn.Module] = ()) -> nn.Module:  # noqa: ARG002
-        self.model, self.optimizer = self._shard(model, optimizer)
+        self.model: Any = model
+        self._shard(model, optimizer)
+        self.optimizer = self.accelerator.prepare_optimizer(optimizer)
         self._note_parameters(optimizer)
         self._give_shards(optimizer)
-        assert isinstance(self.model, nn.Module)
-        return self.model
+        return model
 
     @property
     def wants_torchs_adamw(self) -> bool:
@@ -84,11 +90,47 @@ class FsdpEngine(Engine):
         # Offloaded ones are on the CPU, and the norm is not.
         self.steps_ahead = all(p.device.type == self.device.type for p in self._wholes)
 
-    def _shard(self, model: nn.Module, optimizer: Optimizer) -> tuple[Any, Any]:
+    def _shard(self, model: nn.Module, optimizer: Optimizer) -> None:
+        """Cut up the model's parameters; the optimizer gets those that come in their place."""
+        from torch.distributed.fsdp import FSDPModule, fully_shard
+
         model.to(self.device)
-        self.accelerator.state.fsdp_plugin.transformer_cls_names_to_wrap = layer_names(model)
-        sharded: tuple[Any, Any] = self.accelerator.prepare(model, optimizer)
-        return sharded
+        names = {p: name for name, p in model.named_parameters()}
+        runs = [units_of(run) for run in runs_of_layers(model)]
+        units = [unit for run in runs for unit in run]
+        self._passing = passing_bytes(units, self._words["reshard_after_forward"])
+        # Packed 4-bit weights are no numbers that could be cut and cast.
+        ignored = {p for p in names if not p.is_floating_point()}
+        for unit in units:
+            fully_shard(unit, **self._words, ignored_params=ignored)
+        # What the root holds is needed at the beginning of the backward pass again, so it stays.
+        fully_shard(model, **self._words | {"reshard_after_forward": None}, ignored_params=ignored)
+        for run in runs:
+            # Else a unit is gathered when the host arrives there, which at a step's start is just before the GPU.
+            for one, following in pairwise(unit[0] for unit in run):
+                assert isinstance(one, FSDPModule)
+                assert isinstance(following, FSDPModule)
+                one.set_modules_to_forward_prefetch([following])
+        cut = dict(model.named_parameters())
+        for group in optimizer.param_groups:
+            group["params"] = [cut[names[p]] for p in group["params"]]
+
+    @property
+    def _words(self) -> dict[str, Any]:
+        """What `fully_shard` is told: Accelerate's file, and the precision."""
+        from torch.distributed.fsdp import OffloadPolicy
+
+        plugin: Any = self.accelerator.state.fsdp_plugin
+        mesh, layout = self.accelerator.torch_device_mesh, self.accelerator.parallelism_config
+        return {
+            "reshard_after_forward": plugin.reshard_after_forward,
+            "offload_policy": plugin.cpu_offload or OffloadPolicy(),
+            "mp_policy": mixed_precision_policy(self.precision),
+            "mesh": mesh[tuple(layout.fsdp_dim_names)] if mesh is not None else None,
+        }
+
+    def passing_bytes(self) -> int:
+        return self._passing
 
     def backward(self, loss: Tensor, *, last: bool) -> None:  # noqa: ARG002
         # FSDP averages over ranks; a row's share is already of all of them. Every row is reduced at once: to wait for
@@ -190,10 +232,48 @@ def mixed_precision_policy(precision: str) -> Any:
     return MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
 
 
-def layer_names(model: nn.Module) -> list[str]:
-    """Classes of the layers that are sharded one by one, as transformers names them for each architecture."""
+UNIT = 1 << 28
+"""Parameters of a unit, in which layers are gathered, and their gradients summed, at once; a larger layer is one by
+itself. Two of 3B's 36 layers more or fewer make no difference to the host; 14 bytes of each parameter are held in
+passing."""
+
+
+def layer_names(model: nn.Module) -> set[str]:
+    """Classes of the layers, as transformers names them for each architecture."""
     named = {name for module in model.modules() for name in getattr(module, "_no_split_modules", None) or ()}
-    return sorted(named & {type(module).__name__ for module in model.modules()})
+    return named & {type(module).__name__ for module in model.modules()}
+
+
+def runs_of_layers(model: nn.Module) -> list[list[nn.Module]]:
+    """Layers that are called one after the other; one that is in no list is a run by itself."""
+    names, runs, seen = layer_names(model), list[list[nn.Module]](), set[nn.Module]()
+    for module in model.modules():
+        run = [*module.children()] if isinstance(module, nn.ModuleList) else [module]
+        if run and seen.isdisjoint(run) and all(type(layer).__name__ in names for layer in run):
+            runs.append(run)
+            seen.update(run)
+    return runs
+
+
+def units_of(run: Sequence[nn.Module]) -> list[list[nn.Module]]:
+    """Neighbours, joined to about `UNIT` parameters, in their order."""
+    numbers = sum(p.numel() for layer in run for p in layer.parameters() if p.is_floating_point())
+    count = min(len(run), max(1, round(numbers / UNIT)))
+    size = math.ceil(len(run) / count)  # units alike: the largest decides what is held
+    return [list(run[i : i + size]) for i in range(0, len(run), size)]
+
+
+def passing_bytes(units: Sequence[Sequence[nn.Module]], reshard: bool | int) -> int:
+    """What a row holds of gathered weights and of gradients that are on their way, at the most.
+
+    Weights of one unit and of the next; a unit's gradients, and those of it and of the one before in fp32, as they are
+    summed.
+    """
+    whole = [[p for layer in unit for p in layer.parameters() if p.is_floating_point()] for unit in units]
+    weights = [2 * sum(p.numel() for p in each) for each in whole]
+    learnt = [10 * sum(p.numel() for p in each if p.requires_grad) for each in whole]
+    gathered = sum(weights) if reshard is False else 2 * max(weights, default=0)
+    return gathered + max(learnt, default=0)
 
 
 def _local(tensor: Tensor) -> Tensor:

@@ -17,11 +17,9 @@ with the backward pass. Between machines the devices carry it: gloo would have t
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from datetime import timedelta
 from typing import Any
 
 import torch
@@ -37,8 +35,6 @@ QUICK = 60e9
 """Bytes of gradients that are summed in a second, from which on all are summed after the backward pass. PCIe gives up
 to 25e9. Two H200s over NVLink gave 175e9: 2.7 GB in 0.015 s; beside the backward pass the step took 0.005 s longer
 (bench/scaling.py, 3B-lora-ddp)."""
-_LIMIT = timedelta(minutes=10)
-"""Of what hosts tell each other: NCCL's own, where gloo would wait for half an hour."""
 _TRIED = 16 << 20
 """Elements of the tensor whose sum is timed."""
 
@@ -46,12 +42,10 @@ _TRIED = 16 << 20
 class Summing:
     """Of the gradients of `parameters`, over the ranks."""
 
-    def __init__(self, parameters: Sequence[nn.Parameter], device: torch.device) -> None:
+    def __init__(self, parameters: Sequence[nn.Parameter], device: torch.device, hosts: Any = None) -> None:
+        """`hosts`: the group in which ranks tell each other what they have; None: that of their devices."""
         self._parameters = parameters
-        one_machine = os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE")
-        hosts = one_machine and device.type != "cpu"
-        self._hosts = torch.distributed.new_group(backend="gloo", timeout=_LIMIT) if hosts else None
-        """Carries what ranks tell each other: NCCL would do so behind all that the devices were asked for."""
+        self._hosts = hosts
         self._told_on = torch.device("cpu") if self._hosts is not None else device
         # NCCL takes no other as it lies; a gradient has the strides of its parameter.
         self._large = [p for p in parameters if p.numel() >= LARGE and p.is_contiguous()]
