@@ -453,13 +453,18 @@ def speed_of(running: Launch, one: dict[str, Any] | None, spread: Spread, given:
     return found | _common(running)
 
 
-def balance_of(running: Launch, given: argparse.Namespace) -> dict[str, float]:
+def balance_of(running: Launch, given: argparse.Namespace) -> dict[str, Any]:
     """Slowest rank's forward and backward over the ranks' mean, in the timed steps."""
     noted = [running.noted(rank) for rank in range(running.processes)]
     ranks = [{line["step"]: line["busy_s"] for line in lines if "step" in line} for lines in noted]
     each = [[busy[step] for busy in ranks] for step in range(given.warm + 1, given.steps + 1)]
     ratios = [max(times) / statistics.mean(times) for times in each]
-    return {"balance": statistics.mean(ratios), "balance_worst": max(ratios), "busy_s": statistics.mean(map(max, each))}
+    # Where one rank is always the slowest it is the machine, else what the rows are.
+    by_rank = [statistics.mean(times) for times in zip(*each, strict=True)]
+    return {
+        "balance": statistics.mean(ratios), "balance_worst": max(ratios), "busy_s": statistics.mean(map(max, each)),
+        "busy_s_of_ranks": by_rank,
+    }  # fmt: skip
 
 
 def held_against(

@@ -24,6 +24,7 @@ from torch.optim import Optimizer
 
 from vlft.engine.alarm import Alarm
 from vlft.engine.base import MOMENTS, Engine, Update, alone, norms_of, one_row_at_a_time, read_norms
+from vlft.engine.exchange import Exchange
 from vlft.errors import ConfigError
 from vlft.family import Part
 
@@ -105,6 +106,11 @@ class FsdpEngine(Engine):
             fully_shard(unit, **self._words, ignored_params=ignored)
         # What the root holds is needed at the beginning of the backward pass again, so it stays.
         fully_shard(model, **self._words | {"reshard_after_forward": None}, ignored_params=ignored)
+        for first in [model, *(unit[0] for unit in units)] if self.world_size > 1 else []:
+            assert isinstance(first, FSDPModule)
+            first.set_custom_reduce_scatter(Exchange())  # type: ignore[arg-type]
+            first.set_gradient_divide_factor(1.0)  # a row's share of the loss is of all ranks already
+            first.set_force_sum_reduction_for_comms(True)
         for run in runs:
             # Else a unit is gathered when the host arrives there, which at a step's start is just before the GPU.
             for one, following in pairwise(unit[0] for unit in run):
@@ -133,9 +139,9 @@ class FsdpEngine(Engine):
         return self._passing
 
     def backward(self, loss: Tensor, *, last: bool) -> None:  # noqa: ARG002
-        # FSDP averages over ranks; a row's share is already of all of them. Every row is reduced at once: to wait for
-        # the last would hold whole gradients, the memory that sharding is to save.
-        self.accelerator.backward(loss * self.world_size)
+        # Every row is reduced at once: to wait for the last would hold whole gradients, the memory that sharding is to
+        # save.
+        self.accelerator.backward(loss)
 
     def reduce(self, fits: bool) -> bool:
         return fits  # FSDP did it within the backwards
@@ -224,18 +230,15 @@ class FsdpEngine(Engine):
 
 
 def mixed_precision_policy(precision: str) -> Any:
-    """Products in bf16, sums of gradients and the loss in fp32."""
+    """Products in bf16; gradients are sent in it, too, and summed in fp32 (`Exchange`)."""
     from torch.distributed.fsdp import MixedPrecisionPolicy
 
-    if precision == "no":
-        return MixedPrecisionPolicy()
-    return MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    return MixedPrecisionPolicy() if precision == "no" else MixedPrecisionPolicy(param_dtype=torch.bfloat16)
 
 
 UNIT = 1 << 28
 """Parameters of a unit, in which layers are gathered, and their gradients summed, at once; a larger layer is one by
-itself. Two of 3B's 36 layers more or fewer make no difference to the host; 14 bytes of each parameter are held in
-passing."""
+itself. 3B's language model has 12 of 3 layers, 7B's 28 of one. 14 bytes of each parameter are held in passing."""
 
 
 def layer_names(model: nn.Module) -> set[str]:
@@ -258,16 +261,16 @@ def runs_of_layers(model: nn.Module) -> list[list[nn.Module]]:
 def units_of(run: Sequence[nn.Module]) -> list[list[nn.Module]]:
     """Neighbours, joined to about `UNIT` parameters, in their order."""
     numbers = sum(p.numel() for layer in run for p in layer.parameters() if p.is_floating_point())
-    count = min(len(run), max(1, round(numbers / UNIT)))
-    size = math.ceil(len(run) / count)  # units alike: the largest decides what is held
+    fit = max(1, round(len(run) * UNIT / max(numbers, 1)))
+    size = math.ceil(len(run) / math.ceil(len(run) / fit))  # units alike: the largest decides what is held
     return [list(run[i : i + size]) for i in range(0, len(run), size)]
 
 
 def passing_bytes(units: Sequence[Sequence[nn.Module]], reshard: bool | int) -> int:
     """What a row holds of gathered weights and of gradients that are on their way, at the most.
 
-    Weights of one unit and of the next; a unit's gradients, and those of it and of the one before in fp32, as they are
-    summed.
+    Weights of one unit and of the next; gradients of one, as they come, as they are sent and as others' arrive, and of
+    the one before, which may still be on their way.
     """
     whole = [[p for layer in unit for p in layer.parameters() if p.is_floating_point()] for unit in units]
     weights = [2 * sum(p.numel() for p in each) for each in whole]
