@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import json
+import os
+import socket
+from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from runs import command, distance, final_weights, metrics, start, train, write_data
 from safetensors.torch import load_file
+from torch import nn
+from torch.distributed.tensor import DTensor
 
+from vlft.engine.fsdp import FsdpEngine
 from vlft.errors import ConfigError
 
 FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
@@ -46,6 +54,39 @@ def test_two_processes_end_with_the_weights_of_one(
     one, two = load_file(tmp_path / "one/model" / file.name), load_file(file)
     assert one.keys() == two.keys()
     assert all(torch.allclose(one[n].float(), two[n].float(), atol=1e-4) for n in one)
+
+
+@pytest.mark.parametrize("strategy", ["full", "qlora"])
+def test_in_bf16_it_computes_what_whole_copies_do(tiny: Callable[..., Path], tmp_path: Path, strategy: str) -> None:
+    """To the last digit: FSDP casts inputs of layers if it may, and the tower's angles lose theirs."""
+    registry = write_data(tmp_path, 21)
+    options = {"max_steps": 1, "mixed_precision": "bf16"} | ({"lora_dropout": 0.0} if strategy == "qlora" else {})
+    for name, how in (("copies", {}), ("cut", {"fault": {"kind": "fsdp_on_cpu"}, **FSDP})):
+        line = words(tiny(dtype="bfloat16"), registry, tmp_path / name, strategy, **CUT, **options)
+        start(line, processes=2, **how)
+    copies, cut = metrics(tmp_path / "copies"), metrics(tmp_path / "cut")
+    assert [line["loss"] for line in copies] == [line["loss"] for line in cut]
+
+
+def _shards_of(_: int, port: int, out: Path) -> None:
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
+    torch.distributed.init_process_group("gloo", rank=0, world_size=1)
+    model = nn.Sequential(OrderedDict(packed=nn.Linear(4, 4, bias=False), plain=nn.Linear(4, 4, bias=False)))
+    model[0].weight.requires_grad_(False).quant_state = "as bitsandbytes'"  # type: ignore[attr-defined]
+    optimizer = torch.optim.SGD([{"params": [model[1].weight], "names": ["plain.weight"]}])
+    engine = SimpleNamespace(device=torch.device("cpu"), world_size=1, _words={"reshard_after_forward": True})
+    FsdpEngine._shard(engine, model, optimizer)  # type: ignore[arg-type]
+    out.write_text(json.dumps({name: isinstance(p, DTensor) for name, p in model.named_parameters()}))
+    torch.distributed.destroy_process_group()
+
+
+def test_packed_weights_stay_whole(tmp_path: Path) -> None:
+    """Cut up, a thousandth of those that are stored as bf16 changed on a GPU, whose copies know no bits."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = int(probe.getsockname()[1])
+    torch.multiprocessing.spawn(_shards_of, (port, tmp_path / "cut.json"))  # type: ignore[attr-defined,no-untyped-call]
+    assert json.loads((tmp_path / "cut.json").read_text()) == {"packed.weight": False, "plain.weight": True}
 
 
 @pytest.mark.slow

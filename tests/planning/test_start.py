@@ -16,7 +16,7 @@ from vlft.engine import Engine
 from vlft.models.peaks import peak_flops
 from vlft.planning import gpus, start
 from vlft.planning.estimate import Cut, Estimate, estimate, shared_out
-from vlft.planning.memory import Copies, PartSize, Static
+from vlft.planning.memory import NF4, Copies, PartSize, Static
 from vlft.setup import beside_head
 
 H100 = gpus.by_name("H100")
@@ -108,6 +108,13 @@ def test_what_engines_cut_up(cut: Cut, weights: float, gradients: float, states:
     whole = Static([PartSize("llm", 100, 100, 400.0)], 400.0, 800.0, (0.0, 0.0), False, ([], []), ([], []), none, none)
     found = shared_out(whole, cut, 2, compute=2)
     assert (found.weights, found.gradients, found.states) == (weights, gradients, states)
+
+
+def test_fsdp_leaves_packed_weights_whole() -> None:
+    none, packed = Copies(), PartSize("llm", 100, 0, 80 * NF4 + 40.0, quantised=80)
+    whole = Static([packed], 0.0, 0.0, (0.0, 0.0), False, ([], []), ([], []), none, none)
+    assert shared_out(whole, Cut(3), 2, compute=2).weights == (80 * NF4 + 40) / 2
+    assert shared_out(whole, Cut(3, packed_whole=True), 2, compute=2).weights == 80 * NF4 + 20
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any
@@ -97,11 +97,12 @@ class FsdpEngine(Engine):
 
         model.to(self.device)
         names = {p: name for name, p in model.named_parameters()}
-        runs = [units_of(run) for run in runs_of_layers(model)]
+        # Whole on each GPU. Where they are stored as floats PyTorch's copies would take them for such: what looks like
+        # no number becomes another one, in a thousandth of the weights.
+        ignored = {p for p in names if hasattr(p, "quant_state") or not p.is_floating_point()}
+        runs = [units_of(run, ignored) for run in runs_of_layers(model)]
         units = [unit for run in runs for unit in run]
-        self._passing = passing_bytes(units, self._words["reshard_after_forward"])
-        # Packed 4-bit weights are no numbers that could be cut and cast.
-        ignored = {p for p in names if not p.is_floating_point()}
+        self._passing = passing_bytes(units, ignored, self._words["reshard_after_forward"])
         for unit in units:
             fully_shard(unit, **self._words, ignored_params=ignored)
         # What the root holds is needed at the beginning of the backward pass again, so it stays.
@@ -230,10 +231,14 @@ class FsdpEngine(Engine):
 
 
 def mixed_precision_policy(precision: str) -> Any:
-    """Products in bf16; gradients are sent in it, too, and summed in fp32 (`Exchange`)."""
+    """Products in bf16; gradients are sent in it, too, and summed in fp32 (`Exchange`).
+
+    Inputs of layers stay what they are: the angles of the vision tower's positions are fp32.
+    """
     from torch.distributed.fsdp import MixedPrecisionPolicy
 
-    return MixedPrecisionPolicy() if precision == "no" else MixedPrecisionPolicy(param_dtype=torch.bfloat16)
+    kind = None if precision == "no" else torch.bfloat16
+    return MixedPrecisionPolicy(param_dtype=kind, cast_forward_inputs=False)
 
 
 UNIT = 1 << 28
@@ -258,24 +263,24 @@ def runs_of_layers(model: nn.Module) -> list[list[nn.Module]]:
     return runs
 
 
-def units_of(run: Sequence[nn.Module]) -> list[list[nn.Module]]:
+def units_of(run: Sequence[nn.Module], ignored: Set[nn.Parameter] = frozenset()) -> list[list[nn.Module]]:
     """Neighbours, joined to about `UNIT` parameters, in their order."""
-    numbers = sum(p.numel() for layer in run for p in layer.parameters() if p.is_floating_point())
+    numbers = sum(p.numel() for layer in run for p in layer.parameters() if p not in ignored)
     fit = max(1, round(len(run) * UNIT / max(numbers, 1)))
     size = math.ceil(len(run) / math.ceil(len(run) / fit))  # units alike: the largest decides what is held
     return [list(run[i : i + size]) for i in range(0, len(run), size)]
 
 
-def passing_bytes(units: Sequence[Sequence[nn.Module]], reshard: bool | int) -> int:
+def passing_bytes(units: Sequence[Sequence[nn.Module]], ignored: Set[nn.Parameter], reshard: bool) -> int:
     """What a row holds of gathered weights and of gradients that are on their way, at the most.
 
     Weights of one unit and of the next; gradients of one, as they come, as they are sent and as others' arrive, and of
     the one before, which may still be on their way.
     """
-    whole = [[p for layer in unit for p in layer.parameters() if p.is_floating_point()] for unit in units]
+    whole = [[p for layer in unit for p in layer.parameters() if p not in ignored] for unit in units]
     weights = [2 * sum(p.numel() for p in each) for each in whole]
     learnt = [10 * sum(p.numel() for p in each if p.requires_grad) for each in whole]
-    gathered = sum(weights) if reshard is False else 2 * max(weights, default=0)
+    gathered = sum(weights) if not reshard else 2 * max(weights, default=0)
     return gathered + max(learnt, default=0)
 
 

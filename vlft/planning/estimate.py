@@ -23,7 +23,7 @@ from vlft.models.flops import Shape, Training, describe
 from vlft.models.load import Checkpoint, Source, compute_dtype, load_config, open_checkpoint
 from vlft.planning.gpus import Gpu
 from vlft.planning.load import Steps, look
-from vlft.planning.memory import Memory, Static, memory_of, static_of
+from vlft.planning.memory import NF4, Memory, Static, memory_of, static_of
 from vlft.planning.skeleton import SkeletonSource, prepared
 from vlft.planning.time import Time, time_of
 from vlft.setup import Alone, check_optimizer, data_options, part_costs
@@ -112,6 +112,8 @@ class Cut:
     """Optimizer states and masters are in the host's memory, and the gradients go there."""
     weights_away: bool = False
     """Weights are, and come to the GPU for their layer."""
+    packed_whole: bool = False
+    """Packed 4-bit weights are not cut up (FSDP)."""
 
 
 def cut_of(deepspeed: Mapping[str, Any] | None) -> Cut:
@@ -137,7 +139,11 @@ def shared_out(static: Static, cut: Cut, world_size: int, *, compute: int) -> St
         states += 4.0 * sum(part.trainable for part in parts)
         static = static.scaled(compute / 4)
     if cut.stage == 3:
-        parts = [replace(part, bytes=0.0 if cut.weights_away else part.bytes / n) for part in parts]
+        whole = [NF4 * part.quantised if cut.packed_whole else 0.0 for part in parts]
+        parts = [
+            replace(part, bytes=0.0 if cut.weights_away else still + (part.bytes - still) / n)
+            for part, still in zip(parts, whole, strict=True)
+        ]
     gradients = 0.0 if cut.states_away else static.gradients / (n if cut.stage > 1 else 1)
     states = 0.0 if cut.states_away else states / (n if cut.stage else 1)
     return replace(static, parts=parts, states=states, gradients=gradients, sharded=cut.stage > 0)
