@@ -2,7 +2,7 @@
 
 A cell is the distance of the final weights (norm of the difference over the norm, of the whole vector of trained
 weights) after six steps from those of one process, fp32, dropout 0, same seed and global batch. FSDP2 here is vlft's
-engine over `fully_shard` by hand (Accelerate has it on GPUs only; there it is tests/gpu).
+engine without Accelerate's plugin, which is for GPUs (there it is tests/gpu).
 """
 
 from __future__ import annotations

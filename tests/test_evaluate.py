@@ -207,15 +207,18 @@ def evaluated(scripts: str) -> dict[str, Any]:
     return {"max_steps": 1, "eval_dataset_scripts": names, "mixed_precision": "no", "eval_max_new_tokens": 24}
 
 
-@pytest.mark.parametrize("layout", [None, pytest.param("zero3", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("layout", [None, *(pytest.param(name, marks=pytest.mark.slow) for name in ("zero3", "fsdp2"))])
 def test_two_processes_answer_and_score_as_one_does(
     tiny: Callable[..., Path], tmp_path: Path, two_data_sets: tuple[Path, str], by_one_process: Path, layout: str | None
 ) -> None:
-    """Five questions on two ranks: one has a turn without any, and under ZeRO-3 must call every layer all the same."""
+    """Five questions, two ranks: one has a turn without any, and where weights are cut up must call every layer too."""
     registry, scripts = two_data_sets
-    more = {"per_device_train_batch_size": 2, "per_device_eval_batch_size": 1, "deepspeed": layout}
+    more = {"per_device_train_batch_size": 2, "per_device_eval_batch_size": 1}
+    more |= {"deepspeed": layout} if layout == "zero3" else {}
+    how = {"fault": {"kind": "fsdp_on_cpu"}, "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
     out = tmp_path / "two"
-    start(command(tiny(), registry, out, "full", **evaluated(scripts), **more), processes=2)
+    line = command(tiny(), registry, out, "full", **evaluated(scripts), **more)
+    start(line, processes=2, **(how if layout == "fsdp2" else {}))
     for one, two in zip(metrics(by_one_process, "eval"), metrics(out, "eval"), strict=True):
         assert one.keys() == two.keys()
         assert sum(key.count("/") == 3 for key in one) == 2 * 4, "three scripts for each set, one gives two numbers"

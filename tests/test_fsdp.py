@@ -81,7 +81,7 @@ def _shards_of(_: int, port: int, out: Path) -> None:
 
 
 def test_packed_weights_stay_whole(tmp_path: Path) -> None:
-    """Cut up, a thousandth of those that are stored as bf16 changed on a GPU, whose copies know no bits."""
+    """Cut up, some of those that are stored as bf16 changed on a GPU, whose copies take them for numbers."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = int(probe.getsockname()[1])

@@ -97,8 +97,8 @@ class FsdpEngine(Engine):
 
         model.to(self.device)
         names = {p: name for name, p in model.named_parameters()}
-        # Whole on each GPU. Where they are stored as floats PyTorch's copies would take them for such: what looks like
-        # no number becomes another one, in a thousandth of the weights.
+        # Whole on each GPU. Where they are stored as floats, PyTorch's copies take them for such: what looks like no
+        # number becomes another one, and 4 of 10,000 weights with it, which is 5% of their norm.
         ignored = {p for p in names if hasattr(p, "quant_state") or not p.is_floating_point()}
         runs = [units_of(run, ignored) for run in runs_of_layers(model)]
         units = [unit for run in runs for unit in run]
