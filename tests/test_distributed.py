@@ -53,6 +53,18 @@ def test_ranks_without_pictures_or_samples(tiny: Callable[..., Path], tmp_path: 
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize("layout", ["DDP", pytest.param("ZeRO-2", marks=pytest.mark.slow)])
+def test_hosts_that_talk_to_each_other(tiny: Callable[..., Path], tmp_path: Path, layout: str) -> None:
+    """In a group of their own, as those of GPUs on one machine do."""
+    registry, batch = write_data(tmp_path, 12), {"per_device_train_batch_size": 2}
+    start(matrix.words(tiny(), registry, tmp_path / "one", "full", per_device_train_batch_size=4))
+    line = matrix.words(tiny(), registry, tmp_path / "two", "full", **batch, deepspeed={"ZeRO-2": "zero2"}.get(layout))
+    start(line, processes=2, fault={"kind": "hosts"})
+    assert distance(final_weights(tmp_path / "one"), final_weights(tmp_path / "two")) < matrix.LIMIT
+    for a, b in zip(metrics(tmp_path / "one"), metrics(tmp_path / "two"), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
+
+
 MOVES = {
     "zero3 on two, then one process": ("zero3", 2, None, 1),
     "one process, then zero2 on two": (None, 1, "zero2", 2),

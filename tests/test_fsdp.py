@@ -1,4 +1,4 @@
-"""FSDP2: vlft's engine over `fully_shard` with two gloo processes. Through Accelerate it runs on a GPU (tests/gpu)."""
+"""FSDP2: vlft's engine with two gloo processes, without Accelerate's plugin, which is for GPUs (tests/gpu)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from vlft.engine.fsdp import FsdpEngine
+from vlft.engine.fsdp import FsdpEngine, mixed_precision_policy, units_of
 from vlft.errors import ConfigError
 
 FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
@@ -74,7 +74,8 @@ def _shards_of(_: int, port: int, out: Path) -> None:
     model = nn.Sequential(OrderedDict(packed=nn.Linear(4, 4, bias=False), plain=nn.Linear(4, 4, bias=False)))
     model[0].weight.requires_grad_(False).quant_state = "as bitsandbytes'"  # type: ignore[attr-defined]
     optimizer = torch.optim.SGD([{"params": [model[1].weight], "names": ["plain.weight"]}])
-    engine = SimpleNamespace(device=torch.device("cpu"), world_size=1, _words={"reshard_after_forward": True})
+    how = {"reshard_after_forward": True, "mp_policy": mixed_precision_policy("bf16")}
+    engine = SimpleNamespace(device=torch.device("cpu"), world_size=1, _sharding=lambda: how)
     FsdpEngine._shard(engine, model, optimizer)  # type: ignore[arg-type]
     out.write_text(json.dumps({name: isinstance(p, DTensor) for name, p in model.named_parameters()}))
     torch.distributed.destroy_process_group()
@@ -87,6 +88,34 @@ def test_packed_weights_stay_whole(tmp_path: Path) -> None:
         port = int(probe.getsockname()[1])
     torch.multiprocessing.spawn(_shards_of, (port, tmp_path / "cut.json"))  # type: ignore[attr-defined,no-untyped-call]
     assert json.loads((tmp_path / "cut.json").read_text()) == {"packed.weight": False, "plain.weight": True}
+
+
+def test_masters_are_saved_after_an_evaluation(tiny: Callable[..., Path], tmp_path: Path) -> None:
+    """Which leaves what it gathered."""
+    registry = write_data(tmp_path, 12)
+    write_data(tmp_path, 4, name="held", split="eval")
+    out, more = tmp_path / "out", {"mixed_precision": "bf16", "metric_for_best": "held/loss", "eval_steps": 1}
+    line = words(tiny(), registry, out, "full", **CUT, **(more | {"max_steps": 2, "save_steps": 2}))
+    start(line, processes=2, fault={"kind": "fsdp_on_cpu"}, **FSDP)
+    saved = [load_file(file) for file in sorted((out / "checkpoints/step-000001").glob("weights*.safetensors"))]
+    assert saved
+    assert {value.dtype for file in saved for value in file.values()} == {torch.float32}
+
+
+def test_layers_are_joined_alike() -> None:
+    """To a quarter of a billion parameters; what is larger is alone, and packed weights do not count."""
+
+    def sizes(layers: int, width: int, **more: Any) -> list[int]:
+        with torch.device("meta"):
+            run = [nn.Linear(width, width, bias=False) for _ in range(layers)]
+        ignored = {layer.weight for layer in run} if more.get("packed") else set[nn.Parameter]()
+        return [len(unit) for unit in units_of(run, ignored)]
+
+    assert sizes(36, 8800) == [3] * 12
+    assert sizes(32, 4500) == [11, 11, 10]
+    assert sizes(28, 15200) == [1] * 28
+    assert sizes(4, 40000) == [1] * 4
+    assert sizes(36, 8800, packed=True) == [36]
 
 
 @pytest.mark.slow

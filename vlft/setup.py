@@ -150,7 +150,9 @@ def setup(run: Run, engine: Engine) -> Job:
     policy = read_policy(config.augmentation) if config.augmentation else None
     metrics = load_metrics(engine, config.eval_dataset_scripts)
     checkpoint = base_checkpoint(run, engine, folder, fresh=resume is None)
-    source = source_of(checkpoint, engine.precision, engine.device, sharded=engine.shards_weights)
+    source = source_of(
+        checkpoint, engine.precision, engine.device, sharded=engine.shards_weights, packed_too=engine.shards_packed
+    )
 
     batch = int(state["global_batch"]) if state else global_batch(config, engine.world_size)
     if state:

@@ -21,7 +21,7 @@ import torch
 import torch.distributed.distributed_c10d as c10d
 from torch import Tensor
 
-from vlft.engine import Engine, summing
+from vlft.engine import Engine, base, summing
 from vlft.models.forward import PackedVLM
 from vlft.optim import KernelAdamW
 
@@ -223,11 +223,11 @@ def fsdp_on_cpu(*, fused: bool, unit: int | None) -> None:
         os.environ.pop("ACCELERATE_USE_FSDP")
         return Accelerator(mixed_precision=self.precision)
 
-    def words(self: Any) -> dict[str, Any]:
+    def sharding(self: Any) -> dict[str, Any]:
         return {"reshard_after_forward": True, "mp_policy": fsdp.mixed_precision_policy(self.precision)}
 
     fsdp.FsdpEngine._accelerator = accelerator  # type: ignore[method-assign]
-    fsdp.FsdpEngine._words = property(words)  # type: ignore[method-assign,assignment]
+    fsdp.FsdpEngine._sharding = sharding  # type: ignore[method-assign]
     fsdp.UNIT = unit or fsdp.UNIT
 
 
@@ -258,6 +258,9 @@ def spoil(fault: dict[str, Any]) -> None:
         return
     if fault["kind"] == "fsdp_on_cpu":
         fsdp_on_cpu(fused=fault.get("fused", False), unit=fault.get("unit"))
+        return
+    if fault["kind"] == "hosts":
+        base.hosts_of_one_machine = lambda _: torch.distributed.new_group(backend="gloo")  # as where there are GPUs
         return
     if fault["kind"] == "of_gpu":
         of_gpu(whole=fault["whole"])

@@ -107,6 +107,8 @@ class Engine:
     """The engine holds fp32 masters of trained weights itself."""
     shards_weights = False
     """Parameters are empty outside their own forward; look at them through `whole`."""
+    shards_packed = False
+    """Packed 4-bit weights are cut up with the others."""
     shards_states = False
     """Gradients and optimizer states are cut up over the ranks: reading a whole one is collective."""
     steps_ahead = True
@@ -550,7 +552,7 @@ def hosts_of_one_machine(device: torch.device) -> Any:
     the end of a step no host could ask for the next one while the GPUs are still at the update. Between machines the
     GPUs carry it: gloo would have to be told which network joins them.
     """
-    one_machine = os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE")
+    one_machine = os.environ.get("LOCAL_WORLD_SIZE", "unknown") == os.environ.get("WORLD_SIZE")
     if device.type != "cuda" or not one_machine:
         return None
     return torch.distributed.new_group(backend="gloo", timeout=HOSTS_LIMIT)

@@ -38,6 +38,8 @@ class Exchange:
         """
         assert op == torch.distributed.ReduceOp.SUM
         assert not async_op
+        # Did another PyTorch allocate in another order, sums would lose their digits in silence.
+        assert output_tensor.dtype == torch.promote_types(input_tensor.dtype, torch.float32)
         received = torch.empty_like(input_tensor)
         torch.distributed.all_to_all_single(received, input_tensor, group=group)
         torch.sum(received.view(group.size(), -1), 0, dtype=output_tensor.dtype, out=output_tensor)

@@ -12,13 +12,15 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+import warnings
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any
 
 import torch
 from accelerate import Accelerator, FullyShardedDataParallelPlugin
+from accelerate.utils import DynamoBackend
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -57,9 +59,15 @@ class FsdpEngine(Engine):
             fsdp_version=2, cpu_ram_efficient_loading=False,
             mixed_precision_policy=mixed_precision_policy(self.precision),
         )  # fmt: skip
-        return Accelerator(
+        made = Accelerator(
             mixed_precision=self.precision, fsdp_plugin=plugin, gradient_accumulation_plugin=one_row_at_a_time()
         )
+        if made.state.dynamo_plugin.backend != DynamoBackend.NO:
+            raise ConfigError(
+                f"the launcher asks for torch.compile ({made.state.dynamo_plugin.backend.value}), which does not run "
+                "under FSDP2 here; leave its dynamo_backend out."
+            )
+        return made
 
     def prepare(self, model: nn.Module, optimizer: Optimizer, whole: Sequence[nn.Module] = ()) -> nn.Module:  # noqa: ARG002
         self.model: Any = model
@@ -95,23 +103,32 @@ class FsdpEngine(Engine):
         """Cut up the model's parameters; the optimizer gets those that come in their place."""
         from torch.distributed.fsdp import FSDPModule, fully_shard
 
+        for said in _HARMLESS:
+            warnings.filterwarnings("ignore", message=said)
         model.to(self.device)
         names = {p: name for name, p in model.named_parameters()}
         # Whole on each GPU. Where they are stored as floats, PyTorch's copies take them for such: what looks like no
         # number becomes another one, and 4 of 10,000 weights with it, which is 5% of their norm.
         ignored = {p for p in names if hasattr(p, "quant_state") or not p.is_floating_point()}
+        how = self._sharding()
         runs = [units_of(run, ignored) for run in runs_of_layers(model)]
         units = [unit for run in runs for unit in run]
-        self._passing = passing_bytes(units, ignored, self._words["reshard_after_forward"])
-        for unit in units:
-            fully_shard(unit, **self._words, ignored_params=ignored)
+        self._passing = passing_bytes(
+            units, ignored, reshard=how["reshard_after_forward"], kind=how["mp_policy"].param_dtype,
+            alone=self.world_size == 1,
+        )  # fmt: skip
         # What the root holds is needed at the beginning of the backward pass again, so it stays.
-        fully_shard(model, **self._words | {"reshard_after_forward": None}, ignored_params=ignored)
-        for first in [model, *(unit[0] for unit in units)] if self.world_size > 1 else []:
+        for unit, keeps in [*((unit, {}) for unit in units), ([model], {"reshard_after_forward": None})]:
+            whole = {p for module in unit for p in module.parameters()} & (names.keys() - ignored)
+            fully_shard(unit if len(unit) > 1 else unit[0], **how | keeps, ignored_params=ignored)
+            for p in whole:
+                p.data = p.new_empty(0)  # the optimizer has it still, and would hold the whole model beside its shards
+            first = unit[0]
             assert isinstance(first, FSDPModule)
-            first.set_custom_reduce_scatter(Exchange())  # type: ignore[arg-type]
-            first.set_gradient_divide_factor(1.0)  # a row's share of the loss is of all ranks already
-            first.set_force_sum_reduction_for_comms(True)
+            if self.world_size > 1:
+                first.set_custom_reduce_scatter(Exchange())  # type: ignore[arg-type]
+                first.set_gradient_divide_factor(1.0)  # a row's share of the loss is of all ranks already
+                first.set_force_sum_reduction_for_comms(True)
         for run in runs:
             # Else a unit is gathered when the host arrives there, which at a step's start is just before the GPU.
             for one, following in pairwise(unit[0] for unit in run):
@@ -122,8 +139,7 @@ class FsdpEngine(Engine):
         for group in optimizer.param_groups:
             group["params"] = [cut[names[p]] for p in group["params"]]
 
-    @property
-    def _words(self) -> dict[str, Any]:
+    def _sharding(self) -> dict[str, Any]:
         """What `fully_shard` is told: Accelerate's file, and the precision."""
         from torch.distributed.fsdp import OffloadPolicy
 
@@ -193,6 +209,23 @@ class FsdpEngine(Engine):
             torch.distributed.all_reduce(squares)
         return squares.sum().sqrt() if having else None, dict(zip(names, squares.sqrt().unbind(), strict=True))
 
+    def weights(self, model: nn.Module, names: Collection[str]) -> dict[str, Tensor]:
+        self._cut_again()
+        return super().weights(model, names)
+
+    def saved_tensors(self, model: nn.Module, optimizer: Optimizer) -> Iterator[tuple[str, str, Tensor]]:
+        self._cut_again()
+        yield from super().saved_tensors(model, optimizer)
+
+    def _cut_again(self) -> None:
+        """A forward without a backward, as of an evaluation, leaves weights gathered: the model's parameters are then
+        copies in the compute dtype, and would be saved in the masters' place."""
+        from torch.distributed.fsdp import FSDPModule
+
+        for module in self.model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+
     def gradient(self, p: nn.Parameter) -> Tensor | None:
         return None if p.grad is None else _whole(p.grad)
 
@@ -243,7 +276,7 @@ def mixed_precision_policy(precision: str) -> Any:
 
 UNIT = 1 << 28
 """Parameters of a unit, in which layers are gathered, and their gradients summed, at once; a larger layer is one by
-itself. 3B's language model has 12 of 3 layers, 7B's 28 of one. 14 bytes of each parameter are held in passing."""
+itself. 3B's language model has 12 of 3 layers, 7B's 28 of one. `passing_bytes` is what that costs."""
 
 
 def layer_names(model: nn.Module) -> set[str]:
@@ -271,17 +304,40 @@ def units_of(run: Sequence[nn.Module], ignored: Set[nn.Parameter] = frozenset())
     return [list(run[i : i + size]) for i in range(0, len(run), size)]
 
 
-def passing_bytes(units: Sequence[Sequence[nn.Module]], ignored: Set[nn.Parameter], reshard: bool) -> int:
+def passing_bytes(
+    units: Sequence[Sequence[nn.Module]],
+    ignored: Set[nn.Parameter],
+    *,
+    reshard: bool,
+    kind: torch.dtype | None,
+    alone: bool,
+) -> int:
     """What a row holds of gathered weights and of gradients that are on their way, at the most.
 
-    Weights of one unit and of the next; gradients of one, as they come, as they are sent and as others' arrive, and of
-    the one before, which may still be on their way.
+    A unit's weights, what they were gathered into, and the same of the next; a unit's gradients as they come, as they
+    are sent and as others' arrive, and those of the one before, which may still be on their way.
+
+    Args:
+        kind: of gathered weights and of gradients; None: the parameters' own.
+        alone: one process, which sends nothing.
     """
-    whole = [[p for layer in unit for p in layer.parameters() if p not in ignored] for unit in units]
-    weights = [2 * sum(p.numel() for p in each) for each in whole]
-    learnt = [10 * sum(p.numel() for p in each if p.requires_grad) for each in whole]
-    gathered = sum(weights) if not reshard else 2 * max(weights, default=0)
-    return gathered + max(learnt, default=0)
+    parameters = [[p for layer in unit for p in layer.parameters() if p not in ignored] for unit in units]
+    sizes = [[p.numel() * (kind or p.dtype).itemsize for p in each] for each in parameters]
+    weights = list(map(sum, sizes))
+    learnt = [
+        sum(size for p, size in zip(*both, strict=True) if p.requires_grad)
+        for both in zip(parameters, sizes, strict=True)
+    ]
+    largest = max(weights, default=0)
+    gathered = 3 * largest if reshard else sum(weights) + 2 * largest
+    return gathered + (2 if alone else 5) * max(learnt, default=0)
+
+
+_HARMLESS = (
+    r"FSDP2-wrapped module .* returned a view tensor",  # of a layer's output, which nothing is added to in place
+    r"\d+ of the \d+ modules passed to fully_shard did not run forward",  # those of a unit that compute again
+)
+"""Warnings, which name each class of a unit."""
 
 
 def _local(tensor: Tensor) -> Tensor:

@@ -91,7 +91,7 @@ class ZeroEngine(Engine):
     def __init__(self, mixed_precision: str | None, path: Path, max_grad_norm: float) -> None:
         self.deepspeed: dict[str, Any] = read_config(path)
         self.stage = int(self.deepspeed["zero_optimization"]["stage"])
-        self.shards_weights = self.stage == 3
+        self.shards_weights = self.shards_packed = self.stage == 3
         super().__init__(mixed_precision, max_grad_norm)
         self.alarm = Alarm() if self.world_size > 1 else None
 

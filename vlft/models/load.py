@@ -245,7 +245,9 @@ class Source:
     compute_dtype: torch.dtype
     device: torch.device
     sharded: bool = False
-    """Each process keeps a part of every weight (ZeRO-3): weights are cut up while they are loaded."""
+    """Each process keeps a part of every weight; under ZeRO-3 weights are cut up while they are loaded."""
+    packed_too: bool = False
+    """Of packed 4-bit weights, too, which must then be stored as floats."""
 
     @property
     def parts(self) -> Parts:
@@ -257,7 +259,7 @@ class Source:
 
     @property
     def quant_storage(self) -> torch.dtype:
-        return self.compute_dtype if self.sharded else torch.uint8
+        return self.compute_dtype if self.packed_too else torch.uint8
 
     def load(self, **overrides: Any) -> nn.Module:
         """The Hugging Face model in the checkpoint's dtype; `cast` (below) gives each weight its own afterwards."""
@@ -384,9 +386,16 @@ def _without_zero3() -> Iterator[None]:
         hf._hf_deepspeed_config_weak_ref = before
 
 
-def source_of(checkpoint: Checkpoint, mixed_precision: str, device: torch.device, *, sharded: bool = False) -> Source:
+def source_of(
+    checkpoint: Checkpoint,
+    mixed_precision: str,
+    device: torch.device,
+    *,
+    sharded: bool = False,
+    packed_too: bool = False,
+) -> Source:
     config = load_config(checkpoint)
-    return Source(checkpoint, config, compute_dtype(mixed_precision, config), device, sharded)
+    return Source(checkpoint, config, compute_dtype(mixed_precision, config), device, sharded, packed_too)
 
 
 def cast(model: nn.Module, dtype: torch.dtype, *, masters: bool = True) -> None:
