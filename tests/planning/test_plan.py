@@ -219,6 +219,18 @@ def test_what_auto_leaves_alone_is_left_in_the_plan_too(seven: Path, strategy: s
         assert 0.95 * (1 - MARGIN) * room < (memory.peak - CONTEXT) / PIECES + CONTEXT <= 1.01 * (1 - MARGIN) * room
 
 
+def test_what_an_engine_gathers_and_sends_leaves_layers_less(seven: Path) -> None:
+    found = plan(seven, "lora_llm_full_vit")
+    shape = Shape.of(load_config(open_checkpoint(str(seven / "model"), weights=False)))
+    row = replace(found.steps.largest, tokens=16_000, patches=60_000)
+    without, passing = (
+        memory_of(replace(found.static, passing=size), shape, row, rows=1, compute=2, room=60e9) for size in (0.0, 4e9)
+    )
+    assert passing.buffers - without.buffers == 4e9
+    assert passing.kept < without.kept
+    assert passing.peak == pytest.approx(without.peak, rel=0.02)
+
+
 @pytest.mark.parametrize(("dropout", "times"), [("0.05", 7), ("0", 4)])
 def test_what_adapters_move(seven: Path, dropout: str, times: int) -> None:
     """They are narrow: their arithmetic is a hundredth of a step's, and what they read and write an eighth of it."""

@@ -81,6 +81,8 @@ class Static:
     """where masters are in two halves (`vlft.optim.remainder`)"""
     sharded: bool = False
     """by an engine, which has gradients ready from the start"""
+    passing: float = 0.0
+    """weights that it gathers and gradients that it sends while a row runs (`Engine.passing_bytes`)"""
     masters: bool = False
     """Trained weights are in fp32 where products are not."""
     is_split: bool = False
@@ -286,7 +288,7 @@ def memory_of(
     logits = float((REFERENCE_LOGIT if reference else compute) * row.supervised * shape.vocabulary)
     holds = plan != "low" and not static.sharded
     copies = static.copies.held if holds else 0.0
-    still = static.weights + static.states + copies
+    still = static.weights + static.states + copies + static.passing
     if plan == "auto" or isinstance(plan, int):
         # As a row of training reckons: `auto` leaves a margin alone (`room_on_gpu`), and its pixels are there already.
         coming = sum(sum(tower.gradients) for tower in towers)
@@ -299,7 +301,8 @@ def memory_of(
     kept = sum(t.cost.kept(keep) for t, each in zip(towers, keeps, strict=True) for keep in each)
     inputs = pixels + positions + features
     given = still + inputs + _worst(static, towers, keeps, kept, logits, _cast(static, shape, compute), come=come)
-    return Memory(static.weights, static.gradients, static.states, kept, logits, copies, CONTEXT + inputs,
+    buffers = CONTEXT + inputs + static.passing
+    return Memory(static.weights, static.gradients, static.states, kept, logits, copies, buffers,
                   CONTEXT + given * PIECES, (keeps[0], keeps[1]), again, holds)  # fmt: skip
 
 

@@ -36,6 +36,7 @@ def short(job: Job, gpu: Gpu) -> Sequence[str]:
     # Of the engine, which also reads a file that Accelerate's launcher names.
     cut = cut_of(engine.deepspeed) if engine.deepspeed else Cut(engine.stage, packed_whole=True)
     static = shared_out(static, cut, engine.world_size, compute=compute.itemsize)
+    static = replace(static, passing=engine.passing_bytes())
     steps = look(
         job.data, shape, costs=job.costs, budget=job.trial, start=job.done_steps, total=job.total_steps, steps=STEPS
     )  # fmt: skip
