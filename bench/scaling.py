@@ -27,18 +27,23 @@ forward and backward over the ranks' mean, told where no rank waits for another 
 Lines go to stdout and OUT/scaling.jsonl (--out), what the programs said to OUT/scaling-log.txt; the last line of stdout
 names the rows that are left. bench/table.py --scaling makes docs/distributed.md's table of the lines.
 
-The plan for a machine with two GPUs, in order of worth. Measured on two H200s (2026-11-29): models and data 40 s; one
-GPU 54 (84 steps of 3B) to 73 (of 7B); a launch of 84 steps of 3B LoRA 55, of 3B `full` under ZeRO-2 66, under FSDP2 73,
-of 7B `full` under FSDP2 96, under ZeRO-3 86; a course of 50 steps of 7B `qlora` 226, beside other tests. Guessed: a
-launch that writes or reads a checkpoint of 3B `full` (45 GB; give it --runs in memory) 80. Four courses of 3B LoRA at
-once, each with --batch 4 --option memory=30GiB --steps 20 --warm 4, took 270 to 330. A call begins with
-`. bench/device.sh; s="python3 bench/scaling.py --out $OUT"`, wants `.whl` carried, and ends by itself, since no launch
-outlasts --within:
+The plan for a machine with two GPUs, in order of worth. Measured on H200s (2026-11-29): models and data 40 s; one GPU
+55 (46 steps of 3B) to 75 (of 7B, or the first on a machine); a launch of 46 steps of 3B LoRA 55, of 3B `full` under
+FSDP2 56 to 93, of 7B 88. A call begins with `. bench/device.sh; s="python3 bench/scaling.py --out $OUT"`, wants `.whl`
+carried, and ends by itself, since no launch outlasts --within:
 
-    $s --rows 3B-lora-ddp,3B-full-fsdp2 --parts speed --steps 50 --warm 34 --profile             # 40+54+55+54+73 = 276
-    $s --rows 3B-full-fsdp2 --parts speed --steps 50 --warm 34 --launcher fsdp_reshard_after_forward=false        # 73
-    $s --rows 3B-full-fsdp2 --parts course --steps 50 --within 560
-    $s --rows 7B-full-fsdp2,3B-full-zero2 --parts speed --steps 50 --warm 34                     # 73+96+54+66 = 289
+    $s --rows 3B-lora-ddp,3B-full-fsdp2 --parts speed --steps 46 --warm 30 --profile             # 40+55+55+75+80 = 305
+    $s --rows 3B-full-fsdp2 --parts speed --steps 46 --warm 30 --launcher fsdp_reshard_after_forward=false        # 60
+    $s --rows 7B-full-fsdp2,3B-full-zero2 --parts speed --steps 46 --warm 30                     # 75+88+60 = 223
+
+Courses share GPUs, each with a size of its own. With its one GPU a course of 50 steps took 320 s (3B `full` under FSDP2)
+or 240 (7B `qlora`), three at a time:
+
+    END=586; . bench/cards.sh; prep 3B 7B
+    c="--parts course --batch 4 --steps 50 --warm 4 --workers 4 --limit 560 --launch_limit 330"
+    list a 0,1 "bench/scaling.py --rows 3B-full-zero3 $c --option memory=72GiB --runs /dev/shm/a"
+    list b 1,0 "bench/scaling.py --rows 7B-qlora-fsdp2,3B-lora-zero3 $c --option memory=30GiB --runs /dev/shm/b"
+    list c 1,0 "bench/scaling.py --rows 3B-lora-fsdp2,3B-lora-zero2 $c --option memory=30GiB --runs /dev/shm/c"; finish
 
 On a machine that is still warm the models are there, and so is what one GPU did. The first steps of a run are slow
 (docs/performance.md), so that --warm matters.
