@@ -36,8 +36,8 @@ carried, and ends by itself, since no launch outlasts --within:
     $s --rows 3B-full-fsdp2 --parts speed --steps 46 --warm 30 --launcher fsdp_reshard_after_forward=false        # 60
     $s --rows 7B-full-fsdp2,3B-full-zero2 --parts speed --steps 46 --warm 30                     # 75+88+60 = 223
 
-Courses share GPUs, each with a size of its own. With its one GPU a course of 50 steps took 320 s (3B `full` under FSDP2)
-or 240 (7B `qlora`), three at a time:
+Courses share GPUs, each with a size of its own. With its one GPU a course of 50 steps took 320 s (3B `full` under
+FSDP2) or 240 (7B `qlora`), three at a time:
 
     END=586; . bench/cards.sh; prep 3B 7B
     c="--parts course --batch 4 --steps 50 --warm 4 --workers 4 --limit 560 --launch_limit 330"
