@@ -33,18 +33,22 @@ CUT = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("unit", [1, None])
+@pytest.mark.parametrize("joined", [1, 2, None])
 @pytest.mark.parametrize("strategy", ["full", "lora_llm_full_vit", "partial_llm_full_vit", "qlora"])
 def test_two_processes_end_with_the_weights_of_one(
-    tiny: Callable[..., Path], tmp_path: Path, strategy: str, unit: int | None
+    tiny: Callable[..., Path], tmp_path: Path, strategy: str, joined: int | None
 ) -> None:
-    """`unit`: every layer is one by itself, or all of a tower are one."""
+    """`joined`: layers of the language model in a unit; None: all, and all of the tower."""
+    model = tiny(layers=4)
+    unit = joined and joined * sum(
+        value.numel() for name, value in load_file(model / "model.safetensors").items() if ".layers.0." in name
+    )
     registry = write_data(tmp_path, 21)
     options = {"lora_dropout": 0.0} if "lora" in strategy else {}
     fixed = {"lr_scheduler_type": "constant", "warmup_steps": 0}
-    train(words(tiny(), registry, tmp_path / "one", strategy, **options, **fixed))
+    train(words(model, registry, tmp_path / "one", strategy, **options, **fixed))
     out = tmp_path / "two"
-    line = words(tiny(), registry, out, strategy, **CUT, **options, **fixed)
+    line = words(model, registry, out, strategy, **CUT, **options, **fixed)
     start(line, processes=2, fault={"kind": "fsdp_on_cpu", "unit": unit}, **FSDP)
     assert distance(final_weights(tmp_path / "one"), final_weights(out)) < 1e-5
     for a, b in zip(metrics(tmp_path / "one"), metrics(out), strict=True):
