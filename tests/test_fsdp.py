@@ -77,11 +77,13 @@ def _shards_of(_: int, port: int, out: Path) -> None:
     torch.distributed.init_process_group("gloo", rank=0, world_size=1)
     model = nn.Sequential(OrderedDict(packed=nn.Linear(4, 4, bias=False), plain=nn.Linear(4, 4, bias=False)))
     model[0].weight.requires_grad_(False).quant_state = "as bitsandbytes'"  # type: ignore[attr-defined]
-    optimizer = torch.optim.SGD([{"params": [model[1].weight], "names": ["plain.weight"]}])
+    plain = model[1].weight
+    optimizer = torch.optim.SGD([{"params": [plain], "names": ["plain.weight"]}])
     how = {"reshard_after_forward": True, "mp_policy": mixed_precision_policy("bf16")}
     engine = SimpleNamespace(device=torch.device("cpu"), world_size=1, _sharding=lambda: how)
     FsdpEngine._shard(engine, model, optimizer)  # type: ignore[arg-type]
-    out.write_text(json.dumps({name: isinstance(p, DTensor) for name, p in model.named_parameters()}))
+    cut = {name: isinstance(p, DTensor) for name, p in model.named_parameters()}
+    out.write_text(json.dumps(cut | {"left of what was cut": plain.numel()}))
     torch.distributed.destroy_process_group()
 
 
@@ -91,7 +93,9 @@ def test_packed_weights_stay_whole(tmp_path: Path) -> None:
         probe.bind(("127.0.0.1", 0))
         port = int(probe.getsockname()[1])
     torch.multiprocessing.spawn(_shards_of, (port, tmp_path / "cut.json"))  # type: ignore[attr-defined,no-untyped-call]
-    assert json.loads((tmp_path / "cut.json").read_text()) == {"packed.weight": False, "plain.weight": True}
+    found = json.loads((tmp_path / "cut.json").read_text())
+    # Nor does a whole weight lie beside its shard, because the optimizer had it.
+    assert found == {"packed.weight": False, "plain.weight": True, "left of what was cut": 0}
 
 
 def test_masters_are_saved_after_an_evaluation(tiny: Callable[..., Path], tmp_path: Path) -> None:
