@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from runs import command, distance, final_weights, metrics, start, write_data
+from runs import FSDP_ON_CPU, command, distance, final_weights, metrics, start, write_data
 
 STRATEGIES = ("full", "lora_llm_full_vit", "partial_llm_full_vit", "qlora")
 LAYOUTS = ("DDP", "ZeRO-2", "ZeRO-3", "FSDP2")
@@ -81,13 +81,10 @@ def run_cell(model: Path, folder: Path, strategy: str, layout: str, case: Case) 
     one = reference(model, folder, strategy, case)
     out = folder / f"{layout}-{strategy}-{case.title}"
     cut = {"per_device_train_batch_size": case.micro_batch, "gradient_accumulation_steps": case.accumulation}
-    env: dict[str, str] = {}
-    more: dict[str, Any] = {}
-    if layout == "FSDP2":
-        env, more = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}, {"fault": {"kind": "fsdp_on_cpu"}}
+    how = FSDP_ON_CPU if layout == "FSDP2" else {}
     zero = {"ZeRO-2": "zero2", "ZeRO-3": "zero3"}.get(layout)
     line = words(model, data(folder, case), out, strategy, deepspeed=zero, **cut)
-    start(line, processes=case.processes, limit=200, **more, **env)
+    start(line, processes=case.processes, limit=200, **how)
     card = json.loads((out / "run_card.json").read_text())
     assert (card["world_size"], card["distributed_type"]) == (case.processes, KINDS[layout])
     for a, b in zip(metrics(one), metrics(out), strict=True):

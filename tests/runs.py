@@ -18,6 +18,11 @@ from safetensors.torch import load_file
 CPU_ADAM = bool(list(Path("~/.cache/torch_extensions").expanduser().glob("*/cpu_adam/cpu_adam.so")))
 """DeepSpeed compiles its CPU Adam at first use, for minutes: offload is tested where it did."""
 
+FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+"""Environment: what accelerate's launcher sets for FSDP2."""
+FSDP_ON_CPU: dict[str, Any] = {"fault": {"kind": "fsdp_on_cpu"}, **FSDP}
+"""How `start` starts it where Accelerate would ignore it."""
+
 COLOURS = {"red": (220, 40, 40), "green": (40, 200, 60), "blue": (50, 70, 220), "grey": (128, 128, 128)}
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from runs import command, ledger, metrics, start, train, write_data
+from runs import FSDP_ON_CPU, command, ledger, metrics, start, train, write_data
 from safetensors.torch import load_file
 
 from vlft.cli import main
@@ -214,11 +214,10 @@ def test_two_processes_answer_and_score_as_one_does(
     """Five questions, two ranks: one has a turn without any, and where weights are cut up must call every layer too."""
     registry, scripts = two_data_sets
     more = {"per_device_train_batch_size": 2, "per_device_eval_batch_size": 1}
-    more |= {"deepspeed": layout} if layout == "zero3" else {}
-    how = {"fault": {"kind": "fsdp_on_cpu"}, "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+    zero = layout if layout == "zero3" else None
     out = tmp_path / "two"
-    line = command(tiny(), registry, out, "full", **evaluated(scripts), **more)
-    start(line, processes=2, **(how if layout == "fsdp2" else {}))
+    line = command(tiny(), registry, out, "full", **evaluated(scripts), **more, deepspeed=zero)
+    start(line, processes=2, **(FSDP_ON_CPU if layout == "fsdp2" else {}))
     for one, two in zip(metrics(by_one_process, "eval"), metrics(out, "eval"), strict=True):
         assert one.keys() == two.keys()
         assert sum(key.count("/") == 3 for key in one) == 2 * 4, "three scripts for each set, one gives two numbers"

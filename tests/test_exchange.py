@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import os
-import socket
 from pathlib import Path
 
 import pytest
 import torch
+from ranks_here import on_ranks
 from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 
-from vlft.engine.exchange import Exchange
+from vlft.engine.exchange import adds_up
 
 RANKS = 3
 WIDTH = 24
@@ -26,39 +26,29 @@ def inputs(rank: int) -> Tensor:
     return torch.randn(5, WIDTH, generator=torch.Generator().manual_seed(rank))
 
 
-def row(layer: nn.Module, rank: int) -> Tensor:
+def row(layer: nn.Linear, rank: int) -> Tensor:
     """Of gradients of very different sizes: bf16 would lose the small ones in the sum."""
-    loss: Tensor = layer(inputs(rank)).float().square().sum() * 100.0**rank
+    loss: Tensor = layer(inputs(rank).to(layer.weight.dtype)).float().square().sum() * 100.0**rank
     return loss
 
 
-def rank(number: int, port: int, folder: str, kind: torch.dtype) -> None:
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", rank=number, world_size=RANKS)
+def rank(number: int, folder: str, kind: torch.dtype) -> None:
     layer = fully_shard(made(), mp_policy=MixedPrecisionPolicy(param_dtype=kind))
-    layer.set_custom_reduce_scatter(Exchange())  # type: ignore[arg-type]
-    layer.set_gradient_divide_factor(1.0)
-    layer.set_force_sum_reduction_for_comms(True)
+    adds_up(layer)
     for _ in range(2):  # the second row's are added to the first's
         row(layer, number).backward()
     gradient = layer.weight.grad
-    assert gradient is not None
-    torch.save(gradient.full_tensor(), Path(folder, f"{number}.pt"))  # type: ignore[attr-defined]
-    torch.distributed.destroy_process_group()
+    assert isinstance(gradient, DTensor)
+    torch.save(gradient.full_tensor(), Path(folder, f"{number}.pt"))
 
 
 @pytest.mark.parametrize("kind", [torch.bfloat16, torch.float32])
 def test_gradients_are_sent_as_they_are_and_added_in_fp32(tmp_path: Path, kind: torch.dtype) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = int(probe.getsockname()[1])
-    torch.multiprocessing.spawn(rank, (port, str(tmp_path), kind), RANKS)  # type: ignore[attr-defined,no-untyped-call]
+    on_ranks(rank, RANKS, str(tmp_path), kind)
     each = []
     for number in range(RANKS):
         layer = made().to(kind)
-        row_of = inputs(number).to(kind)
-        (layer(row_of).float().square().sum() * 100.0**number).backward()
+        row(layer, number).backward()
         assert layer.weight.grad is not None
         assert layer.weight.grad.dtype == kind
         each.append(layer.weight.grad.float())

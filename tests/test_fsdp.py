@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
@@ -13,15 +11,14 @@ from typing import Any
 
 import pytest
 import torch
-from runs import command, distance, final_weights, metrics, start, train, write_data
+from ranks_here import on_ranks
+from runs import FSDP, FSDP_ON_CPU, command, distance, final_weights, metrics, start, train, write_data
 from safetensors.torch import load_file
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from vlft.engine.fsdp import FsdpEngine, mixed_precision_policy, units_of
+from vlft.engine.fsdp import FsdpEngine, mixed_precision_policy, passing_bytes, units_of
 from vlft.errors import ConfigError
-
-FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 
 
 def words(model: Path, registry: Path, out: Path, strategy: str, **more: Any) -> list[str]:
@@ -65,16 +62,14 @@ def test_in_bf16_it_computes_what_whole_copies_do(tiny: Callable[..., Path], tmp
     """To the last digit: FSDP casts inputs of layers if it may, and the tower's angles lose theirs."""
     registry = write_data(tmp_path, 21)
     options = {"max_steps": 1, "mixed_precision": "bf16"} | ({"lora_dropout": 0.0} if strategy == "qlora" else {})
-    for name, how in (("copies", {}), ("cut", {"fault": {"kind": "fsdp_on_cpu"}, **FSDP})):
+    for name, how in (("copies", {}), ("cut", FSDP_ON_CPU)):
         line = words(tiny(dtype="bfloat16"), registry, tmp_path / name, strategy, **CUT, **options)
         start(line, processes=2, **how)
     copies, cut = metrics(tmp_path / "copies"), metrics(tmp_path / "cut")
     assert [line["loss"] for line in copies] == [line["loss"] for line in cut]
 
 
-def _shards_of(_: int, port: int, out: Path) -> None:
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
-    torch.distributed.init_process_group("gloo", rank=0, world_size=1)
+def _shards_of(_: int, out: Path) -> None:
     model = nn.Sequential(OrderedDict(packed=nn.Linear(4, 4, bias=False), plain=nn.Linear(4, 4, bias=False)))
     model[0].weight.requires_grad_(False).quant_state = "as bitsandbytes'"  # type: ignore[attr-defined]
     plain = model[1].weight
@@ -84,15 +79,11 @@ def _shards_of(_: int, port: int, out: Path) -> None:
     FsdpEngine._shard(engine, model, optimizer)  # type: ignore[arg-type]
     cut = {name: isinstance(p, DTensor) for name, p in model.named_parameters()}
     out.write_text(json.dumps(cut | {"left of what was cut": plain.numel()}))
-    torch.distributed.destroy_process_group()
 
 
 def test_packed_weights_stay_whole(tmp_path: Path) -> None:
     """Cut up, some of those that are stored as bf16 changed on a GPU, whose copies take them for numbers."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = int(probe.getsockname()[1])
-    torch.multiprocessing.spawn(_shards_of, (port, tmp_path / "cut.json"))  # type: ignore[attr-defined,no-untyped-call]
+    on_ranks(_shards_of, 1, tmp_path / "cut.json")
     found = json.loads((tmp_path / "cut.json").read_text())
     # Nor does a whole weight lie beside its shard, because the optimizer had it.
     assert found == {"packed.weight": False, "plain.weight": True, "left of what was cut": 0}
@@ -104,7 +95,7 @@ def test_masters_are_saved_after_an_evaluation(tiny: Callable[..., Path], tmp_pa
     write_data(tmp_path, 4, name="held", split="eval")
     out, more = tmp_path / "out", {"mixed_precision": "bf16", "metric_for_best": "held/loss", "eval_steps": 1}
     line = words(tiny(), registry, out, "full", **CUT, **(more | {"max_steps": 2, "save_steps": 2}))
-    start(line, processes=2, fault={"kind": "fsdp_on_cpu"}, **FSDP)
+    start(line, processes=2, **FSDP_ON_CPU)
     saved = [load_file(file) for file in sorted((out / "checkpoints/step-000001").glob("weights*.safetensors"))]
     assert saved
     assert {value.dtype for file in saved for value in file.values()} == {torch.float32}
@@ -124,6 +115,24 @@ def test_layers_are_joined_alike() -> None:
     assert sizes(28, 15200) == [1] * 28
     assert sizes(4, 40000) == [1] * 4
     assert sizes(36, 8800, packed=True) == [36]
+
+
+@pytest.mark.parametrize(
+    ("reshard", "kind", "alone", "expected"),
+    [
+        (True, torch.bfloat16, False, 2 * (3 * 8 + 5 * 4)),
+        (True, torch.bfloat16, True, 2 * (3 * 8 + 2 * 4)),
+        (False, torch.bfloat16, False, 2 * (12 + 2 * 8 + 5 * 4)),
+        (True, None, False, 4 * (3 * 8 + 5 * 4)),
+    ],
+)
+def test_what_a_row_holds_in_passing(reshard: bool, kind: torch.dtype | None, alone: bool, expected: int) -> None:
+    """Four numbers that train in either unit, four that do not in the second; packed ones are not gathered."""
+    one, frozen, other, packed = (nn.Linear(2, 2, bias=False) for _ in range(4))
+    for layer in (frozen, packed):
+        layer.weight.requires_grad_(False)
+    units = [[one, packed], [frozen, other]]
+    assert passing_bytes(units, {packed.weight}, reshard=reshard, kind=kind, alone=alone) == expected
 
 
 @pytest.mark.slow

@@ -10,13 +10,12 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from runs import CPU_ADAM, command, metrics, start, train, write_data
+from runs import CPU_ADAM, FSDP_ON_CPU, command, metrics, start, train, write_data
 
 from vlft.engine import Engine
 from vlft.engine.base import norms_of
 from vlft.optim import scales_gradients
 
-FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 PARTS = {"vit", "projector", "llm", "head"}
 
 
@@ -38,7 +37,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "ZeRO-3": {"processes": 2, "deepspeed": "zero3"},
     "ZeRO-2 alone, bf16": {"processes": 1, "deepspeed": "zero2", "mixed_precision": "bf16"},
     "ZeRO-3 offload": {"processes": 2, "deepspeed": "zero3_offload"},
-    "FSDP2": {"processes": 2, "fault": {"kind": "fsdp_on_cpu"}, **FSDP},
+    "FSDP2": {"processes": 2, **FSDP_ON_CPU},
 }
 
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from ranks_here import on_ranks
 from runs import command, distance, final_weights, ledger, metrics, start, write_data
 from torch import Tensor, nn
 
@@ -38,10 +37,7 @@ def gradient(step: int, rank: int, name: str, size: int) -> Tensor:
     return torch.randn(size, generator=torch.Generator().manual_seed(100 * step + 10 * rank + ord(name)))
 
 
-def rank(number: int, port: int, folder: str) -> None:
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", rank=number, world_size=RANKS)
+def rank(number: int, folder: str) -> None:
     summing.LARGE = LARGE
     made = {name: nn.Parameter(torch.zeros(size)) for name, size in SIZES.items() if name != "d"}
     made["d"] = nn.Parameter(torch.zeros(4, LARGE // 4).t())
@@ -66,14 +62,10 @@ def rank(number: int, port: int, folder: str) -> None:
         sums = {name: None if p.grad is None else p.grad.flatten().tolist() for name, p in made.items()}
         found.append({"begun": begun, "fits": fits, "sums": sums})
     Path(folder, f"{number}.json").write_text(json.dumps(found))
-    torch.distributed.destroy_process_group()
 
 
 def test_every_rank_has_the_sums_whatever_each_has(tmp_path: Path) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = int(probe.getsockname()[1])
-    torch.multiprocessing.spawn(rank, (port, str(tmp_path)), RANKS)  # type: ignore[attr-defined,no-untyped-call]
+    on_ranks(rank, RANKS, str(tmp_path))
     ranks = [json.loads((tmp_path / f"{n}.json").read_text()) for n in range(RANKS)]
     for step, (has, short) in enumerate(STEPS):
         assert [found[step]["fits"] for found in ranks] == [not short] * RANKS

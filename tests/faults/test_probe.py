@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from runs import CPU_ADAM, command, distance, final_weights, ledger, metrics, start, train, write_data
+from runs import CPU_ADAM, FSDP_ON_CPU, command, distance, final_weights, ledger, metrics, start, train, write_data
 
 from vlft.data.largest import LOOKED, largest_rows
 from vlft.data.plan import Plan, place
@@ -250,7 +250,7 @@ def test_fsdp(tiny: Callable[..., Path], tmp_path: Path) -> None:
     registry = write_data(tmp_path)
     for name, skip in (("without", "true"), ("with", "false")):
         line = words(tiny(), registry, tmp_path / name, "full", per_device_train_batch_size=2, skip_probe=skip)
-        start(line, processes=2, fault={"kind": "fsdp_on_cpu"}, ACCELERATE_USE_FSDP="true", FSDP_VERSION="2")
+        start(line, processes=2, **FSDP_ON_CPU)
     same_course(tmp_path / "without", tmp_path / "with")
 
 

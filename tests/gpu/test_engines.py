@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from runs import CPU_ADAM, command, environment, final_weights, ledger, metrics, start, write_data
+from runs import CPU_ADAM, FSDP, command, environment, final_weights, ledger, metrics, start, write_data
 from safetensors.torch import load_file
 
 from vlft.models.kernels.memory import CONTEXT
@@ -85,9 +85,6 @@ def test_norms_of_parts_are_unscaled(
         assert squares == pytest.approx(line["grad_norm"] ** 2, rel=1e-3)
         near = {part: pytest.approx(norm, rel=0.2) for part, norm in whole[line["step"]].items()}
         assert line["grad_norms"] == near
-
-
-FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 
 
 @pytest.mark.parametrize("strategy", ["full", "lora_llm_full_vit", "qlora"])

@@ -13,7 +13,7 @@ import pytest
 import torch
 from accelerate.hooks import CpuOffload, ModelHook, add_hook_to_module, attach_execution_device_hook
 from packed_rows import Example, packed_row
-from runs import command, start, write_data
+from runs import FSDP_ON_CPU, command, start, write_data
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
 
@@ -216,7 +216,7 @@ def test_hooks_of_sharding_engines_are_no_reason(tiny: Callable[..., Path], tmp_
     if layout == "zero3":
         more["deepspeed"] = "zero3"
     else:
-        how = {"fault": {"kind": "fsdp_on_cpu"}, "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+        how = FSDP_ON_CPU
     words = command(tiny(), write_data(tmp_path, 8), tmp_path / "out", "lora_llm_full_vit", **more)
     done = start(words, processes=2, **how)
     assert "6 layers as one operation each; " in done.stdout

@@ -131,8 +131,6 @@ class Engine:
         self.world_size: int = self.accelerator.num_processes
         self.device: torch.device = self.accelerator.device
         self.is_main: bool = self.accelerator.is_main_process
-        self._hosts = hosts_of_one_machine(self.device) if self.world_size > 1 else None
-        """Carries what ranks tell each other, where it does not lie on the devices."""
         self._works = 0
         """How often the main process has worked alone."""
         self.kind: str = self.accelerator.distributed_type.value
@@ -143,6 +141,8 @@ class Engine:
                 f"the launcher started {asked} processes, but Accelerate counts {self.world_size}; "
                 "launch with torchrun, or an accelerate config of type MULTI_GPU or MULTI_CPU."
             )
+        self._hosts = hosts_of_one_machine(self.device) if self.world_size > 1 else None
+        """Carries what ranks tell each other, where it does not lie on the devices."""
 
     def _accelerator(self) -> Accelerator:
         return Accelerator(mixed_precision=self.precision, gradient_accumulation_plugin=one_row_at_a_time())
@@ -545,6 +545,10 @@ def norms_of(gradients: Sequence[Tensor]) -> list[Tensor]:
     return [found[i].to(gradients[0].device) for i in range(len(gradients))]
 
 
+_HOSTS_LIMIT = timedelta(minutes=10)
+"""Of what hosts tell each other: NCCL's own, where gloo would wait for half an hour."""
+
+
 def hosts_of_one_machine(device: torch.device) -> Any:
     """A group in which the hosts of ranks with GPUs talk to each other, all on one machine; else None.
 
@@ -555,11 +559,7 @@ def hosts_of_one_machine(device: torch.device) -> Any:
     one_machine = os.environ.get("LOCAL_WORLD_SIZE", "unknown") == os.environ.get("WORLD_SIZE")
     if device.type != "cuda" or not one_machine:
         return None
-    return torch.distributed.new_group(backend="gloo", timeout=HOSTS_LIMIT)
-
-
-HOSTS_LIMIT = timedelta(minutes=10)
-"""Of what hosts tell each other: NCCL's own, where gloo would wait for half an hour."""
+    return torch.distributed.new_group(backend="gloo", timeout=_HOSTS_LIMIT)
 
 
 def alone() -> None:

@@ -26,7 +26,7 @@ from torch.optim import Optimizer
 
 from vlft.engine.alarm import Alarm
 from vlft.engine.base import MOMENTS, Engine, Update, alone, norms_of, one_row_at_a_time, read_norms
-from vlft.engine.exchange import Exchange
+from vlft.engine.exchange import adds_up
 from vlft.errors import ConfigError
 from vlft.family import Part
 
@@ -120,15 +120,13 @@ class FsdpEngine(Engine):
         # What the root holds is needed at the beginning of the backward pass again, so it stays.
         for unit, keeps in [*((unit, {}) for unit in units), ([model], {"reshard_after_forward": None})]:
             whole = {p for module in unit for p in module.parameters()} & (names.keys() - ignored)
-            fully_shard(unit if len(unit) > 1 else unit[0], **how | keeps, ignored_params=ignored)
+            fully_shard(unit, **how | keeps, ignored_params=ignored)
             for p in whole:
                 p.data = p.new_empty(0)  # the optimizer has it still, and would hold the whole model beside its shards
             first = unit[0]
             assert isinstance(first, FSDPModule)
             if self.world_size > 1:
-                first.set_custom_reduce_scatter(Exchange())  # type: ignore[arg-type]
-                first.set_gradient_divide_factor(1.0)  # a row's share of the loss is of all ranks already
-                first.set_force_sum_reduction_for_comms(True)
+                adds_up(first)
         for run in runs:
             # Else a unit is gathered when the host arrives there, which at a step's start is just before the GPU.
             for one, following in pairwise(unit[0] for unit in run):
@@ -296,7 +294,7 @@ def runs_of_layers(model: nn.Module) -> list[list[nn.Module]]:
     return runs
 
 
-def units_of(run: Sequence[nn.Module], ignored: Set[nn.Parameter] = frozenset()) -> list[list[nn.Module]]:
+def units_of(run: Sequence[nn.Module], ignored: Set[nn.Parameter]) -> list[list[nn.Module]]:
     """Neighbours, joined to about `UNIT` parameters, in their order."""
     numbers = sum(p.numel() for layer in run for p in layer.parameters() if p not in ignored)
     fit = max(1, round(len(run) * UNIT / max(numbers, 1)))
@@ -321,16 +319,15 @@ def passing_bytes(
         kind: of gathered weights and of gradients; None: the parameters' own.
         alone: one process, which sends nothing.
     """
-    parameters = [[p for layer in unit for p in layer.parameters() if p not in ignored] for unit in units]
-    sizes = [[p.numel() * (kind or p.dtype).itemsize for p in each] for each in parameters]
-    weights = list(map(sum, sizes))
-    learnt = [
-        sum(size for p, size in zip(*both, strict=True) if p.requires_grad)
-        for both in zip(parameters, sizes, strict=True)
-    ]
+
+    def size(unit: Sequence[nn.Module], *, learnt: bool) -> int:
+        of = (p for layer in unit for p in layer.parameters() if p not in ignored and (p.requires_grad or not learnt))
+        return sum(p.numel() * (kind or p.dtype).itemsize for p in of)
+
+    weights = [size(unit, learnt=False) for unit in units]
     largest = max(weights, default=0)
     gathered = 3 * largest if reshard else sum(weights) + 2 * largest
-    return gathered + (2 if alone else 5) * max(learnt, default=0)
+    return gathered + (2 if alone else 5) * max((size(unit, learnt=True) for unit in units), default=0)
 
 
 _HARMLESS = (
