@@ -400,7 +400,8 @@ def run_row(name: str, spread: Spread, table: Table) -> None:
         table.say(**facts, part="speed", **speed_of(run, speed, spread, given))
         if "course" in spread.parts:
             run.wait_for((checkpoint / "state.json").exists)
-            table.say(**facts, part="train", **held_against(run.curve(), whole, spread, table))
+            asked = range(1, given.steps + 1)
+            table.say(**facts, part="train", **held_against(run.curve(), asked, whole, spread, table))
             with table.part(**facts, part="kill"):
                 table.say(**facts, part="kill", **killed(run, spread, given))
     for gpus in (n, n // 2):
@@ -473,17 +474,21 @@ def balance_of(running: Launch, given: argparse.Namespace) -> dict[str, Any]:
 
 
 def held_against(
-    curve: dict[int, dict[str, Any]], one: dict[str, Any] | None, spread: Spread, table: Table, after: int = 0
+    curve: dict[int, dict[str, Any]], asked: range, one: dict[str, Any] | None, spread: Spread, table: Table
 ) -> dict[str, Any]:
-    """Differences of the losses of steps behind `after` from one GPU's, or from the first curve of the kind."""
+    """Differences of the losses of the `asked` steps from one GPU's, or from the first curve of the kind.
+
+    A launch may have gone on while it was waited for: what it did beyond them is left out, lest a line's number of
+    steps hang on how fast the machine was.
+    """
     whole, by = (one or {}).get("curve"), "one GPU"
-    losses = [curve[step]["loss"] for step in sorted(curve) if step > after]
+    losses = [curve[step]["loss"] for step in asked if step in curve]
     if whole is None:
         key = f"first {spread.size} {spread.strategy} {spread.batch} {table.given.gpus} {table.given.steps}"
         if key not in table.known:
             table.keep(key, json.loads(json.dumps({"curve": curve, "by": spread.layout})))
         whole, by = table.known[key]["curve"], table.known[key]["by"]
-    steps = [step for step in sorted(curve) if step > after and str(step) in whole]
+    steps = [step for step in asked if step in curve and str(step) in whole]
     gaps = [abs(curve[step]["loss"] - whole[str(step)]["loss"]) for step in steps]
     of = ("samples", "supervised_tokens", "images")
     same = [curve[step][name] == whole[str(step)][name] for step in steps for name in of]
@@ -516,7 +521,8 @@ def resumed(spread: Spread, gpus: int, checkpoint: Path, one: dict[str, Any] | N
             running.wait_for(lambda: running.child.poll() is not None)
             found["exit"] = running.child.poll()
             found["result"] = sorted(path.name for path in (table.output / "model").glob("*.safetensors"))
-        return found | held_against(running.curve(), one, spread, table, after=given.steps) | _common(running)
+        asked = range(given.steps + 1, given.steps + given.more + 1)
+        return found | held_against(running.curve(), asked, one, spread, table) | _common(running)
 
 
 def _common(running: Launch) -> dict[str, Any]:

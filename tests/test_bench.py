@@ -112,7 +112,8 @@ def test_an_unknown_row_of_predictions_is_told(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_two_processes_train_lose_one_and_go_on(tmp_path: Path) -> None:
     tiny = ("--size", "tiny", "--device", "cpu", "--records", 12, "--workers", 0, "--root", tmp_path / "root")
-    steps = ("--steps", 3, "--warm", 1, "--more", 3, "--batch", 2, "--out", tmp_path / "out")
+    # A rank is killed in one of the `more` steps: on a busy machine these must not be over before it is.
+    steps = ("--steps", 3, "--warm", 1, "--more", 8, "--batch", 2, "--out", tmp_path / "out")
     alone, _ = run("scaling.py", "--rows", "3B-lora-ddp-4", "--parts", "one", "--gpus", 1, *tiny, *steps)
     assert json.loads(alone)["part"] == "one GPU"
     said = run("scaling.py", "--rows", "3B-lora-ddp-4", "--parts", "speed,course", *tiny, *steps, limit=400)
@@ -127,7 +128,7 @@ def test_two_processes_train_lose_one_and_go_on(tmp_path: Path) -> None:
     assert speed["kind"] == "MULTI_CPU"
     assert speed["efficiency"] == pytest.approx(speed["samples_per_s"] / 2 / speed["one_gpu"], rel=1e-3)
     assert 0 < found["kill", None]["others_ended_s"] < 60
-    for part, gpus, compared in (("train", None, 3), ("resume", 2, 3), ("resume", 1, 3)):
+    for part, gpus, compared in (("train", None, 3), ("resume", 2, 8), ("resume", 1, 8)):
         line = found[part, gpus]
         assert (line["against"], line["steps"], line["same_samples"]) == ("one GPU", compared, True)
         assert line["largest_difference"] < 1e-5
@@ -152,10 +153,11 @@ def test_a_gpu_that_could_not_is_no_reference(monkeypatch: pytest.MonkeyPatch, t
 
     table = Table.__new__(Table)
     table.given, table.known, table._kept = Namespace(gpus=2, steps=2), {}, tmp_path / "alone.json"
-    steps = {n: {"loss": 3.0 - n, "samples": 4, "supervised_tokens": 9, "images": 4} for n in (1, 2)}
+    # The third was done before the launch was ended: which steps are compared does not hang on that.
+    steps = {n: {"loss": 3.0 - n, "samples": 4, "supervised_tokens": 9, "images": 4} for n in (1, 2, 3)}
     other = {n: line | {"loss": line["loss"] + n / 100} for n, line in steps.items()}
-    first = held_against(steps, {"error": "out of memory"}, ROWS["3B-full-zero2"], table)
-    second = held_against(other, {"error": "out of memory"}, ROWS["3B-full-fsdp2"], table)
+    first = held_against(steps, range(1, 3), {"error": "out of memory"}, ROWS["3B-full-zero2"], table)
+    second = held_against(other, range(1, 3), {"error": "out of memory"}, ROWS["3B-full-fsdp2"], table)
     assert (first["against"], first["largest_difference"]) == ("zero2", 0)
     assert (second["against"], second["steps"], second["same_samples"]) == ("zero2", 2, True)
     assert (second["largest_difference"], second["mean_difference"]) == pytest.approx((0.02, 0.015))
