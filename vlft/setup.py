@@ -34,6 +34,7 @@ from vlft.config import (
 )
 from vlft.data.budget import Budget
 from vlft.data.prepare import Data, DataOptions, prepare_data
+from vlft.data.sample import Costs
 from vlft.engine import Engine, seed_start
 from vlft.errors import CheckpointError, ConfigError, DataError, StrategyError, VlftError
 from vlft.evaluate import Answers
@@ -42,6 +43,7 @@ from vlft.interrupt import Interrupt
 from vlft.meter import Meter
 from vlft.metrics import Metric, load_script, lower_is_better
 from vlft.models import attention_by_cudnn
+from vlft.models.flops import Shape, Training, Work, unit_flops
 from vlft.models.forward import PackedVLM
 from vlft.models.kernels import Memory, memory_for, room_on_gpu
 from vlft.models.kernels.memory import MARGIN, MARGIN_WITHOUT_RETRY
@@ -81,8 +83,8 @@ class Job:
     metrics: dict[str, dict[str, Metric]]
     journal: Journal
     interrupt: Interrupt
-    costs: tuple[float, float]
-    """Relative cost of one LLM token and of one ViT patch: their parts' parameters."""
+    costs: Costs
+    """What ranks are balanced by."""
     global_batch: int
     total_steps: int
     done_steps: int
@@ -222,7 +224,7 @@ def setup(run: Run, engine: Engine) -> Job:
         schedule(config.lr_scheduler_type, warmup, total), proof, data,
         ToInputs(checkpoint.pictures, data.options.policy, engine.device), metrics,
         Journal(folder, trackers, is_main=engine.is_main, total_steps=total), Interrupt(speaks=engine.is_main),
-        part_costs(table), batch, total, done, int(state["skipped"]) if state else 0, budget, budget,
+        costs_of(meter.counts, table), batch, total, done, int(state["skipped"]) if state else 0, budget, budget,
         memory, meter, Answers(config.eval_max_new_tokens, config.eval_temperature, config.seed), best,
     )  # fmt: skip
     engine.on_main(trackers.start)
@@ -467,9 +469,28 @@ class _Sized(Protocol):
     def parameters(self) -> int: ...
 
 
-def part_costs(rows: Sequence[_Sized]) -> tuple[float, float]:
-    sizes = {row.part: float(row.parameters) for row in rows}
-    return sizes.get("llm", 1.0), sizes.get("vit", 0.0)
+ATTENTION = 3.0
+"""How much longer attention takes for a FLOP than a product does (of `vlft.planning.time`'s shares)."""
+
+
+def costs_of(counts: tuple[Shape, Training] | None, rows: Sequence[_Sized]) -> Costs:
+    """FLOPs, forward and backward, as the model trains: a frozen tower has no backward pass, and one that trains below
+    adapters, whose language model has no gradients of its weights, costs half as much again for a parameter.
+
+    Args:
+        counts: of the prepared model; None: of layers that no formula knows, so that parameters must do.
+        rows: its parts.
+    """
+    if counts is None:
+        sizes = {row.part: float(row.parameters) for row in rows}
+        return Costs(token=sizes.get("llm", 1.0), patch=sizes.get("vit", 0.0))
+    shape, _ = counts
+    cost = Work(*unit_flops(*counts))
+    whole_windows = (shape.window * shape.merge) ** 2
+    return Costs(
+        token=cost.tokens, token_pair=ATTENTION * cost.causal_pairs, patch_pair=ATTENTION * cost.frame_pairs,
+        patch=cost.patches + cost.merged / shape.merge**2 + ATTENTION * cost.window_pairs * whole_windows,
+    )  # fmt: skip
 
 
 def start_sentence(job: Job) -> str:

@@ -16,7 +16,7 @@ from vlft.data.collate import Row, collate, empty_row, sample_seed
 from vlft.data.index import Index
 from vlft.data.loader import Step, eval_steps, step_loader
 from vlft.data.plan import Plan
-from vlft.data.sample import Fitted, Limits, build_sample, fit, split
+from vlft.data.sample import Costs, Fitted, Limits, build_sample, fit, split
 from vlft.data.tokens import Chat
 
 Build = Callable[..., Index]
@@ -32,7 +32,7 @@ class Setup:
     def steps(
         self, rank: int = 0, world: int = 1, start: int = 0, total: int = 6, workers: int = 0, **options: Any
     ) -> list[Step]:
-        defaults: dict[str, Any] = {"rows_per_rank": 2, "token_budget": 600, "costs": (1.0, 0.25)}
+        defaults: dict[str, Any] = {"rows_per_rank": 2, "token_budget": 600, "costs": Costs(token=1.0, patch=0.25)}
         loader = step_loader(
             self.index, self.fitted, self.plan, self.chat, rank=rank, world_size=world, seed=3, start_step=start,
             total_steps=total, num_workers=workers, **defaults | options,
@@ -194,7 +194,6 @@ def test_evaluation_uses_every_held_out_sample_once(setup: Setup, world: int) ->
                 rank=r,
                 world_size=world,
                 batch_size=2,
-                token_budget=500,
             )
         )
         for r in range(world)

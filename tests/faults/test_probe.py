@@ -272,11 +272,11 @@ def test_sharded_ranks_end_before_the_first_step_and_the_resume_goes_on(
 # Which rows are the largest
 
 
-def rows_of(plan: Plan, length: Any, patches: Any, steps: range, **how: Any) -> list[tuple[int, int]]:
+def rows_of(plan: Plan, length: Any, patches: Any, cost: Any, steps: range, **how: Any) -> list[tuple[int, int]]:
     found = []
     for step in steps:
         ids = plan.members(*plan.locate(step))
-        for rank in place(length[ids], patches[ids], **how):
+        for rank in place(length[ids], patches[ids], cost[ids], **how):
             found += [(int(length[ids[row]].sum()), int(patches[ids[row]].sum())) for row in rank if row]
     return found
 
@@ -288,16 +288,17 @@ def test_the_largest_of_many(ranks: int, rows: int) -> None:
     length = rng.integers(50, 4000, 900)
     patches = rng.integers(0, 6000, 900) * (rng.random(900) < 0.7)
     plan = Plan(np.arange(900), np.zeros(900), [1.0], seed=1, global_batch=4 * ranks * rows)
-    how = {"ranks": ranks, "rows_per_rank": rows, "token_cost": 1.0, "patch_cost": 0.1, "token_budget": 12000}
+    cost = length + 0.1 * patches
+    how = {"ranks": ranks, "rows_per_rank": rows, "token_budget": 12000}
     steps = range(3, 3 + plan.steps_per_epoch)  # into the second epoch
-    found = largest_rows(plan, length, patches, steps, **how)
-    every = rows_of(plan, length, patches, steps, **how)
+    found = largest_rows(plan, length, patches, cost, steps, **how)
+    every = rows_of(plan, length, patches, cost, steps, **how)
     assert max(row.tokens for row in found) == max(tokens for tokens, _ in every)
     assert max(row.patches for row in found) == max(patches for _, patches in every)
     assert all(row.step in steps for row in found)
     # Samples that are known not to fit are in no row.
     without = found[0].ids
-    again = largest_rows(plan, length, patches, steps, **how, without=without)
+    again = largest_rows(plan, length, patches, cost, steps, **how, without=without)
     assert not {*without} & {i for row in again for i in row.ids}
 
 
@@ -307,6 +308,6 @@ def test_a_long_epoch_is_looked_at_where_it_is_largest() -> None:
     length = rng.integers(50, 400, n)
     length[n // 2] = 5000
     plan = Plan(np.arange(n), np.zeros(n), [1.0], seed=1, global_batch=8)
-    found = largest_rows(plan, length, 0 * length, range(plan.steps_per_epoch), ranks=1)
+    found = largest_rows(plan, length, 0 * length, length, range(plan.steps_per_epoch), ranks=1)
     assert n // 2 in found[0].ids
     assert len(found) == 1

@@ -27,11 +27,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import vision_utils
 
+from vlft.data.plan import place
 from vlft.errors import ModelError
 from vlft.family import FAMILIES as ROWS
 from vlft.models.flops import Shape, Training, Work, describe, step_flops, unit_flops
 from vlft.models.forward import IGNORE, PackedVLM, base_model
 from vlft.models.load import open_checkpoint, source_of
+from vlft.setup import ATTENTION, costs_of
 from vlft.testing.tiny import FAMILIES, make_config, make_tokenizer
 from vlft_strategies.full import Full
 from vlft_strategies.lora import Lora, LoraLlmFullVit
@@ -353,6 +355,40 @@ def test_equals_the_closed_formulas_at_real_sizes(family: str) -> None:
     # "less layer 0's q, k, v input gradients": of the frozen weights and of the adapters beside them.
     assert found(frozenset(), halves) == x["E"] + vit + adapted - x["first"]
     assert found(tower) == 2 * x["E"] + 3 * vit + 2 * x["G"] + 3 * x["A"] + 2 * x["U"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("trains", ["all", "language model", "tower", "adapters, tower", "adapters"])
+def test_ranks_do_the_same_work(family: str, trains: str) -> None:
+    """Steps of texts, of small pictures and of pages, dealt out by what they cost as the model trains."""
+    shape = Shape.of(real_config(family))
+    tower = module_names(shape, "vit", "merger", "levels")
+    llm = module_names(shape, "layers", "norm", "head", "embed")
+    # Adapters of no size: what they cost themselves is a hundredth.
+    training = {
+        "all": Training(tower | llm, tower | llm), "language model": Training(llm, llm),
+        "tower": Training(tower, tower), "adapters, tower": Training(tower, tower | llm),
+        "adapters": Training(frozenset(), llm),
+    }[trains]  # fmt: skip
+
+    def takes(lengths: Any, grids: Any) -> float:
+        work = Work.of(shape, lengths, grids, 0)
+        pairs = Work(causal_pairs=work.causal_pairs, frame_pairs=work.frame_pairs, window_pairs=work.window_pairs)
+        return step_flops(shape, training, work) + (ATTENTION - 1) * step_flops(shape, training, pairs)
+
+    costs = costs_of((shape, training), [])
+    rng = np.random.default_rng(0)
+    worst = []
+    for _ in range(20):
+        sides = 2 * rng.integers(8, 34, 32) * (rng.random(32) < 0.6)
+        lengths, patches = sides**2 // 4 + rng.integers(40, 1600, 32), sides**2
+        cost = costs.of(lengths, patches, patches**2)
+        loads = [
+            takes(lengths[row], [(1, side, side) for side in sides[row].tolist() if side])
+            for (row,) in place(lengths, patches, cost, ranks=4)
+        ]
+        worst.append(max(loads) / np.mean(loads))
+    assert np.mean(worst) < 1.006
 
 
 def test_a_picture_worked_out_by_hand() -> None:

@@ -34,6 +34,7 @@ def largest_rows(
     plan: Plan,
     length: npt.ArrayLike,
     patches: npt.ArrayLike,
+    cost: npt.ArrayLike,
     steps: range,
     *,
     ranks: int,
@@ -43,7 +44,7 @@ def largest_rows(
     """The row with the most tokens over all ranks, and that with the most patches where it is another one.
 
     Args:
-        length, patches: (N,) of every sample.
+        length, patches, cost: (N,) of every sample.
         steps: by number, from 0.
         without: samples that are left out of their steps.
         placement: as for `plan.place`.
@@ -51,11 +52,12 @@ def largest_rows(
     tokens, vit = np.asarray(length, np.int64).copy(), np.asarray(patches, np.int64).copy()
     left_out = np.asarray(without, np.int64)
     tokens[left_out] = vit[left_out] = 0
+    dear = np.asarray(cost, np.float64)
     most: list[Planned | None] = [None, None]
     for step in _worth_a_look(plan, (tokens, vit), steps, ranks * int(placement.get("rows_per_rank", 1))):
         ids = plan.members(*plan.locate(step))
         ids = ids[~np.isin(ids, left_out)]
-        for rank in place(tokens[ids], vit[ids], ranks=ranks, **placement):
+        for rank in place(tokens[ids], vit[ids], dear[ids], ranks=ranks, **placement):
             for members in filter(None, rank):
                 mine = ids[members]
                 row = Planned(step, tuple(mine.tolist()), int(tokens[mine].sum()), int(vit[mine].sum()))

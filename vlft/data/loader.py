@@ -9,8 +9,8 @@ from __future__ import annotations
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,7 +22,7 @@ from vlft.data.collate import Row, collate
 from vlft.data.index import Index
 from vlft.data.ledger import LedgerEntry
 from vlft.data.plan import Plan, place
-from vlft.data.sample import Fitted, Mover, Sample, build_sample
+from vlft.data.sample import BY_TOKENS, Costs, Fitted, Mover, Sample, build_sample
 from vlft.data.tokens import Chat
 from vlft.errors import DataError, RecordError
 
@@ -66,7 +66,9 @@ class _Steps:
     rank: int
     world_size: int
     seed: int
-    placement: dict[str, Any]
+    costs: Costs = BY_TOKENS
+    placement: Mapping[str, Any] = field(default_factory=dict)
+    """Of `plan.place`."""
     without: tuple[int, ...] = ()
     """Samples that this device cannot hold: left out of their steps."""
     policy: Policy | None = None
@@ -75,7 +77,8 @@ class _Steps:
     def __getitem__(self, step: int) -> Step:
         epoch, ids = self.members(step)
         ids = ids[~np.isin(ids, self.without)]
-        placed = place(self.fitted.length[ids], self.fitted.patches[ids], ranks=self.world_size, **self.placement)
+        fitted, cost = self.fitted, self.fitted.cost(ids, self.costs)
+        placed = place(fitted.length[ids], fitted.patches[ids], cost, ranks=self.world_size, **self.placement)
         failures: list[LedgerEntry] = []
         rows = [self._row(ids[positions].tolist(), step, epoch, failures) for positions in placed[self.rank]]
         rows = _one_buffer(rows)
@@ -161,7 +164,7 @@ def lone_row(
     policy: Policy | None,
 ) -> Row:
     """One row of training samples, made here and now as a worker would. Those that cannot be decoded are not in it."""
-    maker = _Steps(index, fitted, chat, _nobody, 0, 1, seed, {}, policy=policy)
+    maker = _Steps(index, fitted, chat, _nobody, 0, 1, seed, policy=policy)
     return maker._row(ids, step, epoch, [])
 
 
@@ -194,7 +197,7 @@ def step_loader(
     patch_budget: int | None = None,
     without: Sequence[int] = (),
     policy: Policy | None = None,
-    costs: tuple[float, float] = (1.0, 0.0),
+    costs: Costs = BY_TOKENS,
     num_workers: int = 0,
     pin_memory: bool = False,
 ) -> DataLoader[Step]:
@@ -205,11 +208,12 @@ def step_loader(
         rows_per_rank, token_budget, patch_budget: see `plan.place`.
         without: samples, by number, that are left out of their steps.
         policy: of augmentation; pictures and the coordinates in texts move by it.
-        costs: of one token and of one ViT patch, any unit.
+        costs: what the ranks are balanced by.
     """
     index.warm()
-    placement = _placement(rows_per_rank, token_budget, patch_budget, costs)
-    steps = _Steps(index, fitted, chat, _TrainMembers(plan), rank, world_size, seed, placement, tuple(without), policy)
+    placement = {"rows_per_rank": rows_per_rank, "token_budget": token_budget, "patch_budget": patch_budget}
+    members = _TrainMembers(plan)
+    steps = _Steps(index, fitted, chat, members, rank, world_size, seed, costs, placement, tuple(without), policy)
     return _loader(steps, range(start_step, total_steps), num_workers, pin_memory)
 
 
@@ -223,9 +227,6 @@ def eval_steps(
     world_size: int,
     batch_size: int = 1,
     start_step: int = 0,
-    token_budget: int | None = None,
-    patch_budget: int | None = None,
-    costs: tuple[float, float] = (1.0, 0.0),
     num_workers: int = 0,
     pin_memory: bool = False,
 ) -> DataLoader[Step]:
@@ -236,21 +237,8 @@ def eval_steps(
     """
     ordered = np.asarray(ids, np.int64)
     block = batch_size * world_size
-    placement = _placement(1, token_budget, patch_budget, costs)
-    steps = _Steps(index, fitted, chat, _EvalMembers(ordered, block), rank, world_size, 0, placement)
+    steps = _Steps(index, fitted, chat, _EvalMembers(ordered, block), rank, world_size, 0)
     return _loader(steps, range(start_step, -(-len(ordered) // block)), num_workers, pin_memory)
-
-
-def _placement(
-    rows_per_rank: int, token_budget: int | None, patch_budget: int | None, costs: tuple[float, float]
-) -> dict[str, Any]:
-    return {
-        "rows_per_rank": rows_per_rank,
-        "token_budget": token_budget,
-        "patch_budget": patch_budget,
-        "token_cost": costs[0],
-        "patch_cost": costs[1],
-    }
 
 
 def _loader(steps: _Steps, numbers: range, num_workers: int, pin_memory: bool) -> DataLoader[Step]:

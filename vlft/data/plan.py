@@ -99,13 +99,12 @@ Rows: TypeAlias = list[list[int]]
 def place(
     lengths: npt.ArrayLike,
     patches: npt.ArrayLike,
+    cost: npt.ArrayLike,
     *,
     ranks: int,
     rows_per_rank: int = 1,
     token_budget: int | None = None,
     patch_budget: int | None = None,
-    token_cost: float = 1.0,
-    patch_cost: float = 0.0,
 ) -> list[Rows]:
     """Put the samples of a step into rows, balanced by cost.
 
@@ -114,19 +113,19 @@ def place(
 
     Args:
         lengths, patches: tokens and ViT patches of each member.
+        cost: of each member, in any unit (`vlft.data.sample.Costs`).
         rows_per_rank: rows that every rank gets; more if the budgets ask for it.
         token_budget, patch_budget: most tokens and patches of a row; None: no limit. A sample beyond them is alone in
             its row.
-        token_cost, patch_cost: seconds, or any unit, of a token and a patch.
     Returns:
         rank -> rows -> positions in `lengths`. Every rank has the same number of rows; rows may be empty.
     Source: Graham 1969, Bounds on Multiprocessing Timing Anomalies.
     """
     tokens, vit = np.asarray(lengths, np.int64), np.asarray(patches, np.int64)
-    cost = tokens * float(token_cost) + vit * float(patch_cost)
+    dear = np.asarray(cost, np.float64)
     budgets = (token_budget or np.iinfo(np.int64).max, patch_budget or np.iinfo(np.int64).max)
-    groups = _balance(cost, ranks)
-    loads = (tokens.tolist(), vit.tolist(), cost.tolist())
+    groups = _balance(dear, ranks)
+    loads = (tokens.tolist(), vit.tolist(), dear.tolist())
     rows = rows_per_rank
     placed: list[Rows] = []
     for _ in range(3):  # more rows than asked: fill that many again from the start, more evenly

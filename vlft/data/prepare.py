@@ -27,7 +27,7 @@ from vlft.data.loader import Step, eval_steps, lone_row, step_loader, surviving
 from vlft.data.mixing import mix64
 from vlft.data.plan import Plan, place
 from vlft.data.registry import DatasetSpec, read_registry
-from vlft.data.sample import Fitted, Limits, fit, room_to_move, split
+from vlft.data.sample import Costs, Fitted, Limits, fit, room_to_move, split
 from vlft.data.show import Described, Shown
 from vlft.data.tokens import Chat
 from vlft.errors import ConfigError, DataError, RecordError
@@ -122,11 +122,11 @@ class Data:
         lines = [*index_summary(self.index), total, f"a sample has {sizes}"]
         return [f"data: {line}" for line in lines]
 
-    def steps(self, start: int, total: int, costs: tuple[float, float], budget: Budget) -> Iterator[Step]:
+    def steps(self, start: int, total: int, costs: Costs, budget: Budget) -> Iterator[Step]:
         """Training steps of this rank, from step number `start` (0-based) up to `total`.
 
         Args:
-            costs: of one LLM token and of one ViT patch, in any unit.
+            costs: what the ranks are balanced by.
             budget: what rows may hold beside the options' own limit.
         """
         o, limit = self.options, self.limit(budget)
@@ -145,32 +145,33 @@ class Data:
         o = self.options
         return Budget(tokens=o.train_batch_size * o.max_seq_length).meet(budget)
 
-    def largest(self, start: int, total: int, costs: tuple[float, float], budget: Budget) -> list[Planned]:
+    def largest(self, start: int, total: int, costs: Costs, budget: Budget) -> list[Planned]:
         """The row with the most tokens and that with the most patches, over all ranks, of an epoch of steps.
 
         Args:
             start, total, costs, budget: as for `steps`; the epoch begins at `start`.
         """
         steps, without = range(start, min(total, start + self.steps_per_epoch)), self.limit(budget).without
-        lengths, patches = self.fitted.length, self.fitted.patches
+        fitted = self.fitted
+        cost = fitted.cost(np.arange(len(fitted.length)), costs)
         return largest_rows(
-            self.plan, lengths, patches, steps, without=without, **self._placement(costs, budget)
-        )  # fmt: skip
+            self.plan, fitted.length, fitted.patches, cost, steps, without=without, **self._placement(budget)
+        )
 
-    def placed(self, step: int, costs: tuple[float, float], budget: Budget) -> list[list[npt.NDArray[np.int64]]]:
+    def placed(self, step: int, costs: Costs, budget: Budget) -> list[list[npt.NDArray[np.int64]]]:
         """Rank -> rows -> samples of a step, as the loader places them."""
         ids = self.plan.members(*self.plan.locate(step))
         ids = ids[~np.isin(ids, self.limit(budget).without)]
-        how = self._placement(costs, budget)
-        ranks = place(self.fitted.length[ids], self.fitted.patches[ids], **how)
+        fitted = self.fitted
+        ranks = place(fitted.length[ids], fitted.patches[ids], fitted.cost(ids, costs), **self._placement(budget))
         return [[ids[np.array(row, np.int64)] for row in rows] for rows in ranks]
 
-    def _placement(self, costs: tuple[float, float], budget: Budget) -> dict[str, Any]:
+    def _placement(self, budget: Budget) -> dict[str, Any]:
         """Of `plan.place`, for training steps."""
         o, limit = self.options, self.limit(budget)
         return {
             "ranks": o.world_size, "rows_per_rank": o.rows_per_rank, "token_budget": limit.tokens,
-            "patch_budget": limit.patches, "token_cost": costs[0], "patch_cost": costs[1],
+            "patch_budget": limit.patches,
         }  # fmt: skip
 
     def row(self, planned: Planned) -> Row:

@@ -53,8 +53,31 @@ class Limits:
 
 
 @dataclass(frozen=True)
+class Costs:
+    """What ranks are balanced by, in any one unit: what a sample takes of a device."""
+
+    token: float = 1.0
+    """of the language model"""
+    token_pair: float = 0.0
+    """of a token and one that it attends to"""
+    patch: float = 0.0
+    """of the vision tower"""
+    patch_pair: float = 0.0
+    """of two patches of one picture"""
+
+    def of(self, length: Ints, patches: Ints, patch_pairs: Ints) -> npt.NDArray[np.float64]:
+        """Of samples, whose sizes are as in `Fitted`."""
+        text = length * self.token + length * (length + 1) // 2 * self.token_pair
+        found: npt.NDArray[np.float64] = text + patches * self.patch + patch_pairs * self.patch_pair
+        return found
+
+
+BY_TOKENS = Costs()
+
+
+@dataclass(frozen=True)
 class Fitted:
-    """What every sample costs under some limits."""
+    """The size of every sample under some limits."""
 
     limits: Limits
     final_width: Ints
@@ -65,6 +88,8 @@ class Fitted:
     """(N,) tokens"""
     patches: Ints
     """(N,) patches of all its pictures"""
+    patch_pairs: Ints
+    """(N,) sum over its pictures of patches^2"""
     usable: npt.NDArray[np.bool_]
     """(N,) False: too long"""
     shrunk: int
@@ -75,6 +100,10 @@ class Fitted:
         """Final (width, height) of the pictures of sample `i`."""
         span = slice(int(index.image_starts[i]), int(index.image_starts[i + 1]))
         return list(zip(self.final_width[span].tolist(), self.final_height[span].tolist(), strict=True))
+
+    def cost(self, ids: Ints, costs: Costs) -> npt.NDArray[np.float64]:
+        """Of each of these samples."""
+        return costs.of(self.length[ids], self.patches[ids], self.patch_pairs[ids])
 
 
 # ------------------------------------------------------------------ fitting
@@ -129,7 +158,9 @@ def fit(index: Index, limits: Limits, room: Ints | None = None) -> Fitted:
         shrunk = int(fits.sum())
         ledger = [_entry(index, int(i), length_N, limits) for i in long_ids[~fits]]
     patches_N = (length_N - text_N) * limits.merge**2
-    return Fitted(limits, width_I, height_I, length_N, patches_N, usable_N, shrunk, ledger)
+    squares_I = (height_I * width_I // (limits.factor // limits.merge) ** 2) ** 2
+    pairs_N = _by_sample(index, squares_I)
+    return Fitted(limits, width_I, height_I, length_N, patches_N, pairs_N, usable_N, shrunk, ledger)
 
 
 def _max_pixels(index: Index, limits: Limits) -> Ints:
@@ -141,10 +172,14 @@ def _max_pixels(index: Index, limits: Limits) -> Ints:
 
 def _image_tokens(index: Index, height_I: Ints, width_I: Ints, factor: int) -> Ints:
     """(N,) tokens of all pictures of each sample."""
-    sums: Ints = np.concatenate([np.zeros(1, np.int64), np.cumsum((height_I // factor) * (width_I // factor))])
-    ends, starts = index.image_starts[1:], index.image_starts[:-1]
-    tokens_N: Ints = sums[ends] - sums[starts]
-    return tokens_N
+    return _by_sample(index, (height_I // factor) * (width_I // factor))
+
+
+def _by_sample(index: Index, values_I: Ints) -> Ints:
+    """(N,) sums over the pictures of each sample."""
+    sums: Ints = np.concatenate([np.zeros(1, np.int64), np.cumsum(values_I)])
+    sums_N: Ints = sums[index.image_starts[1:]] - sums[index.image_starts[:-1]]
+    return sums_N
 
 
 def _images_of(index: Index, ids: Ints) -> tuple[Ints, Ints]:

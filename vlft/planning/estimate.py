@@ -26,7 +26,7 @@ from vlft.planning.load import Steps, look
 from vlft.planning.memory import NF4, Memory, Static, memory_of, static_of
 from vlft.planning.skeleton import SkeletonSource, prepared
 from vlft.planning.time import Time, time_of
-from vlft.setup import Alone, check_optimizer, data_options, part_costs
+from vlft.setup import Alone, check_optimizer, costs_of, data_options
 from vlft.strategy import Strategy
 
 
@@ -61,7 +61,7 @@ def estimate(run: Run, gpu: Gpu, *, world_size: int = 1) -> Estimate:
     # Of a GPU that computes in it, as nearly all do; what is here may be a laptop.
     compute = compute_dtype(config.mixed_precision or "bf16", load_config(checkpoint))
     shape, training, static = _model(run, compute)
-    steps = look(data, shape, costs=part_costs(static.parts), budget=Budget())
+    steps = look(data, shape, costs=costs_of((shape, training), static.parts), budget=Budget())
     zero = json.loads(deepspeed_path(config.deepspeed).read_text()) if config.deepspeed else None
     static = shared_out(static, cut_of(zero), world_size, compute=compute.itemsize)
     if compute == torch.bfloat16 and not config.reference:

@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from vlft.data.budget import Budget
 from vlft.data.prepare import Data
+from vlft.data.sample import Costs
 from vlft.models.flops import Shape, Work
 
 STEPS = 200
@@ -52,7 +53,7 @@ def look(
     data: Data,
     shape: Shape,
     *,
-    costs: tuple[float, float],
+    costs: Costs,
     budget: Budget,
     start: int = 0,
     total: int | None = None,
