@@ -57,6 +57,24 @@ def test_two_processes_end_with_the_weights_of_one(
     assert all(torch.allclose(one[n].float(), two[n].float(), atol=1e-4) for n in one)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("processes", "how"), [(2, {"offload": True}), (4, {"copies": 2})])
+def test_shards_on_the_host_and_shards_that_lie_twice(
+    tiny: Callable[..., Path], tmp_path: Path, processes: int, how: dict[str, Any]
+) -> None:
+    registry, model = write_data(tmp_path, 21), tiny(layers=4)
+    fixed = {"lr_scheduler_type": "constant", "warmup_steps": 0, "per_device_train_batch_size": 4}
+    train(words(model, registry, tmp_path / "one", "full", **fixed))
+    out, cut = tmp_path / "cut", fixed | {"per_device_train_batch_size": 4 // processes}
+    for more in ({"max_steps": 3}, {"resume_from_checkpoint": "latest"}):
+        line = words(model, registry, out, "full", **(cut | more))
+        start(line, processes=processes, fault={"kind": "fsdp_on_cpu", **how}, **FSDP)
+    assert distance(final_weights(tmp_path / "one"), final_weights(out)) < 1e-5
+    for a, b in zip(metrics(tmp_path / "one"), metrics(out), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
+
+
 @pytest.mark.parametrize("strategy", ["full", "qlora"])
 def test_in_bf16_it_computes_what_whole_copies_do(tiny: Callable[..., Path], tmp_path: Path, strategy: str) -> None:
     """To the last digit: FSDP casts inputs of layers if it may, and the tower's angles lose theirs."""

@@ -205,14 +205,18 @@ def of_gpu(*, whole: bool) -> None:
         Engine.splits_masters = False  # type: ignore[method-assign,assignment]
 
 
-def fsdp_on_cpu(*, fused: bool, unit: int | None) -> None:
+def fsdp_on_cpu(*, fused: bool = False, unit: int | None = None, copies: int = 1, offload: bool = False) -> None:
     """FSDP2 where Accelerate ignores it; all but its file is vlft's engine.
 
     Args:
         fused: the optimizer of a GPU, whose step is made before its norm is read.
         unit: parameters of a unit of layers; None: as many as in a real model, where a tiny one's run is one.
+        copies: on so many ranks each shard lies.
+        offload: shards are kept on the host, which here is the device, too.
     """
     from accelerate import Accelerator
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import CPUOffloadPolicy
 
     from vlft.engine import fsdp
 
@@ -224,7 +228,12 @@ def fsdp_on_cpu(*, fused: bool, unit: int | None) -> None:
         return Accelerator(mixed_precision=self.precision)
 
     def sharding(self: Any) -> dict[str, Any]:
-        return {"reshard_after_forward": True, "mp_policy": fsdp.mixed_precision_policy(self.precision)}
+        how = {"reshard_after_forward": True, "mp_policy": fsdp.mixed_precision_policy(self.precision)}
+        how |= {"offload_policy": CPUOffloadPolicy(pin_memory=False)} if offload else {}
+        if copies > 1:
+            shape, names = (copies, self.world_size // copies), ("dp_replicate", "dp_shard")
+            how["mesh"] = init_device_mesh("cpu", shape, mesh_dim_names=names)
+        return how
 
     fsdp.FsdpEngine._accelerator = accelerator  # type: ignore[method-assign]
     fsdp.FsdpEngine._sharding = sharding  # type: ignore[method-assign]
@@ -257,7 +266,7 @@ def spoil(fault: dict[str, Any]) -> None:
     if fault["kind"] == "none":
         return
     if fault["kind"] == "fsdp_on_cpu":
-        fsdp_on_cpu(fused=fault.get("fused", False), unit=fault.get("unit"))
+        fsdp_on_cpu(**{name: value for name, value in fault.items() if name != "kind"})
         return
     if fault["kind"] == "hosts":
         base.hosts_of_one_machine = lambda _: torch.distributed.new_group(backend="gloo")  # as where there are GPUs

@@ -87,19 +87,22 @@ def test_norms_of_parts_are_unscaled(
         assert line["grad_norms"] == near
 
 
-@pytest.mark.parametrize("strategy", ["full", "lora_llm_full_vit", "qlora"])
+@pytest.mark.parametrize(
+    ("strategy", "offload"), [("full", False), ("lora_llm_full_vit", False), ("qlora", False), ("full", True)]
+)
 def test_fsdp2_trains_saves_resumes_and_exports_in_bf16(
-    tiny: Callable[..., Path], tmp_path: Path, strategy: str
+    tiny: Callable[..., Path], tmp_path: Path, strategy: str, offload: bool
 ) -> None:
     registry = write_data(tmp_path)
+    cut_up = FSDP | ({"FSDP_OFFLOAD_PARAMS": "true"} if offload else {})
     rates = RATES if strategy != "qlora" else {"learning_rate_llm": 4e-4}
     more = {} if strategy == "full" else {"lora_dropout": 0.0}
     model = tiny(dtype="bfloat16")
     fixed = {"save_steps": 3, "lr_scheduler_type": "constant", "warmup_steps": 0, "max_steps": 6} | rates | more
     start(command(model, registry, tmp_path / "plain", strategy, **fixed))
-    start(command(model, registry, tmp_path / "whole", strategy, **fixed), **FSDP)
-    start(command(model, registry, tmp_path / "cut", strategy, **(fixed | {"max_steps": 3})), **FSDP)
-    start(command(model, registry, tmp_path / "cut", strategy, **fixed, resume_from_checkpoint="latest"), **FSDP)
+    start(command(model, registry, tmp_path / "whole", strategy, **fixed), **cut_up)
+    start(command(model, registry, tmp_path / "cut", strategy, **(fixed | {"max_steps": 3})), **cut_up)
+    start(command(model, registry, tmp_path / "cut", strategy, **fixed, resume_from_checkpoint="latest"), **cut_up)
     plain, whole, cut = ([line["loss"] for line in metrics(tmp_path / out)] for out in ("plain", "whole", "cut"))
     card = json.loads((tmp_path / "whole/run_card.json").read_text())
     print("fsdp2", strategy, card["distributed_type"], plain, whole, cut)
