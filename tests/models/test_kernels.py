@@ -918,6 +918,19 @@ def test_a_frozen_tower_has_nothing_to_keep(tiny: Callable[..., Path]) -> None:
     assert [len(layers) for layers in whole.installed.learning()] == [1, 3]
 
 
+@pytest.mark.parametrize("also", [None, "merger", "embed_tokens", "visual.blocks.2"])
+def test_layers_below_all_that_trains_keep_nothing(tiny: Callable[..., Path], also: str | None) -> None:
+    """Of the language model, too, unless a gradient goes further down: to pictures, or to the embedding."""
+    packed, row = prepared(tiny(), "full")
+    vision, language = int(also == "visual.blocks.2"), 3 if also else 1
+    for name, p in packed.named_parameters():
+        p.requires_grad_(".language_model.layers.2." in name or (also is not None and also in name))
+    assert [len(layers) for layers in packed.installed.learning()] == [vision, language]
+    packed.memory = Memory(packed.installed.learning(), 512, room=lambda: 1e12)
+    run(packed, row)
+    assert [len(keeps) for keeps in packed.memory.now] == [vision, language]
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_bytes_that_a_layer_keeps_are_counted(tiny: Callable[..., Path], family: str) -> None:
     packed, row = prepared(tiny(family), "full")

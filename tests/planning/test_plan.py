@@ -292,6 +292,10 @@ def test_frozen_layers_have_no_gradients(seven: Path) -> None:
     assert len(set(language[14:])) == len(set(vision)) == 1
     assert sum(vision) + sum(language) < found.gradients
     assert found.ends[0] == 0.0 < found.ends[1]
+    # Where nothing trains below them, none flows through them either.
+    alone = plan(seven, "partial_llm_full_vit", "--train_vit", "false", "--train_projector", "false")
+    assert alone.static.learning == (0, 14)
+    assert alone.time.host == pytest.approx(STEP + (32 + 14) * FORWARD + 14 * LAYER)
 
 
 def test_a_policy_that_moves_pictures_takes_its_room(seven: Path, tmp_path: Path) -> None:

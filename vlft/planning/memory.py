@@ -175,15 +175,17 @@ def static_of(model: nn.Module, parts: Parts, tied: bool, optimizer: str, comput
             if path in name:
                 ends[n] += size * gradient
     trained = sum(at[1] for at in numbers.values())
-    first = next((n for n, size in enumerate(layer[0]) if size), shape.vit_depth)
+    below = numbers["vit"][1] or numbers["projector"][1] or ends[0]
+    first, first_text = (next((n for n, size in enumerate(each) if size), len(each)) for each in layer)
+    first_text = 0 if below else first_text
     return Static(
         parts=[PartSize(part, int(at[0]), int(at[1]), at[2], int(at[3])) for part, at in numbers.items() if at[0]],
         gradients=trained * gradient, states=trained * states, ends=(ends[0], ends[0] if tied else ends[1]), tied=tied,
-        layer_gradients=(layer[0][first:], layer[1]),
+        layer_gradients=(layer[0][first:], layer[1][first_text:]),
         copies=copies_of(model, parts, masters=weight == 4, compute=compute),
         copies_of_split=copies_of(model, parts, masters=weight == 4, compute=compute, split=True),
         adapted=adapted_by(model, parts), masters=weight == 4 and compute < 4,
-        product_gradients=(products[0][first:], products[1]),
+        product_gradients=(products[0][first:], products[1][first_text:]),
     )  # fmt: skip
 
 

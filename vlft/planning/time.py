@@ -78,11 +78,12 @@ def time_of(
     llm = 24 * shape.width + 4 * heads + 11 * shape.inner
     gated = len(shape.names.up)
     vit = 24 * shape.vit_width + 12 * shape.vit_width + (11 if gated == 2 else 6) * shape.vit_inner
-    learns = static.learning[0] / max(shape.vit_depth, 1)
+    learns, learns_text = static.learning[0] / max(shape.vit_depth, 1), static.learning[1] / shape.layers
     # Queries, keys, values and the output; in the backward pass all of their gradients beside them.
     in_windows = 2.0 * amounts["patches"] * len(shape.windowed) * shape.vit_width * (4 + 7 * learns)
     vit = shape.vit_depth * vit - len(shape.windowed) * 12 * shape.vit_width  # there the rotation is attention's
-    moved = 2.0 * (amounts["tokens"] * shape.layers * llm + amounts["patches"] * vit * (0.4 + 0.6 * learns))
+    moved = 2.0 * amounts["tokens"] * shape.layers * llm * (0.4 + 0.6 * learns_text)
+    moved += 2.0 * amounts["patches"] * vit * (0.4 + 0.6 * learns)
     moved += 8.0 * amounts["supervised"] * shape.vocabulary  # written, read, and in the backward pass once more
     trained = sum(part.trainable for part in static.parts)
     if static.is_split:
@@ -107,7 +108,8 @@ def time_of(
 def host_of(shape: Shape, static: Static, memory: Memory) -> float:
     """Seconds of one row."""
     learning = sum(static.learning)
-    forwards = shape.vit_depth - static.learning[0] + sum(keep == "input" for each in memory.keeps for keep in each)
+    frozen = shape.vit_depth + shape.layers - learning
+    forwards = frozen + sum(keep == "input" for each in memory.keeps for keep in each)
     own = LAYER * learning + FORWARD * forwards
     more = ADAPTED * static.copies.adapted + PACKED * static.copies.packed
     return own + more + (0.0 if memory.holds else ANEW * learning)

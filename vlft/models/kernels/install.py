@@ -43,6 +43,8 @@ class Installed:
     """Joined weights are kept in the layers. Only where parameters stay whole and at their place (no sharding engine)
     and there is memory for them."""
     held: Held | None = None
+    below: list[nn.Module] = field(default_factory=list)
+    """What the language model's layers get their input from: the vision tower with its projector, the embedding."""
 
     def before_row(self, kind: torch.dtype, device: torch.device) -> None:
         """Bring what layers hold up to date with the parameters; `kind`: compute dtype."""
@@ -81,10 +83,10 @@ class Installed:
         return [*self.vision, *self.language]
 
     def learning(self) -> tuple[list[nn.Module], list[nn.Module]]:
-        """Layers through which a gradient flows: of the vision tower from the first one that trains, and all others."""
-        trains = [any(p.requires_grad for p in layer.parameters()) for layer in self.vision]
-        first = trains.index(True) if True in trains else len(trains)
-        return self.vision[first:], self.language
+        """Layers through which a gradient flows, of either tower: those from the first on that trains; all of the
+        language model's, where something below them does."""
+        below = any(_trains(module) for module in self.below)
+        return _from_the_first(self.vision), self.language if below else _from_the_first(self.language)
 
     def settle(self) -> list[nn.Module]:
         """Give layers their own forward back that something was put on since they were installed.
@@ -118,10 +120,20 @@ class Installed:
         return f"{said}; {kept}" if kept else said
 
 
+def _trains(module: nn.Module) -> bool:
+    return any(p.requires_grad for p in module.parameters())
+
+
+def _from_the_first(layers: list[nn.Module]) -> list[nn.Module]:
+    """That trains."""
+    trains = [_trains(layer) for layer in layers]
+    return layers[trains.index(True) :] if True in trains else []
+
+
 def install(model: nn.Module, parts: Parts) -> Installed:
     """Put the faster forwards over those of `model`, a plain Hugging Face model whose layers may be wrapped inside."""
-    found = Installed()
     tower: Any = model.get_submodule(parts.vit)
+    found = Installed(below=[tower, model.get_submodule(parts.embed)])
     for block in tower.blocks:
         if _install(block, _vision_pieces, _vision_forward, found):
             found.vision.append(block)
