@@ -476,25 +476,27 @@ def balance_of(running: Launch, given: argparse.Namespace) -> dict[str, Any]:
 def held_against(
     curve: dict[int, dict[str, Any]], asked: range, one: dict[str, Any] | None, spread: Spread, table: Table
 ) -> dict[str, Any]:
-    """Differences of the losses of the `asked` steps from one GPU's, or from the first curve of the kind.
+    """Differences of the losses of the `asked` steps from one GPU's, or from those of the first of the kind.
 
     A launch may have gone on while it was waited for: what it did beyond them is left out, lest a line's number of
     steps hang on how fast the machine was.
     """
+    mine = {step: curve[step] for step in asked if step in curve}
     whole, by = (one or {}).get("curve"), "one GPU"
-    losses = [curve[step]["loss"] for step in asked if step in curve]
     if whole is None:
         key = f"first {spread.size} {spread.strategy} {spread.batch} {table.given.gpus} {table.given.steps}"
-        if key not in table.known:
-            table.keep(key, json.loads(json.dumps({"curve": curve, "by": spread.layout})))
-        whole, by = table.known[key]["curve"], table.known[key]["by"]
-    steps = [step for step in asked if step in curve and str(step) in whole]
-    gaps = [abs(curve[step]["loss"] - whole[str(step)]["loss"]) for step in steps]
+        first = json.loads(json.dumps({"curve": mine, "by": spread.layout}))
+        known = table.known.get(key, first)
+        whole, by = known["curve"], known["by"]
+        table.keep(key, {"curve": first["curve"] | whole, "by": by})
+    steps = [step for step in mine if str(step) in whole]
+    gaps = [abs(mine[step]["loss"] - whole[str(step)]["loss"]) for step in steps]
     of = ("samples", "supervised_tokens", "images")
-    same = [curve[step][name] == whole[str(step)][name] for step in steps for name in of]
+    same = [mine[step][name] == whole[str(step)][name] for step in steps for name in of]
     return {
         "against": by, "steps": len(steps), "largest_difference": max(gaps, default=None),
-        "mean_difference": statistics.mean(gaps) if gaps else None, "same_samples": all(same), "losses": losses,
+        "mean_difference": statistics.mean(gaps) if gaps else None, "same_samples": all(same) if same else None,
+        "losses": [line["loss"] for line in mine.values()],
     }  # fmt: skip
 
 

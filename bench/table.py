@@ -129,6 +129,8 @@ def course_row(name: str, world: int, lines: Parts) -> list[str]:
     def gaps(line: dict[str, Any]) -> str:
         if "error" in line:
             return "failed"
+        if not line["steps"]:
+            return "went on"
         same = "" if line["same_samples"] else ", OTHER SAMPLES"
         return f"{line['steps']} steps: {line['largest_difference']:.1e}, {line['mean_difference']:.1e}{same}"
 

@@ -15,7 +15,7 @@ from vlft.data import images
 from vlft.data.collate import Row, collate, empty_row, sample_seed
 from vlft.data.index import Index
 from vlft.data.loader import Step, eval_steps, step_loader
-from vlft.data.plan import Plan
+from vlft.data.plan import Plan, place
 from vlft.data.sample import Costs, Fitted, Limits, build_sample, fit, split
 from vlft.data.tokens import Chat
 
@@ -113,6 +113,22 @@ def test_a_resume_starts_at_its_step_and_decodes_nothing_before(setup: Setup, mo
     assert same(whole[4:], rest)
     assert [s.number for s in rest] == [4, 5]
     assert len(seen) == sum(len(r.image_grid_thw) for s in rest for r in s.rows)
+
+
+def test_ranks_are_balanced_by_the_costs_that_are_given(setup: Setup) -> None:
+    fitted = setup.fitted
+    rows: dict[Costs, list[Any]] = {}
+    for costs in (Costs(), Costs(learnt=50.0, patch=0.1), Costs(patch_pair=1.0)):
+        shares = [setup.steps(rank, 2, costs=costs) for rank in range(2)]
+        rows[costs] = [[[list(row.sample_ids) for row in share[k].rows] for share in shares] for k in range(4)]
+        for k, placed in enumerate(rows[costs]):
+            ids = setup.plan.members(*setup.plan.locate(k))
+            expected = place(
+                fitted.length[ids], fitted.patches[ids], fitted.cost(ids, costs), ranks=2, rows_per_rank=2,
+                token_budget=600,
+            )  # fmt: skip
+            assert placed == [[ids[row].tolist() for row in rank] for rank in expected]
+    assert len({str(placed) for placed in rows.values()}) == 3
 
 
 @pytest.mark.parametrize("world", [2, 3])

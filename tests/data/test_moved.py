@@ -22,7 +22,7 @@ from vlft.data.index import Index
 from vlft.data.loader import decode_sample, eval_steps, step_loader
 from vlft.data.moved import Mover, spare_tokens, with_places
 from vlft.data.plan import Plan
-from vlft.data.sample import Fitted, Limits, Sample, build_sample, fit, room_to_move
+from vlft.data.sample import Costs, Fitted, Limits, Sample, build_sample, fit, room_to_move
 from vlft.data.tokens import Chat
 from vlft.vision.augment import augment_row
 from vlft.vision.patches import split_pictures
@@ -265,7 +265,7 @@ def test_workers_and_a_resume_change_nothing_and_evaluation_stays(
 
     def steps(start: int = 0, workers: int = 0) -> list[Any]:
         return list(step_loader(index, fitted, plan, chat, rank=0, world_size=1, seed=3, start_step=start,
-                                total_steps=6, policy=moves, num_workers=workers))  # fmt: skip
+                                total_steps=6, costs=Costs(), policy=moves, num_workers=workers))  # fmt: skip
 
     whole = steps()
     for other, at in ((steps(workers=2), 0), (steps(start=4), 4)):

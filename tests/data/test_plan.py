@@ -142,10 +142,3 @@ def test_few_samples_leave_empty_rows() -> None:
 def test_rows_of_a_rank_are_even() -> None:
     rows = place(np.full(16, 100), np.zeros(16), np.full(16, 100), ranks=2, rows_per_rank=4)
     assert all(len(row) == 2 for rank in rows for row in rank)
-
-
-def test_placement_is_deterministic() -> None:
-    tokens, patches = mixed(np.random.default_rng(2), 256)
-    options: Any = {"ranks": 8, "rows_per_rank": 8, "token_budget": 16384, "patch_budget": 65536}
-    cost = tokens + 0.3 * patches
-    assert place(tokens, patches, cost, **options) == place(tokens, patches, cost, **options)

@@ -35,7 +35,9 @@ def test_lengths_are_what_the_sample_really_has(build: Build, mixed: list[Any], 
         for i in np.flatnonzero(fitted.usable).tolist():
             sample = build_sample(index, fitted, chat, i)
             assert len(sample.input_ids) == len(sample.labels) == fitted.length[i] <= lim.max_seq_length
-            assert sample.grid_thw.prod(axis=1).sum() == fitted.patches[i]
+            patches = sample.grid_thw.prod(axis=1)
+            assert (patches.sum(), (patches**2).sum()) == (fitted.patches[i], fitted.patch_pairs[i])
+            assert (sample.labels != -100).sum() == fitted.learnt[i]
             for (w, h), (t, gh, gw) in zip(sample.final_wh, sample.grid_thw.tolist(), strict=True):
                 assert (t, gh * 14, gw * 14) == (1, h, w)
         assert fitted.usable.sum() + len(fitted.ledger) == len(index)

@@ -205,18 +205,16 @@ def of_gpu(*, whole: bool) -> None:
         Engine.splits_masters = False  # type: ignore[method-assign,assignment]
 
 
-def fsdp_on_cpu(*, fused: bool = False, unit: int | None = None, copies: int = 1, offload: bool = False) -> None:
+def fsdp_on_cpu(*, fused: bool = False, unit: int | None = None, copies: int = 1) -> None:
     """FSDP2 where Accelerate ignores it; all but its file is vlft's engine.
 
     Args:
         fused: the optimizer of a GPU, whose step is made before its norm is read.
         unit: parameters of a unit of layers; None: as many as in a real model, where a tiny one's run is one.
         copies: on so many ranks each shard lies.
-        offload: shards are kept on the host, which here is the device, too.
     """
     from accelerate import Accelerator
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import CPUOffloadPolicy
 
     from vlft.engine import fsdp
 
@@ -229,7 +227,6 @@ def fsdp_on_cpu(*, fused: bool = False, unit: int | None = None, copies: int = 1
 
     def sharding(self: Any) -> dict[str, Any]:
         how = {"reshard_after_forward": True, "mp_policy": fsdp.mixed_precision_policy(self.precision)}
-        how |= {"offload_policy": CPUOffloadPolicy(pin_memory=False)} if offload else {}
         if copies > 1:
             shape, names = (copies, self.world_size // copies), ("dp_replicate", "dp_shard")
             how["mesh"] = init_device_mesh("cpu", shape, mesh_dim_names=names)

@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import astuple, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import vision_utils
 
 from vlft.data.plan import place
+from vlft.data.sample import Costs
 from vlft.errors import ModelError
 from vlft.family import FAMILIES as ROWS
 from vlft.models.flops import Shape, Training, Work, describe, step_flops, unit_flops
@@ -358,21 +360,22 @@ def test_equals_the_closed_formulas_at_real_sizes(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("trains", ["all", "language model", "tower", "adapters, tower", "adapters"])
+@pytest.mark.parametrize("trains", ["all", "language model", "tower", "projector", "adapters, tower", "adapters"])
 def test_ranks_do_the_same_work(family: str, trains: str) -> None:
     """Steps of texts, of small pictures and of pages, dealt out by what they cost as the model trains."""
     shape = Shape.of(real_config(family))
-    tower = module_names(shape, "vit", "merger", "levels")
+    projector = module_names(shape, "merger", "levels")
+    tower = module_names(shape, "vit") | projector
     llm = module_names(shape, "layers", "norm", "head", "embed")
     # Adapters of no size: what they cost themselves is a hundredth.
     training = {
         "all": Training(tower | llm, tower | llm), "language model": Training(llm, llm),
-        "tower": Training(tower, tower), "adapters, tower": Training(tower, tower | llm),
-        "adapters": Training(frozenset(), llm),
+        "tower": Training(tower, tower), "projector": Training(projector, projector),
+        "adapters, tower": Training(tower, tower | llm), "adapters": Training(frozenset(), llm),
     }[trains]  # fmt: skip
 
-    def takes(lengths: Any, grids: Any) -> float:
-        work = Work.of(shape, lengths, grids, 0)
+    def takes(lengths: Any, learnt: Any, sides: Any) -> float:
+        work = Work.of(shape, lengths, [(1, side, side) for side in sides.tolist() if side], int(learnt.sum()))
         pairs = Work(causal_pairs=work.causal_pairs, frame_pairs=work.frame_pairs, window_pairs=work.window_pairs)
         return step_flops(shape, training, work) + (ATTENTION - 1) * step_flops(shape, training, pairs)
 
@@ -381,14 +384,24 @@ def test_ranks_do_the_same_work(family: str, trains: str) -> None:
     worst = []
     for _ in range(20):
         sides = 2 * rng.integers(8, 34, 32) * (rng.random(32) < 0.6)
-        lengths, patches = sides**2 // 4 + rng.integers(40, 1600, 32), sides**2
-        cost = costs.of(lengths, patches, patches**2)
+        text = rng.integers(40, 1600, 32)
+        learnt = (text * rng.choice([0.05, 0.3, 0.9], 32)).astype(np.int64)
+        lengths = sides**2 // 4 + text
+        cost = costs.of(lengths, learnt, sides**2, sides**4)
         loads = [
-            takes(lengths[row], [(1, side, side) for side in sides[row].tolist() if side])
-            for (row,) in place(lengths, patches, cost, ranks=4)
-        ]
+            takes(lengths[row], learnt[row], sides[row]) for (row,) in place(lengths, sides**2, cost, ranks=4)
+        ]  # fmt: skip
         worst.append(max(loads) / np.mean(loads))
+        # What a window's border cuts off is counted as if it were there; of whole windows the cost is exact.
+        whole = sides // 8 * 8
+        exact = [takes(lengths[i : i + 1], learnt[i : i + 1], whole[i : i + 1]) for i in range(32)]
+        assert costs.of(lengths, learnt, whole**2, whole**4) == pytest.approx(exact, rel=1e-9)
     assert np.mean(worst) < 1.006
+
+
+def test_layers_that_no_formula_knows_cost_their_parameters() -> None:
+    rows = [SimpleNamespace(part="llm", parameters=300), SimpleNamespace(part="vit", parameters=60)]
+    assert costs_of(None, rows) == Costs(token=300, patch=60)
 
 
 def test_a_picture_worked_out_by_hand() -> None:

@@ -42,7 +42,7 @@ from vlft.data.sources import Chunk, RawRow, Source, open_source
 from vlft.data.tokens import Chat, PictureSize
 from vlft.errors import DataError, RecordError
 
-INDEX_VERSION = 3
+INDEX_VERSION = 4
 """Raise it when the same data would be indexed otherwise by the code below."""
 BOXED, HAS_BOXES = 1, 2
 """Bits of `flags`: the text must be written again with the final sizes; it speaks of places in the picture."""
@@ -60,6 +60,7 @@ _ARRAYS: dict[str, type[np.generic]] = {
     "length": np.int64,  # (N,) bytes of it
     "row": np.int64,  # (N,) line, record or row number from 0
     "n_tokens": np.int32,  # (N,)
+    "n_learnt": np.int32,  # (N,) of them supervised
     "n_images": np.int32,  # (N,)
     "split_hash": np.uint64,  # (N,) of the pictures' contents, or of the text
     "text_hash": np.uint64,  # (N,) of the tokens, and which of them are supervised
@@ -160,6 +161,7 @@ class _Collector:
         lists["length"].append(row.length)
         lists["row"].append(row.row)
         lists["n_tokens"].append(len(encoded.input_ids))
+        lists["n_learnt"].append(np.count_nonzero(encoded.supervised))
         lists["n_images"].append(len(sizes))
         lists["split_hash"].append(_split_hash(record, hashes))
         lists["flags"].append(BOXED * encoded.boxed + HAS_BOXES * record.has_boxes)
@@ -514,6 +516,11 @@ class Index:
     def n_tokens(self) -> npt.NDArray[np.int32]:
         """(N,) tokens of each sample, one for each picture."""
         return self._joined("n_tokens")
+
+    @cached_property
+    def n_learnt(self) -> npt.NDArray[np.int32]:
+        """(N,) tokens of each sample that are learnt."""
+        return self._joined("n_learnt")
 
     @cached_property
     def image_starts(self) -> npt.NDArray[np.int64]:

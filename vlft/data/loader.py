@@ -192,12 +192,12 @@ def step_loader(
     seed: int,
     start_step: int,
     total_steps: int,
+    costs: Costs,
     rows_per_rank: int = 1,
     token_budget: int | None = None,
     patch_budget: int | None = None,
     without: Sequence[int] = (),
     policy: Policy | None = None,
-    costs: Costs = BY_TOKENS,
     num_workers: int = 0,
     pin_memory: bool = False,
 ) -> DataLoader[Step]:
@@ -205,10 +205,10 @@ def step_loader(
 
     Args:
         start_step: steps already done.
+        costs: what the ranks are balanced by.
         rows_per_rank, token_budget, patch_budget: see `plan.place`.
         without: samples, by number, that are left out of their steps.
         policy: of augmentation; pictures and the coordinates in texts move by it.
-        costs: what the ranks are balanced by.
     """
     index.warm()
     placement = {"rows_per_rank": rows_per_rank, "token_budget": token_budget, "patch_budget": patch_budget}

@@ -23,8 +23,8 @@ from vlft.errors import DataError, RecordError
 from vlft.grids import Layout
 
 __all__ = [
-    "Fitted", "LedgerEntry", "Limits", "Mover", "Sample", "build_sample", "check_bad_fraction", "fit", "room_to_move",
-    "split",
+    "BY_TOKENS", "Costs", "Fitted", "LedgerEntry", "Limits", "Mover", "Sample", "build_sample", "check_bad_fraction",
+    "fit", "room_to_move", "split",
 ]  # fmt: skip
 
 Ints: TypeAlias = npt.NDArray[np.int64]
@@ -58,6 +58,8 @@ class Costs:
 
     token: float = 1.0
     """of the language model"""
+    learnt: float = 0.0
+    """of a token that is learnt, beside it: the head"""
     token_pair: float = 0.0
     """of a token and one that it attends to"""
     patch: float = 0.0
@@ -65,9 +67,9 @@ class Costs:
     patch_pair: float = 0.0
     """of two patches of one picture"""
 
-    def of(self, length: Ints, patches: Ints, patch_pairs: Ints) -> npt.NDArray[np.float64]:
+    def of(self, length: Ints, learnt: Ints, patches: Ints, patch_pairs: Ints) -> npt.NDArray[np.float64]:
         """Of samples, whose sizes are as in `Fitted`."""
-        text = length * self.token + length * (length + 1) // 2 * self.token_pair
+        text = length * self.token + length * (length + 1) // 2 * self.token_pair + learnt * self.learnt
         found: npt.NDArray[np.float64] = text + patches * self.patch + patch_pairs * self.patch_pair
         return found
 
@@ -86,6 +88,8 @@ class Fitted:
     """(I,) pixels"""
     length: Ints
     """(N,) tokens"""
+    learnt: Ints
+    """(N,) tokens that are learnt"""
     patches: Ints
     """(N,) patches of all its pictures"""
     patch_pairs: Ints
@@ -103,7 +107,7 @@ class Fitted:
 
     def cost(self, ids: Ints, costs: Costs) -> npt.NDArray[np.float64]:
         """Of each of these samples."""
-        return costs.of(self.length[ids], self.patches[ids], self.patch_pairs[ids])
+        return costs.of(self.length[ids], self.learnt[ids], self.patches[ids], self.patch_pairs[ids])
 
 
 # ------------------------------------------------------------------ fitting
@@ -160,7 +164,8 @@ def fit(index: Index, limits: Limits, room: Ints | None = None) -> Fitted:
     patches_N = (length_N - text_N) * limits.merge**2
     squares_I = (height_I * width_I // (limits.factor // limits.merge) ** 2) ** 2
     pairs_N = _by_sample(index, squares_I)
-    return Fitted(limits, width_I, height_I, length_N, patches_N, pairs_N, usable_N, shrunk, ledger)
+    learnt_N = index.n_learnt.astype(np.int64)
+    return Fitted(limits, width_I, height_I, length_N, learnt_N, patches_N, pairs_N, usable_N, shrunk, ledger)
 
 
 def _max_pixels(index: Index, limits: Limits) -> Ints:

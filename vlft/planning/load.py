@@ -15,8 +15,6 @@ from vlft.models.flops import Shape, Work
 
 STEPS = 200
 """Steps of the first epoch that are looked at."""
-_LEARNT = 500
-"""Samples whose learnt tokens are counted; the others have the same share."""
 
 
 @dataclass(frozen=True)
@@ -66,30 +64,21 @@ def look(
         total: steps of the run; None: the epoch's.
     """
     plan, end = data.plan, start + data.plan.steps_per_epoch if total is None else total
-    learnt = _learnt_share(data)
     found = []
     for step in range(start, min(start + steps, end)):
         rows = data.placed(step, costs, budget)[0]
-        found.append([_row(data, shape, ids, learnt) for ids in rows if len(ids)])
-    most = [_row(data, shape, np.array(one.ids), learnt) for one in data.largest(start, end, costs, budget)]
+        found.append([_row(data, shape, ids) for ids in rows if len(ids)])
+    most = [_row(data, shape, np.array(one.ids)) for one in data.largest(start, end, costs, budget)]
     largest = max(most, key=lambda row: 2 * row.tokens + row.patches)
     return Steps(found, largest, plan.steps_per_epoch, plan.samples_per_epoch)
 
 
-def _learnt_share(data: Data) -> float:
-    ids = data.plan.ids[:: max(1, len(data.plan.ids) // _LEARNT)]
-    counts = [data.index.tokens(int(i)) for i in ids]
-    text = sum(len(tokens) for tokens, _ in counts)
-    return sum(int(learnt.sum()) for _, learnt in counts) / max(text, 1)
-
-
-def _row(data: Data, shape: Shape, ids: npt.NDArray[np.int64], learnt: float) -> Row:
+def _row(data: Data, shape: Shape, ids: npt.NDArray[np.int64]) -> Row:
     fitted, index = data.fitted, data.index
     lengths = fitted.length[ids]
     unit = data.options.layout.patch
     grids = [(1, h // unit, w // unit) for i in ids.tolist() for w, h in fitted.sizes(index, i)]
-    text = int(index.n_tokens[ids].sum())
-    supervised = max(1, round(learnt * text))
+    supervised = int(fitted.learnt[ids].sum())
     work = Work.of(shape, lengths, np.array(grids, np.int64).reshape(-1, 3), supervised)
     return Row(
         tokens=int(lengths.sum()), patches=work.patches, sample=int(lengths.max()),
