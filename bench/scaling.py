@@ -36,6 +36,11 @@ carried, and ends by itself, since no launch outlasts --within:
     $s --rows 3B-full-fsdp2 --parts speed --steps 46 --warm 30 --launcher fsdp_reshard_after_forward=false        # 60
     $s --rows 7B-full-fsdp2,3B-full-zero2 --parts speed --steps 46 --warm 30                     # 75+88+60 = 223
 
+On four GPUs, after more steps: one of four ranks in sixteen steps behind the thirtieth took a fifth longer, perhaps for
+a graph of attention that its rows were the first to need (`busy_s_of_ranks` tells whether it is always the same GPU):
+
+    $s --gpus 4 --rows 3B-lora-ddp --parts speed --steps 112 --warm 80                           # 40+95+100
+
 Courses share GPUs, each with a size of its own. With its one GPU a course of 50 steps took 320 s (3B `full` under
 FSDP2) or 240 (7B `qlora`), three at a time:
 
