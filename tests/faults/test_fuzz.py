@@ -28,6 +28,7 @@ from vlft.data.loader import step_loader
 from vlft.data.plan import Plan
 from vlft.data.prepare import Data, DataOptions, prepare_data
 from vlft.data.registry import read_registry
+from vlft.data.sample import BY_TOKENS
 from vlft.errors import ConfigError, DataError
 from vlft.family import FAMILIES
 from vlft.grids import Layout
@@ -122,7 +123,8 @@ def used_and_not(data: Data) -> tuple[list[int], list[Any]]:
         for plan in plans
         for step in step_loader(
             data.index, data.fitted, plan, data.chat, rank=0, world_size=1, seed=0, start_step=0,
-            total_steps=plan.steps_per_epoch, rows_per_rank=2, token_budget=1600, num_workers=o.num_workers,
+            total_steps=plan.steps_per_epoch, costs=BY_TOKENS, rows_per_rank=2, token_budget=1600,
+            num_workers=o.num_workers,
         )
     ]  # fmt: skip
     used: list[int] = []
