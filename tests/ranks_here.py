@@ -15,6 +15,7 @@ def on_ranks(work: Callable[..., None], ranks: int, *given: Any) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = int(probe.getsockname()[1])
+    # PyTorch has no types for it.
     torch.multiprocessing.spawn(_rank, (work, ranks, port, *given), ranks)  # type: ignore[attr-defined,no-untyped-call]
 
 

@@ -175,9 +175,9 @@ def static_of(model: nn.Module, parts: Parts, tied: bool, optimizer: str, comput
             if path in name:
                 ends[n] += size * gradient
     trained = sum(at[1] for at in numbers.values())
-    below = numbers["vit"][1] or numbers["projector"][1] or ends[0]
     first, first_text = (next((n for n, size in enumerate(each) if size), len(each)) for each in layer)
-    first_text = 0 if below else first_text
+    if numbers["vit"][1] or numbers["projector"][1] or ends[0]:  # the gradient flows through all of the language model
+        first_text = 0
     return Static(
         parts=[PartSize(part, int(at[0]), int(at[1]), at[2], int(at[3])) for part, at in numbers.items() if at[0]],
         gradients=trained * gradient, states=trained * states, ends=(ends[0], ends[0] if tied else ends[1]), tied=tied,
