@@ -114,6 +114,8 @@ class Spread:
     """Of the efficiency."""
     alone: bool = True
     """One GPU holds it, with the same optimizer."""
+    single: str | None = None
+    """Layout in which one GPU goes on, where it holds the row in no other than its own."""
 
 
 ROWS = {
@@ -130,6 +132,11 @@ ROWS = {
     **{f"3B-lora-{to}": Spread("3B", "lora", to, ("course",)) for to in ("zero2", "zero3", "fsdp2")},
     **{f"7B-qlora-{to}": Spread("7B", "qlora", to, ("course",)) for to in ("zero2", "zero3", "fsdp2")},
     **{f"7B-lora-{to}": Spread("7B", "lora", to, ("course",)) for to in ("zero2", "zero3", "fsdp2")},
+    # Whole copies of one process have their masters in two halves and gradients in bf16: 116 GiB with --memory low.
+    **{
+        f"7B-full-{to}-4": Spread("7B", "full", to, ("course",), batch=4, single="ddp")
+        for to in ("fsdp2", "zero3", "zero2")
+    },
     **{f"3B-qlora-{to}": Spread("3B", "qlora", to, ("course",)) for to in ("ddp", "zero2", "zero3", "fsdp2")},
 }
 """In order of worth."""
@@ -519,6 +526,8 @@ def killed(running: Launch, spread: Spread, given: argparse.Namespace) -> dict[s
 def resumed(spread: Spread, gpus: int, checkpoint: Path, one: dict[str, Any] | None, table: Table) -> dict[str, Any]:
     """Go on from the checkpoint; adapters on all GPUs to their own end."""
     given, found = table.given, dict[str, Any]()
+    if gpus == 1 and spread.single:
+        spread = replace(spread, layout=spread.single)
     words = [*table.words(spread, (spread.batch, 1)), "--resume_from_checkpoint", str(checkpoint)]
     with table.launch(spread, gpus, words) as running:
         running.wait_for(lambda: running.done(given.steps + 1))

@@ -143,6 +143,19 @@ def test_two_processes_train_lose_one_and_go_on(tmp_path: Path) -> None:
     assert (table[:2], table[-2:]) == ("a\n", "b\n")
 
 
+@pytest.mark.slow
+def test_one_gpu_goes_on_as_whole_copies_where_its_layout_needs_more(tmp_path: Path) -> None:
+    """A 7B's masters and gradients of ZeRO or FSDP2 are larger than one GPU that holds its own form of them."""
+    tiny = ("--size", "tiny", "--device", "cpu", "--records", 12, "--workers", 0, "--root", tmp_path / "root")
+    steps = ("--steps", 3, "--warm", 1, "--more", 3, "--batch", 2, "--out", tmp_path / "out")
+    *lines, last = run("scaling.py", "--rows", "7B-full-zero3-4", *tiny, *steps, limit=400)
+    assert last.startswith("left: none;"), last
+    found = {(line["part"], line.get("gpus")): line for line in map(json.loads, lines)}
+    assert "--deepspeed zero3" in found["resume", 2]["command"]
+    assert "--deepspeed" not in found["resume", 1]["command"]
+    assert max(found["resume", gpus]["largest_difference"] for gpus in (1, 2)) < 1e-5
+
+
 def test_a_gpu_that_could_not_is_no_reference(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Curves of layouts are then held against each other; what failed is named under the table."""
     monkeypatch.syspath_prepend(str(BENCH))
