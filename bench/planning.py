@@ -204,6 +204,7 @@ def lines_of(name: str, given: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def main() -> None:
+    bench.end_with_children()
     given = parser().parse_args()
     if unknown := [name for name in given.rows.split(",") if name not in ROWS]:
         raise SystemExit(f"unknown rows: {', '.join(unknown)}; there are {', '.join(ROWS)}")

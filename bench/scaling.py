@@ -6,17 +6,19 @@
 
 A row is a size, a strategy and a layout. It has up to two parts:
 
-* `speed`: samples/s on n GPUs over n times those of one GPU with the same samples a GPU. One GPU alone is measured in
+* `speed`: samples/s on n GPUs over n times those of one GPU with as many samples a step. One GPU alone is measured in
   the same call (or in an earlier one that left its result on this machine), with the row's optimizer; where it cannot
-  hold that one, the line's `reference` says what it ran instead.
+  hold that one, the line's `reference` says what it ran instead. It is timed for n times as many steps, which are the
+  same samples where both are whole passes over the data: with its 256 samples, `--steps 48 --warm 32` on two GPUs or
+  four. `work` says how much a sample of the n GPUs took over one of the one GPU's, in FLOPs.
 * `course`: trains for --steps, is saved and killed, and goes on for --more steps from that checkpoint on as many GPUs
   and on half of them. Every curve is held against that of one GPU with the same global batch, step by step. Where one
   GPU cannot hold the row, against the first layout's that was run; `against` says whose. What is killed, by kill -9:
   all processes as soon as the checkpoint is there, or the last rank in the middle of a later step; then the seconds
   count until the others have ended.
 
-`--parts one` measures the one GPU of `speed` alone: on two cards at once, say, with a --root each, whose alone.json are
-then put together.
+`--parts one` measures the one GPU of `speed` alone, for the number of GPUs that --gpus says: on two cards at once, say,
+with a --root each, whose alone.json are then put together.
 
 Both parts take one launch where a row has both; what one GPU does is done once for all rows that need it. Every launch
 is the program as a user starts it (bench/ranks.py notes steps beside it), without dropout, whose bits depend on how
@@ -28,29 +30,34 @@ Lines go to stdout and OUT/scaling.jsonl (--out), what the programs said to OUT/
 names the rows that are left. bench/table.py --scaling makes docs/distributed.md's table of the lines.
 
 The plan for a machine with two GPUs, in order of worth. Measured on H200s (2026-11-29): models and data 40 s; one GPU
-55 (46 steps of 3B) to 75 (of 7B, or the first on a machine); a launch of 46 steps of 3B LoRA 55, of 3B `full` under
-FSDP2 56 to 93, of 7B 88. A call begins with `. bench/device.sh; s="python3 bench/scaling.py --out $OUT"`, wants `.whl`
+55 (46 steps of 3B) to 75 (of 7B, or the first on a machine), and 7 to 12 more for 16 steps more; a launch of 46 steps
+of 3B LoRA 55, of 3B `full` under FSDP2 56 to 93, of 7B 88. A call begins with `. bench/device.sh; s="python3 bench/scaling.py --out $OUT"`, wants `.whl`
 carried, and ends by itself, since no launch outlasts --within:
 
-    $s --rows 3B-lora-ddp,3B-full-fsdp2 --parts speed --steps 46 --warm 30 --profile             # 40+55+55+75+80 = 305
-    $s --rows 3B-full-fsdp2 --parts speed --steps 46 --warm 30 --launcher fsdp_reshard_after_forward=false        # 60
-    $s --rows 7B-full-fsdp2,3B-full-zero2 --parts speed --steps 46 --warm 30                     # 75+88+60 = 223
+    $s --rows 3B-lora-ddp,3B-full-fsdp2 --parts speed --steps 48 --warm 32 --profile             # 40+64+55+84+80 = 323
+    $s --rows 3B-full-fsdp2 --parts speed --steps 48 --warm 32 --launcher fsdp_reshard_after_forward=false        # 60
+    $s --rows 7B-full-fsdp2,3B-full-zero2 --parts speed --steps 48 --warm 32                     # 90+90+60 = 240
 
 On four GPUs, after more steps: one of four ranks in sixteen steps behind the thirtieth took a fifth longer, perhaps for
 a graph of attention that its rows were the first to need (`busy_s_of_ranks` tells whether it is always the same GPU):
 
-    $s --gpus 4 --rows 3B-lora-ddp --parts speed --steps 112 --warm 80                           # 40+95+100
+    $s --gpus 4 --rows 3B-lora-ddp --parts speed --steps 112 --warm 96                           # 40+95+110
 
-Courses share GPUs, each with a size of its own. With its one GPU a course of 50 steps took 320 s (3B `full` under
-FSDP2) or 240 (7B `qlora`), three at a time:
+Courses share GPUs, by `--memory low` as many as their sizes allow (`vlft plan` tells them). With its one GPU a course of
+50 steps took 190 s (3B `qlora`) to 340 (3B `full` under ZeRO-3), each further one of the size 150 to 270, four at a time
+(2026-11-30). One GPU of a 7B `full` takes 117 GiB of the first card, so that nothing large may be there:
 
-    END=586; . bench/cards.sh; prep 3B 7B
-    c="--parts course --batch 4 --steps 50 --warm 4 --workers 4 --limit 560 --launch_limit 330"
-    list a 0,1 "bench/scaling.py --rows 3B-full-zero3 $c --option memory=72GiB --runs /dev/shm/a"
-    list b 1,0 "bench/scaling.py --rows 7B-qlora-fsdp2,3B-lora-zero3 $c --option memory=30GiB --runs /dev/shm/b"
-    list c 1,0 "bench/scaling.py --rows 3B-lora-fsdp2,3B-lora-zero2 $c --option memory=30GiB --runs /dev/shm/c"; finish
+    END=582; . bench/cards.sh; prep 3B 7B
+    c="--parts course --batch 4 --steps 50 --warm 4 --workers 3 --limit 570 --launch_limit 400 --option memory=low"
+    list a 0,1 "bench/scaling.py --rows 7B-full-fsdp2-4,7B-full-zero3-4 $c --runs /dev/shm/a --within $(left)"
+    list b 1,0 "bench/scaling.py --rows 3B-qlora-zero2 $c --runs /dev/shm/b --within $(left)"; finish
 
-On a machine that is still warm the models are there, and so is what one GPU did. The first steps of a run are slow
+and then, on the machine that is still warm,
+
+    list c 0,1 "bench/scaling.py --rows 3B-full-zero2,3B-full-ddp $c --runs /dev/shm/c --within $(left)"
+    list d 1,0 "bench/scaling.py --rows 3B-lora-zero2,3B-lora-zero3 $c --runs /dev/shm/d --within $(left)"; finish
+
+There the models are made, and what one GPU did is known. The first steps of a run are slow
 (docs/performance.md), so that --warm matters.
 """
 
@@ -58,6 +65,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import json
 import os
 import shlex
@@ -350,6 +358,12 @@ class Table:
         self.known[key] = value
         self._kept.write_text(json.dumps(self.known))
 
+    def asking(self, **other: Any) -> Table:
+        """The same, with other options."""
+        made = copy.copy(self)
+        made.given = argparse.Namespace(**vars(self.given) | other)
+        return made
+
     def words(self, spread: Spread, batch: tuple[int, int], **more: str) -> list[str]:
         given = self.given
         ours = {"per_device_train_batch_size": str(batch[0]), "gradient_accumulation_steps": str(batch[1])}
@@ -398,7 +412,7 @@ def run_row(name: str, spread: Spread, table: Table) -> None:
     facts["layout"] = spread.layout
     total = spread.batch * n
     one = min(FULL_ROW, total)
-    speed = alone(spread, (spread.batch, 1), table) if {"speed", "one"} & {*spread.parts} else None
+    speed = alone(spread, (spread.batch, 1), table, timed=n) if {"speed", "one"} & {*spread.parts} else None
     if spread.parts == ("one",):
         return
     whole = alone(spread, (one, total // one), table) if "course" in spread.parts and spread.alone else None
@@ -423,11 +437,15 @@ def run_row(name: str, spread: Spread, table: Table) -> None:
     shutil.rmtree(table.output, ignore_errors=True)
 
 
-def alone(spread: Spread, batch: tuple[int, int], table: Table) -> dict[str, Any]:
+def alone(spread: Spread, batch: tuple[int, int], table: Table, timed: int = 1) -> dict[str, Any]:
     """What one GPU does with these samples of a forward, forwards of a step: its line, with the curve.
 
     `error` is in it where it could not, which is not tried again.
+
+    Args:
+        timed: times as many timed steps as were asked for.
     """
+    table = table.asking(steps=table.given.warm + timed * (table.given.steps - table.given.warm))
     given = table.given
     key = (
         f"{spread.size} {spread.strategy} {batch} {given.steps} {given.warm} {given.more} {spread.alone} {given.option}"
@@ -468,6 +486,8 @@ def speed_of(running: Launch, one: dict[str, Any] | None, spread: Spread, given:
     if one is not None and "error" not in one:
         found |= {"one_gpu": one["samples_per_s"], "reference": one["reference"], "one_gpu_memory": one["memory"]}
         found["efficiency"] = rate / running.processes / one["samples_per_s"]
+        if lines[0]["mfu"] and one["mfu"]:
+            found["work"] = found["mfu"] / one["mfu"] / found["efficiency"]
     return found | _common(running)
 
 
@@ -573,6 +593,7 @@ def gpus_here(device: str) -> int:
 
 def main() -> None:
     began = time.monotonic()
+    bench.end_with_children()
     given = parser().parse_args()
     rows = chosen_rows(given)
     if given.more < 3 or not 0 < given.warm < given.steps:

@@ -98,6 +98,8 @@ Parts = dict[tuple[str, int, str, int], dict[str, Any]]
 SPEED_HEAD = (
     "row", "GPUs", "samples/s", "one GPU", "efficiency", "goal", "MFU a GPU", "GiB", "slowest rank / mean",
 )  # fmt: skip
+SAME = 0.002
+"""By so much may a sample of several GPUs cost more than one of the one GPU's, and efficiency be told by samples alone."""
 COURSE_HEAD = ("row", "GPUs", "losses against", "to the checkpoint", "killed", "others ended after", "resumed")
 
 
@@ -116,11 +118,13 @@ def speed_row(line: dict[str, Any]) -> list[str]:
     def given(name: str, form: str) -> str:
         return format(line[name], form) if line.get(name) is not None else ""
 
-    other = line.get("reference", "the same optimizer")
+    other, work = line.get("reference", "the same optimizer"), line.get("work", 1.0)
+    # Unless both were timed over the same samples: what they had to compute was not the same.
+    of_work = f", {line['efficiency'] * work:.1%} of the work" if abs(work - 1) > SAME else ""
     one = given("one_gpu", ".2f") + ("" if other == "the same optimizer" else f", {other}")
     return [
         f"{line['row']}, {line['batch']} a GPU", str(line["world"]), given("samples_per_s", ".2f"), one,
-        given("efficiency", ".1%"), f">= {line['goal']:.0%}" if line.get("goal") else "", given("mfu", ".1%"),
+        given("efficiency", ".1%") + of_work, f">= {line['goal']:.0%}" if line.get("goal") else "", given("mfu", ".1%"),
         given("peak_gib", ".1f"), given("balance", ".3f"),
     ]  # fmt: skip
 

@@ -241,6 +241,13 @@ def _words(options: dict[str, Any]) -> list[str]:
     return [word for name, value in options.items() for word in (f"--{name}", str(value))]
 
 
+def end_with_children() -> None:
+    """A bench that is told to end raises, so that what it started ends too. Its processes have sessions of their own,
+    which no `timeout` reaches: a run that was left behind held the GPU's memory when the next one began.
+    """
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+
+
 def run(words: list[str], limit: float, env: dict[str, str], log: Path) -> str:
     """Run it to its end, or to the end of the time; what it said goes to `log`. Returns what went wrong, or ""."""
     with log.open("w") as out:
@@ -248,9 +255,11 @@ def run(words: list[str], limit: float, env: dict[str, str], log: Path) -> str:
         child = subprocess.Popen(words, stdout=out, stderr=subprocess.STDOUT, env=env, start_new_session=True)
         try:
             code = child.wait(limit)
-        except subprocess.TimeoutExpired:
+        except BaseException as error:
             os.killpg(child.pid, signal.SIGKILL)
             child.wait()
+            if not isinstance(error, subprocess.TimeoutExpired):
+                raise
             return f"not done after {limit:.0f} s\n{_tail(log)}"
     return f"exit {code}\n{_tail(log)}" if code else ""
 
@@ -300,6 +309,7 @@ def prepare(rows: list[tuple[str, Row]], given: argparse.Namespace) -> None:
 
 
 def main() -> None:
+    end_with_children()
     given = parser().parse_args()
     given.root.mkdir(parents=True, exist_ok=True)
     if given.one:

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from runs import command, environment
 
 from vlft import engine
-from vlft.allocator import NAMES, prepare_allocator
+from vlft.allocator import NAMES, prepare_allocator, shortage
 
 EXPANDS = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
 ON_LINUX = pytest.mark.skipif(sys.platform != "linux", reason="no such segments here")
@@ -32,6 +33,24 @@ def test_what_the_user_says_stays(name: str, value: str) -> None:
     found = {name: value}
     prepare_allocator(found)
     assert found == {name: value}
+
+
+@pytest.mark.parametrize(
+    ("free", "reserved", "others"),
+    [
+        (2e9, 56e9, "; other processes hold 78.7 of its 133.4 GiB, nvidia-smi names them"),
+        (2e9, 140e9, ""),  # what is left is this process's own: the driver's and NCCL's
+    ],
+)
+def test_an_error_tells_what_others_hold(
+    monkeypatch: pytest.MonkeyPatch, free: float, reserved: float, others: str
+) -> None:
+    """A run that a kill had left behind held 80 GiB, and the user was told to train fewer parts."""
+    facts = {"is_available": True, "mem_get_info": (free, 143.27e9), "memory_reserved": reserved}
+    for name, value in facts.items():
+        monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
+    error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of ...")
+    assert shortage(error) == f"CUDA out of memory{others}"
 
 
 def test_elsewhere_nothing_is_set(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -114,7 +116,7 @@ def test_two_processes_train_lose_one_and_go_on(tmp_path: Path) -> None:
     tiny = ("--size", "tiny", "--device", "cpu", "--records", 12, "--workers", 0, "--root", tmp_path / "root")
     # A rank is killed in one of the `more` steps: on a busy machine these must not be over before it is.
     steps = ("--steps", 3, "--warm", 1, "--more", 30, "--batch", 2, "--out", tmp_path / "out")
-    alone, _ = run("scaling.py", "--rows", "3B-lora-ddp-4", "--parts", "one", "--gpus", 1, *tiny, *steps)
+    alone, _ = run("scaling.py", "--rows", "3B-lora-ddp-4", "--parts", "one", "--gpus", 2, *tiny, *steps)
     assert json.loads(alone)["part"] == "one GPU"
     said = run("scaling.py", "--rows", "3B-lora-ddp-4", "--parts", "speed,course", *tiny, *steps, limit=400)
     *lines, last = said
@@ -141,6 +143,21 @@ def test_two_processes_train_lose_one_and_go_on(tmp_path: Path) -> None:
     assert "| 3B-lora-ddp-4 | 2 | one GPU | 3 steps: " in table
     assert "| one rank | " in table
     assert (table[:2], table[-2:]) == ("a\n", "b\n")
+
+
+def test_what_is_ended_leaves_nothing_behind(tmp_path: Path) -> None:
+    """By `timeout`, say: a training that went on held 80 GiB of a GPU when the next bench began."""
+    words = [BENCH / "scaling.py", "--rows", "3B-lora-ddp-4", "--parts", "one", "--gpus", 1, "--root", tmp_path]
+    words += ["--size", "tiny", "--device", "cpu", "--records", 12, "--workers", 0, "--steps", 4000, "--warm", 1]
+    bench = subprocess.Popen([sys.executable, *map(str, words), "--out", str(tmp_path / "out")], env=environment())
+    notes = tmp_path / "notes/rank-0.jsonl"
+    while not (notes.exists() and notes.read_text().endswith("\n")):
+        assert bench.poll() is None
+        time.sleep(0.1)
+    training = json.loads(notes.read_text().splitlines()[0])["pid"]
+    bench.terminate()
+    assert bench.wait(60) == 128 + signal.SIGTERM
+    assert not Path(f"/proc/{training}").exists()
 
 
 @pytest.mark.slow
@@ -190,3 +207,15 @@ def test_a_gpu_that_could_not_is_no_reference(monkeypatch: pytest.MonkeyPatch, t
     found = scaling_table(read_scaling([tmp_path / "lines.jsonl"]))
     assert "| 3B-full-fsdp2 | 2 | zero2 | 2 steps: 2.0e-02, 1.5e-02 |  |  | on 2: went on; on 1: failed |" in found
     assert found.endswith("Failed: 3B-full-fsdp2 (resume).\n")
+
+
+@pytest.mark.parametrize(("work", "told"), [(None, "90.0%"), (1.001, "90.0%"), (1.0151, "90.0%, 91.4% of the work")])
+def test_an_efficiency_tells_where_samples_were_not_alike(
+    monkeypatch: pytest.MonkeyPatch, work: float | None, told: str
+) -> None:
+    """What two GPUs were timed over cost 1.5% more than what one was: it had been told as a loss of theirs."""
+    monkeypatch.syspath_prepend(str(BENCH))
+    from table import speed_row
+
+    line = {"row": "3B-full-fsdp2", "world": 2, "batch": 8, "samples_per_s": 18.0, "one_gpu": 10.0, "efficiency": 0.9}
+    assert speed_row(line | ({"work": work} if work else {}))[4] == told

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vlft.allocator import shortage
 from vlft.data.collate import Row
 from vlft.data.prepare import Data
 from vlft.data.show import Described, last_answer
@@ -91,9 +92,8 @@ def evaluate(
 
 
 def does_not_fit(error: torch.OutOfMemoryError) -> DeviceMemoryError:
-    first = str(error).split(". ")[0]
     return DeviceMemoryError(
-        f"the model and one batch of an evaluation do not fit into this device ({first}); lower "
+        f"the model and one batch of an evaluation do not fit into this device ({shortage(error)}); lower "
         "--per_device_eval_batch_size, --eval_max_new_tokens or --max_pixels."
     )
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from vlft import checkpoint as checkpoints
 from vlft import report
+from vlft.allocator import shortage
 from vlft.data.budget import Budget, Load
 from vlft.data.collate import Row
 from vlft.data.loader import Step
@@ -34,10 +35,9 @@ _UNITS = {"bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 
 def end_of_memory(error: torch.OutOfMemoryError) -> DeviceMemoryError:
     """Outside of a row's forward and backward there is nothing to make smaller."""
-    first = str(error).split(". ")[0]
     return DeviceMemoryError(
-        f"the model with gradients and optimizer states does not fit into this device ({first}); train fewer parts, "
-        "give --memory low or --optim adamw_8bit, or spread it over GPUs with --deepspeed zero3."
+        f"the model with gradients and optimizer states does not fit into this device ({shortage(error)}); train "
+        "fewer parts, give --memory low or --optim adamw_8bit, or spread it over GPUs with --deepspeed zero3."
     )
 
 

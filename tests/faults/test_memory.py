@@ -14,11 +14,12 @@ from safetensors.torch import load_file
 from spoiled import OfGpu
 
 from vlft import optim
+from vlft.allocator import CONTEXT
 from vlft.engine.base import Engine
 from vlft.errors import ConfigError, DataError, DeviceMemoryError
 from vlft.models.forward import PackedVLM
 from vlft.models.kernels import room_on_gpu
-from vlft.models.kernels.memory import CONTEXT, MARGIN
+from vlft.models.kernels.memory import MARGIN
 from vlft.optim.remainder import remainder_of
 
 FITS_ALONE = 110
@@ -329,5 +330,5 @@ def test_a_model_that_does_not_fit_at_all(tiny: Callable[..., Path], tmp_path: P
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has ...")
 
     monkeypatch.setattr(torch.optim.AdamW, "step", out)
-    with pytest.raises(DeviceMemoryError, match="does not fit into this device"):
+    with pytest.raises(DeviceMemoryError, match=r"does not fit into this device \(CUDA out of memory\)"):
         train(words(tiny(), write_data(tmp_path), tmp_path / "out"))

@@ -17,7 +17,7 @@ import torch
 from runs import CPU_ADAM, FSDP, command, environment, final_weights, ledger, metrics, start, write_data
 from safetensors.torch import load_file
 
-from vlft.models.kernels.memory import CONTEXT
+from vlft.allocator import CONTEXT
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 RATES = {f"learning_rate_{p}": 4e-4 for p in ("llm", "vit", "projector")}

@@ -16,12 +16,13 @@ import torch
 from runs import write_data
 from torch import nn
 
+from vlft.allocator import CONTEXT
 from vlft.commands import COMMANDS, parse_command, read_plan
 from vlft.data.tokens import Chat
 from vlft.errors import ConfigError
 from vlft.models.flops import Shape
 from vlft.models.forward import PackedVLM
-from vlft.models.kernels.memory import CONTEXT, MARGIN, Cost, Memory, Sizes
+from vlft.models.kernels.memory import MARGIN, Cost, Memory, Sizes
 from vlft.models.load import load_config, open_checkpoint, source_of
 from vlft.planning import advice, gpus
 from vlft.planning.estimate import Estimate, _chat, estimate

@@ -9,13 +9,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from vlft.allocator import CONTEXT
 from vlft.config import MemoryPlan
 from vlft.family import PARTS, Part, Parts
 from vlft.models.flops import Shape
 from vlft.models.forward import base_model
 from vlft.models.kernels.block import Keep
 from vlft.models.kernels.install import blocks_of
-from vlft.models.kernels.memory import CONTEXT, MARGIN, MARGIN_WITHOUT_RETRY, Cost, Sizes, Tower, choose, fixed_by, peak
+from vlft.models.kernels.memory import MARGIN, MARGIN_WITHOUT_RETRY, Cost, Sizes, Tower, choose, fixed_by, peak
 from vlft.models.load import is_quantised
 from vlft.planning.load import Row
 from vlft.proof import logical_size

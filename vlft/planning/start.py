@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+from vlft.allocator import held_by_others
 from vlft.planning import gpus
 from vlft.planning.estimate import Cut, allowed, as_trained, cut_of, expected, shared_out
 from vlft.planning.gpus import GIB, Gpu
@@ -23,6 +24,8 @@ def say_plan(job: Job) -> None:
     if job.engine.is_main and (gpu := gpus.here()) is not None and job.done_steps < job.total_steps:
         for line in short(job, gpu):
             job.journal.say(line)
+        if others := held_by_others():
+            job.journal.say(f"this GPU is shared: {others}. The plan is of all of it.")
 
 
 def short(job: Job, gpu: Gpu) -> Sequence[str]:

@@ -16,13 +16,11 @@ import numpy as np
 import torch
 from torch import nn
 
+from vlft.allocator import CONTEXT
 from vlft.models.kernels.block import Block, Keep
 from vlft.models.kernels.install import Installed
 from vlft.optim import gradient_dtype
 
-CONTEXT = int(0.81e9)
-"""Bytes of a process on a GPU outside PyTorch's allocator: the driver's context, libraries' workspaces, kernels. On an
-H200 0.79e9 to 0.80e9 in 30 runs (bench/planning.py)."""
 MARGIN, MARGIN_WITHOUT_RETRY = 0.045, 0.06
 """Of the memory, for what the allocator cannot use because it lies in pieces, and for libraries' workspaces; the second
 where a row that does not fit ends the run."""
