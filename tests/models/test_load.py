@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 import huggingface_hub
 import pytest
+from runs import environment
 
 from vlft.models.load import open_checkpoint
 from vlft.testing import make_checkpoint
@@ -37,3 +40,36 @@ def test_code_is_fetched_only_if_it_may_run(
         (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(settings))
     assert open_checkpoint(name, trust_remote_code=trust).trust_remote_code is trust
     assert fetched == ["config.json", "model.safetensors", *(["modeling_mine.py"] if trust else [])]
+
+
+LOADED = """
+import sys
+from contextlib import nullcontext
+import torch
+from transformers import modeling_utils
+from vlft.config import deepspeed_path
+from vlft.engine import start_engine
+from vlft.models.load import _without_zero3, load_hf, open_checkpoint, source_of
+
+modeling_utils.prevent_arange_dtype_change = nullcontext  # of newer versions: as if it were an older one
+engine = start_engine("bf16", deepspeed_path("zero3"), 1.0)
+for folder in sys.argv[1:]:
+    source = source_of(open_checkpoint(folder), "bf16", engine.device, sharded=True)
+    cut = dict(source.load().named_buffers())
+    with _without_zero3():
+        whole = dict(load_hf(source.checkpoint.folder, "cpu", dtype=torch.bfloat16).named_buffers())
+    assert cut.keys() == whole.keys() and len(whole) > 1
+    wrong = [name for name in whole if cut[name].dtype != whole[name].dtype or not torch.equal(cut[name], whole[name])]
+    print("wrong:", *wrong)
+"""
+
+
+def test_what_a_model_works_out_is_as_precise_under_zero3(tmp_path: Path) -> None:
+    """The frequencies of rotary embeddings were rounded to bf16, which turns a token at 1,000 by up to 1.2 radians
+    too far: DeepSpeed makes every number in the compute dtype while a model is built, not its weights alone."""
+    made = [str(make_checkpoint(family, tmp_path / family)) for family in ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")]
+    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29671"}
+    words = [sys.executable, "-c", LOADED, *made]
+    done = subprocess.run(words, capture_output=True, text=True, env=environment(**alone), timeout=200, check=False)
+    assert not done.returncode, done.stderr[-3000:]
+    assert [line for line in done.stdout.splitlines() if line.startswith("wrong:")] == ["wrong:"] * len(made)

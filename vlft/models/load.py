@@ -263,13 +263,18 @@ class Source:
 
     def load(self, **overrides: Any) -> nn.Module:
         """The Hugging Face model in the checkpoint's dtype; `cast` (below) gives each weight its own afterwards."""
+        from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+
         folder, trust = self.checkpoint.folder, self.checkpoint.trust_remote_code
         if self.sharded and "quantization_config" in overrides:
             # Packed weights cannot be cut up while they are made: whole first, cut up by the engine afterwards.
             with _without_zero3():
                 return load_hf(folder, self.device, trust, **overrides)
         where = {"dtype": self.compute_dtype, "device_map": None} if self.sharded else {}
-        return load_hf(folder, self.device, trust, **where | overrides)
+        model = load_hf(folder, self.device, trust, **where | overrides)
+        if is_deepspeed_zero3_enabled():
+            _make_buffers_anew(model)
+        return model
 
 
 def load_hf(folder: Path, device: torch.device | str, trust_remote_code: bool = False, **overrides: Any) -> nn.Module:
@@ -371,6 +376,23 @@ def _keep_packing(model: nn.Module) -> None:
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
+
+
+def _make_buffers_anew(model: Any) -> None:
+    """What a model works out while it is built, as without ZeRO-3.
+
+    There DeepSpeed puts every number of it into the compute dtype, not its weights alone: the frequencies of rotary
+    embeddings in bf16 turn the token at 1,000 by up to 1.2 radians too far. transformers keeps them from it in some
+    versions only (not in 5.17).
+    """
+    from accelerate import init_empty_weights
+
+    with _without_zero3(), init_empty_weights(include_buffers=False):
+        made = dict(type(model)._from_config(model.config).named_buffers(remove_duplicate=False))
+    saved = model.state_dict().keys()
+    for name, buffer in model.named_buffers(remove_duplicate=False):
+        if name not in saved:
+            buffer.data = made[name].to(buffer.device)
 
 
 @contextmanager
