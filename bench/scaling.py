@@ -30,22 +30,23 @@ Lines go to stdout and OUT/scaling.jsonl (--out), what the programs said to OUT/
 names the rows that are left. bench/table.py --scaling makes docs/distributed.md's table of the lines.
 
 The plan for a machine with two GPUs, in order of worth. Measured on H200s (2026-11-29): models and data 40 s; one GPU
-55 (46 steps of 3B) to 75 (of 7B, or the first on a machine), and 7 to 12 more for 16 steps more; a launch of 46 steps
-of 3B LoRA 55, of 3B `full` under FSDP2 56 to 93, of 7B 88. A call begins with `. bench/device.sh; s="python3 bench/scaling.py --out $OUT"`, wants `.whl`
+55 (46 steps of 3B) to 75 (of 7B, or the first on a machine); a launch of 46 steps of 3B LoRA 55, of 3B `full` under
+FSDP2 56 to 93, of 7B 88. A call begins with `. bench/device.sh; s="python3 bench/scaling.py --out $OUT"`, wants `.whl`
 carried, and ends by itself, since no launch outlasts --within:
 
-    $s --rows 3B-lora-ddp,3B-full-fsdp2 --parts speed --steps 48 --warm 32 --profile             # 40+64+55+84+80 = 323
-    $s --rows 3B-full-fsdp2 --parts speed --steps 48 --warm 32 --launcher fsdp_reshard_after_forward=false        # 60
-    $s --rows 7B-full-fsdp2,3B-full-zero2 --parts speed --steps 48 --warm 32                     # 90+90+60 = 240
+    long="--parts speed --steps 80 --warm 64"; short="--parts speed --steps 48 --warm 32"
+    $s $long --rows 3B-lora-ddp --profile                                                        # 40+75+70 = 185
+    $s $short --rows 3B-full-fsdp2 --launcher fsdp_reshard_after_forward=false                   # 65+80 = 145
+    $s $short --rows 7B-full-fsdp2,3B-full-zero2                                                 # 90+90+60 = 240
 
-On four GPUs, after more steps: one of four ranks in sixteen steps behind the thirtieth took a fifth longer, perhaps for
-a graph of attention that its rows were the first to need (`busy_s_of_ranks` tells whether it is always the same GPU):
+Attention builds a graph for a row of a new size, for which all ranks wait: two GPUs need the last for a while in the
+44th step, four in the 57th. On four:
 
-    $s --gpus 4 --rows 3B-lora-ddp --parts speed --steps 112 --warm 96                           # 40+95+110
+    $s --parts speed --steps 112 --warm 96 --gpus 4 --rows 3B-lora-ddp                           # 40+95+110
 
-Courses share GPUs, by `--memory low` as many as their sizes allow (`vlft plan` tells them). With its one GPU a course of
-50 steps took 190 s (3B `qlora`) to 340 (3B `full` under ZeRO-3), each further one of the size 150 to 270, four at a time
-(2026-11-30). One GPU of a 7B `full` takes 117 GiB of the first card, so that nothing large may be there:
+Courses share GPUs, by `--memory low` as many as their sizes allow (`vlft plan` tells them). With its one GPU a course
+of 50 steps took 190 s (3B `qlora`) to 340 (3B `full` under ZeRO-3), each further one of the size 150 to 270, four at a
+time (2026-11-30). One GPU of a 7B `full` takes 117 GiB of the first card, so that nothing large may be there:
 
     END=582; . bench/cards.sh; prep 3B 7B
     c="--parts course --batch 4 --steps 50 --warm 4 --workers 3 --limit 570 --launch_limit 400 --option memory=low"
@@ -57,8 +58,8 @@ and then, on the machine that is still warm,
     list c 0,1 "bench/scaling.py --rows 3B-full-zero2,3B-full-ddp $c --runs /dev/shm/c --within $(left)"
     list d 1,0 "bench/scaling.py --rows 3B-lora-zero2,3B-lora-zero3 $c --runs /dev/shm/d --within $(left)"; finish
 
-There the models are made, and what one GPU did is known. The first steps of a run are slow
-(docs/performance.md), so that --warm matters.
+There the models are made, and what one GPU did is known to a list of the same name. The first steps of a run are
+slow (docs/performance.md), so that --warm matters.
 """
 
 from __future__ import annotations

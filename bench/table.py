@@ -99,7 +99,7 @@ SPEED_HEAD = (
     "row", "GPUs", "samples/s", "one GPU", "efficiency", "goal", "MFU a GPU", "GiB", "slowest rank / mean",
 )  # fmt: skip
 SAME = 0.002
-"""By so much may a sample of several GPUs cost more than one of the one GPU's, and efficiency be told by samples alone."""
+"""By so much may a sample of several GPUs cost more than one of one GPU's, and samples alone tell the efficiency."""
 COURSE_HEAD = ("row", "GPUs", "losses against", "to the checkpoint", "killed", "others ended after", "resumed")
 
 

@@ -96,6 +96,7 @@ def test_a_gpu_that_no_table_knows_is_told_no_time(
     [
         (Cut(), 400, 400, 800),
         (Cut(2, masters=True), 200, 100, 600),
+        (Cut(2, masters=True, wide_sums=True), 200, 200, 600),
         (Cut(3, masters=True), 100, 100, 600),
         (Cut(3), 200, 200, 400),
         (Cut(2, masters=True, states_away=True), 200, 0, 0),
@@ -154,4 +155,4 @@ def test_a_file_of_the_launcher_is_planned_with(
         Engine, "deepspeed", {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}
     )
     said(monkeypatch, words)
-    assert cuts == [Cut(2, masters=True, states_away=True)]
+    assert cuts == [Cut(2, masters=True, states_away=True, wide_sums=True)]

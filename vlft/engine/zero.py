@@ -64,6 +64,18 @@ def read_config(path: Path) -> dict[str, Any]:
     return dict(config)
 
 
+def sums_in_fp32(config: Mapping[str, Any], *, bf16: bool) -> bool:
+    """Whether gradients of a step's rows add up in fp32.
+
+    In bf16, DeepSpeed's own choice, a sum of 32 rows is 0.6% off, 20 times as far as in fp32. Under ZeRO-1 it would run
+    another optimizer for it, and in fp16 it was not tried.
+    """
+    asked = (config.get("data_types") or {}).get("grad_accum_dtype")
+    if asked is not None:
+        return "16" not in asked
+    return bf16 and int(config["zero_optimization"]["stage"]) > 1
+
+
 def hear_norms(zero: Any) -> list[Any]:
     """A list in which each step leaves the norm of every group (ZeRO-3: of every sub-group), in their order.
 
@@ -119,6 +131,8 @@ class ZeroEngine(Engine):
         }
         if self.precision != "no":
             self.deepspeed[self.precision] = {"enabled": True}
+        if sums_in_fp32(self.deepspeed, bf16=self.precision == "bf16"):
+            self.deepspeed["data_types"] = {"grad_accum_dtype": "fp32"}
         plugin = DeepSpeedPlugin(hf_ds_config=self.deepspeed, zero3_init_flag=False)
         return Accelerator(mixed_precision=self.precision, deepspeed_plugin=plugin, kwargs_handlers=handlers)
 

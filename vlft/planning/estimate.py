@@ -18,6 +18,7 @@ from vlft.config import Run, RunConfig, deepspeed_path, global_batch
 from vlft.data.budget import Budget
 from vlft.data.prepare import Data, prepare_data
 from vlft.data.tokens import Chat
+from vlft.engine.zero import sums_in_fp32
 from vlft.family import Family
 from vlft.models.flops import Shape, Training, describe
 from vlft.models.load import Checkpoint, Source, compute_dtype, load_config, open_checkpoint
@@ -63,7 +64,7 @@ def estimate(run: Run, gpu: Gpu, *, world_size: int = 1) -> Estimate:
     shape, training, static = _model(run, compute)
     steps = look(data, shape, costs=costs_of((shape, training), static.parts), budget=Budget())
     zero = json.loads(deepspeed_path(config.deepspeed).read_text()) if config.deepspeed else None
-    static = shared_out(static, cut_of(zero), world_size, compute=compute.itemsize)
+    static = shared_out(static, cut_of(zero, compute), world_size, compute=compute.itemsize)
     if compute == torch.bfloat16 and not config.reference:
         static = as_trained(static, steps, alone=world_size == 1)
     memory, time = expected(config, static, shape, training, steps, gpu, compute)
@@ -114,9 +115,11 @@ class Cut:
     """Weights are, and come to the GPU for their layer."""
     packed_whole: bool = False
     """Packed 4-bit weights are not cut up (FSDP)."""
+    wide_sums: bool = False
+    """What is cut up of gradients is in fp32, although they come in the compute dtype."""
 
 
-def cut_of(deepspeed: Mapping[str, Any] | None) -> Cut:
+def cut_of(deepspeed: Mapping[str, Any] | None, compute: torch.dtype) -> Cut:
     """By DeepSpeed's configuration; nothing without."""
     if deepspeed is None:
         return Cut()
@@ -124,7 +127,10 @@ def cut_of(deepspeed: Mapping[str, Any] | None) -> Cut:
     away = {
         what: (zero.get(f"offload_{what}") or {}).get("device", "none") != "none" for what in ("optimizer", "param")
     }
-    return Cut(int(zero.get("stage", 0)), True, states_away=away["optimizer"], weights_away=away["param"])
+    return Cut(
+        int(zero.get("stage", 0)), True, states_away=away["optimizer"], weights_away=away["param"],
+        wide_sums=sums_in_fp32(deepspeed, bf16=compute == torch.bfloat16),
+    )  # fmt: skip
 
 
 def shared_out(static: Static, cut: Cut, world_size: int, *, compute: int) -> Static:
@@ -145,6 +151,8 @@ def shared_out(static: Static, cut: Cut, world_size: int, *, compute: int) -> St
             for part, still in zip(parts, whole, strict=True)
         ]
     gradients = 0.0 if cut.states_away else static.gradients / (n if cut.stage > 1 else 1)
+    if cut.wide_sums:
+        gradients *= 4 / compute
     states = 0.0 if cut.states_away else states / (n if cut.stage else 1)
     return replace(static, parts=parts, states=states, gradients=gradients, sharded=cut.stage > 0)
 

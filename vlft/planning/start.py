@@ -37,7 +37,8 @@ def short(job: Job, gpu: Gpu) -> Sequence[str]:
     compute, source = job.source.compute_dtype, job.source
     static = static_of(job.model, source.parts, source.tied_head, config.optim, compute.itemsize, shape)
     # Of the engine, which also reads a file that Accelerate's launcher names.
-    cut = cut_of(engine.deepspeed) if engine.deepspeed else Cut(engine.stage, packed_whole=not engine.shards_packed)
+    whole = Cut(engine.stage, packed_whole=not engine.shards_packed)
+    cut = cut_of(engine.deepspeed, compute) if engine.deepspeed else whole
     static = shared_out(static, cut, engine.world_size, compute=compute.itemsize)
     static = replace(static, passing=engine.passing_bytes())
     steps = look(
