@@ -35,7 +35,9 @@ list() { # name, card, commands of Python without --root and --out, which each l
   shift 2
   root=$SHARED-$name # where a later call on a machine that is still warm finds what this one did
   mkdir -p "$root"
-  ln -sf "$SHARED"/* "$root"
+  for made in "$SHARED"/model-* "$SHARED"/documents-* "$SHARED"/short-*; do
+    [ -e "$made" ] && ln -sfn "$made" "$root"
+  done
   (for words in "$@"; do
     [ "$(left)" -lt 25 ] && { echo "## no time for $words"; continue; }
     echo "## at $(($(date +%s) - BEGAN)) s: $words"

@@ -6,11 +6,11 @@
 
 A row is a size, a strategy and a layout. It has up to two parts:
 
-* `speed`: samples/s on n GPUs over n times those of one GPU with as many samples a step. One GPU alone is measured in
+* `speed`: samples/s on n GPUs over n times those of one GPU with as many samples a GPU. One GPU alone is measured in
   the same call (or in an earlier one that left its result on this machine), with the row's optimizer; where it cannot
   hold that one, the line's `reference` says what it ran instead. It is timed for n times as many steps, which are the
-  same samples where both are whole passes over the data: with its 256 samples, `--steps 48 --warm 32` on two GPUs or
-  four. `work` says how much a sample of the n GPUs took over one of the one GPU's, in FLOPs.
+  same samples where both are whole passes over the data: with its 256 samples, `--steps 48 --warm 32` or `80` and
+  `64` on two GPUs or four. `work` says how much a sample of the n GPUs took over one of the one GPU's, in FLOPs.
 * `course`: trains for --steps, is saved and killed, and goes on for --more steps from that checkpoint on as many GPUs
   and on half of them. Every curve is held against that of one GPU with the same global batch, step by step. Where one
   GPU cannot hold the row, against the first layout's that was run; `against` says whose. What is killed, by kill -9:
@@ -34,19 +34,17 @@ The plan for a machine with two GPUs, in order of worth. Measured on H200s (2026
 FSDP2 56 to 93, of 7B 88. A call begins with `. bench/device.sh; s="python3 bench/scaling.py --out $OUT"`, wants `.whl`
 carried, and ends by itself, since no launch outlasts --within:
 
-    long="--parts speed --steps 80 --warm 64"; short="--parts speed --steps 48 --warm 32"
-    $s $long --rows 3B-lora-ddp --profile                                                        # 40+75+70 = 185
-    $s $short --rows 3B-full-fsdp2 --launcher fsdp_reshard_after_forward=false                   # 65+80 = 145
-    $s $short --rows 7B-full-fsdp2,3B-full-zero2                                                 # 90+90+60 = 240
+    s="$s --parts speed --steps 80 --warm 64"
+    $s --rows 3B-lora-ddp --profile                                                              # 40+75+70 = 185
+    $s --rows 3B-full-fsdp2 --launcher fsdp_reshard_after_forward=false                          # 80+95 = 175
+    $s --rows 7B-full-fsdp2,3B-full-zero2                                                        # 115+115+75 = 305
 
-Attention builds a graph for a row of a new size, for which all ranks wait: two GPUs need the last for a while in the
-44th step, four in the 57th. On four:
-
-    $s --parts speed --steps 112 --warm 96 --gpus 4 --rows 3B-lora-ddp                           # 40+95+110
+Attention builds a graph for a row of a new size, for which all ranks wait: by a count over the plan, two GPUs need the
+last for a while in the 44th step, four in the 57th.
 
 Courses share GPUs, by `--memory low` as many as their sizes allow (`vlft plan` tells them). With its one GPU a course
 of 50 steps took 190 s (3B `qlora`) to 340 (3B `full` under ZeRO-3), each further one of the size 150 to 270, four at a
-time (2026-11-30). One GPU of a 7B `full` takes 117 GiB of the first card, so that nothing large may be there:
+time (2026-11-30). By the plan, one GPU of a 7B `full` takes 116 GiB of the first card, where nothing large may be then:
 
     END=582; . bench/cards.sh; prep 3B 7B
     c="--parts course --batch 4 --steps 50 --warm 4 --workers 3 --limit 570 --launch_limit 400 --option memory=low"

@@ -13,6 +13,7 @@ OUT/lines.jsonl, what the processes said to OUT/log.txt, profiles to OUT/profile
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import shutil
@@ -245,7 +246,12 @@ def end_with_children() -> None:
     """A bench that is told to end raises, so that what it started ends too. Its processes have sessions of their own,
     which no `timeout` reaches: a run that was left behind held the GPU's memory when the next one began.
     """
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+
+    def end(*_: Any) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # `timeout` sends it twice, the second time into what cleans up
+        sys.exit(128 + signal.SIGTERM)
+
+    signal.signal(signal.SIGTERM, end)
 
 
 def run(words: list[str], limit: float, env: dict[str, str], log: Path) -> str:
@@ -256,7 +262,8 @@ def run(words: list[str], limit: float, env: dict[str, str], log: Path) -> str:
         try:
             code = child.wait(limit)
         except BaseException as error:
-            os.killpg(child.pid, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(child.pid, signal.SIGKILL)
             child.wait()
             if not isinstance(error, subprocess.TimeoutExpired):
                 raise

@@ -151,13 +151,17 @@ def test_what_is_ended_leaves_nothing_behind(tmp_path: Path) -> None:
     words += ["--size", "tiny", "--device", "cpu", "--records", 12, "--workers", 0, "--steps", 4000, "--warm", 1]
     bench = subprocess.Popen([sys.executable, *map(str, words), "--out", str(tmp_path / "out")], env=environment())
     notes = tmp_path / "notes/rank-0.jsonl"
-    while not (notes.exists() and notes.read_text().endswith("\n")):
-        assert bench.poll() is None
-        time.sleep(0.1)
-    training = json.loads(notes.read_text().splitlines()[0])["pid"]
-    bench.terminate()
-    assert bench.wait(60) == 128 + signal.SIGTERM
-    assert not Path(f"/proc/{training}").exists()
+    try:
+        while not (notes.exists() and notes.read_text().endswith("\n")):
+            assert bench.poll() is None
+            time.sleep(0.1)
+        training = json.loads(notes.read_text().splitlines()[0])["pid"]
+        for _ in range(2):  # as `timeout` does
+            bench.terminate()
+        assert bench.wait(60) == 128 + signal.SIGTERM
+        assert not Path(f"/proc/{training}").exists()
+    finally:
+        bench.kill()
 
 
 @pytest.mark.slow

@@ -16,7 +16,7 @@ from runs import CPU_ADAM, distance, final_weights, metrics, start, train, write
 from safetensors.torch import load_file
 
 from vlft.engine import Engine
-from vlft.engine.zero import ZeroEngine
+from vlft.engine.zero import ZeroEngine, sums_in_fp32
 
 
 def words(model: Path, registry: Path, out: Path, strategy: str, **more: Any) -> list[str]:
@@ -78,6 +78,20 @@ def test_a_first_step_in_bf16_is_the_same_under_every_layout(tiny: Callable[...,
         start(line, processes=2)
         losses[layout] = [step["loss"] for step in metrics(out)]
     assert losses["zero2"] == losses["zero3"] == losses[None]
+
+
+@pytest.mark.parametrize(
+    ("stage", "types", "bf16", "fp32"),
+    [
+        (2, None, True, True), (3, {}, True, True), (3, {"buffer_dtype": "fp32"}, True, True),
+        (1, None, True, False),  # would be another optimizer of DeepSpeed's
+        (3, None, False, False),  # fp16, or fp32 throughout, where there is nothing to choose
+        (3, {"grad_accum_dtype": "bf16"}, True, False), (2, {"grad_accum_dtype": "fp32"}, False, True),
+    ],
+)  # fmt: skip
+def test_who_says_in_what_gradients_add_up(stage: int, types: dict[str, str] | None, bf16: bool, fp32: bool) -> None:
+    config = {"zero_optimization": {"stage": stage}} | ({} if types is None else {"data_types": types})
+    assert sums_in_fp32(config, bf16=bf16) == fp32
 
 
 @pytest.mark.slow

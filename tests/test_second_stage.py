@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from runs import command, train, write_data
+from runs import command, metrics, start, train, write_data
 from safetensors.torch import load_file, save_file
 
 from vlft import train as story
@@ -78,3 +78,15 @@ def test_a_base_that_was_half_deleted_is_made_again(adapters: tuple[Path, list[P
     (tmp_path / "out/base/tokenizer.json").write_text("{}")
     train(command(one, registry, tmp_path / "out", "vit_only", max_steps=1, resume_from_checkpoint="latest"))
     assert base_of(tmp_path / "out")
+
+
+@pytest.mark.slow
+def test_a_second_stage_under_zero3(adapters: tuple[Path, list[Path]], tmp_path: Path) -> None:
+    """The base that one process merges into was to be cut up over all, which ended the start."""
+    registry, (one, _) = adapters
+    for out, layout in (("whole", None), ("cut", "zero3")):
+        words = command(one, registry, tmp_path / out, "vit_only", max_steps=1, deepspeed=layout, mixed_precision="no")
+        start(words, processes=2)
+    assert same(base_of(tmp_path / "whole"), base_of(tmp_path / "cut"))
+    losses = [[step["loss"] for step in metrics(tmp_path / out)] for out in ("whole", "cut")]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)

@@ -20,8 +20,8 @@ NAMES = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CON
 CONTEXT = int(0.81e9)
 """Bytes of a process on a GPU outside the allocator: the driver's context, libraries' workspaces, kernels. On an H200
 0.79e9 to 0.80e9 in 30 runs (bench/planning.py)."""
-_SAYS_NOTHING = 2**30
-"""So much more than that may be this process's own: buffers of NCCL, say."""
+_OWN = 2**30, 0.05
+"""Bytes, and a share of the GPU: so much more than that may be this process's own, NCCL's buffers or modules, say."""
 
 
 def prepare_allocator(environment: MutableMapping[str, str] = os.environ) -> None:
@@ -43,9 +43,12 @@ def held_by_others() -> str:
 
     if not torch.cuda.is_available():
         return ""
-    free, total = torch.cuda.mem_get_info()
+    try:
+        free, total = torch.cuda.mem_get_info()
+    except RuntimeError:  # where this is to explain an error, it must not be another one
+        return ""
     others = total - free - torch.cuda.memory_reserved() - CONTEXT
-    if others <= _SAYS_NOTHING:
+    if others <= _OWN[0] + _OWN[1] * total:
         return ""
     return f"other processes hold {others / 2**30:.1f} of its {total / 2**30:.1f} GiB, nvidia-smi names them"
 

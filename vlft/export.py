@@ -359,6 +359,8 @@ def _attached(model: nn.Module, folder: Path, device: str) -> Any:
 
     try:
         return peft.PeftModel.from_pretrained(model, str(folder), torch_device=device)
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:  # broken files raise SafetensorError, KeyError, TypeError and more
         text = " ".join(str(error).split())[:200].rstrip(".")
         raise ModelError(f"the adapter in {folder} cannot be loaded: {text}; copy its files again.") from error

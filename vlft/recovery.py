@@ -17,7 +17,7 @@ from torch import Tensor
 
 from vlft import checkpoint as checkpoints
 from vlft import report
-from vlft.allocator import shortage
+from vlft.allocator import held_by_others, shortage
 from vlft.data.budget import Budget, Load
 from vlft.data.collate import Row
 from vlft.data.loader import Step
@@ -89,7 +89,8 @@ def make_room(job: Job, step: Step, load: Load | None) -> Step:
     loads = job.engine.gather([load] if load else [])
     stuck = [one for one in loads if one.spare is None]
     if any(not one.samples for one in stuck):
-        raise DeviceMemoryError(f"step {step.number + 1}: not even an empty row fits beside the model.")
+        others = f"; {held}" if (held := held_by_others()) else ""
+        raise DeviceMemoryError(f"step {step.number + 1}: not even an empty row fits beside the model{others}.")
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     if alone := [one for one in stuck if len(one.samples) == 1]:

@@ -47,7 +47,16 @@ from vlft.models.flops import Shape, Training, Work, unit_flops
 from vlft.models.forward import PackedVLM
 from vlft.models.kernels import Memory, memory_for, room_on_gpu
 from vlft.models.kernels.memory import MARGIN, MARGIN_WITHOUT_RETRY
-from vlft.models.load import Checkpoint, PictureFacts, Source, cast, open_checkpoint, read_json, source_of
+from vlft.models.load import (
+    Checkpoint,
+    PictureFacts,
+    Source,
+    cast,
+    open_checkpoint,
+    read_json,
+    source_of,
+    without_zero3,
+)
 from vlft.optim import Multiplier, build_optimizer, master_dtype, schedule
 from vlft.proof import Proof, check_groups, logical_size, part_table, render
 from vlft.rivals import nearest
@@ -532,7 +541,8 @@ def merge_base(adapter: Path, base: Path, *, fresh: bool) -> None:
         return
     if base.exists():
         shutil.rmtree(base)
-    export.merge(adapter, base)
+    with without_zero3():  # else the base would be cut up on the one process that merges
+        export.merge(adapter, base)
     write_json(mark, {"adapter": str(adapter.resolve()), "files": files})
 
 

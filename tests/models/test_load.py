@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from fnmatch import fnmatch
@@ -11,9 +12,11 @@ from typing import Any
 
 import huggingface_hub
 import pytest
+import torch
+import transformers
 from runs import environment
 
-from vlft.models.load import open_checkpoint
+from vlft.models.load import load_hf, open_checkpoint
 from vlft.testing import make_checkpoint
 
 
@@ -49,27 +52,41 @@ import torch
 from transformers import modeling_utils
 from vlft.config import deepspeed_path
 from vlft.engine import start_engine
-from vlft.models.load import _without_zero3, load_hf, open_checkpoint, source_of
+from vlft.models.load import without_zero3, load_hf, open_checkpoint, source_of
 
 modeling_utils.prevent_arange_dtype_change = nullcontext  # of newer versions: as if it were an older one
 engine = start_engine("bf16", deepspeed_path("zero3"), 1.0)
 for folder in sys.argv[1:]:
     source = source_of(open_checkpoint(folder), "bf16", engine.device, sharded=True)
     cut = dict(source.load().named_buffers())
-    with _without_zero3():
+    with without_zero3():
         whole = dict(load_hf(source.checkpoint.folder, "cpu", dtype=torch.bfloat16).named_buffers())
     assert cut.keys() == whole.keys() and len(whole) > 1
-    wrong = [name for name in whole if cut[name].dtype != whole[name].dtype or not torch.equal(cut[name], whole[name])]
-    print("wrong:", *wrong)
+    cut = {name: buffer.cpu() for name, buffer in cut.items()}
+    same = {name for name in whole if cut[name].dtype == whole[name].dtype and torch.equal(cut[name], whole[name])}
+    print("wrong:", *(whole.keys() - same))
 """
 
 
 def test_what_a_model_works_out_is_as_precise_under_zero3(tmp_path: Path) -> None:
     """The frequencies of rotary embeddings were rounded to bf16, which turns a token at 1,000 by up to 1.2 radians
-    too far: DeepSpeed makes every number in the compute dtype while a model is built, not its weights alone."""
+    more or less: DeepSpeed makes every number in the compute dtype while a model is built, not its weights alone."""
     made = [str(make_checkpoint(family, tmp_path / family)) for family in ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")]
-    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29671"}
+    port = str(20000 + os.getpid() % 20000)
+    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     words = [sys.executable, "-c", LOADED, *made]
     done = subprocess.run(words, capture_output=True, text=True, env=environment(**alone), timeout=200, check=False)
     assert not done.returncode, done.stderr[-3000:]
     assert [line for line in done.stdout.splitlines() if line.startswith("wrong:")] == ["wrong:"] * len(made)
+
+
+def test_memory_that_runs_out_is_not_the_files_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The user was told to copy the model's files again."""
+
+    def full(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    made = make_checkpoint("qwen2_5_vl", tmp_path / "base")
+    monkeypatch.setattr(transformers.AutoModelForImageTextToText, "from_pretrained", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        load_hf(made, "cpu")

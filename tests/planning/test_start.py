@@ -84,6 +84,12 @@ def test_a_cpu_is_told_nothing_of_memory_and_time(
     assert "data: a sample has 35 to 93 tokens (half of them up to " in out
 
 
+def test_what_others_hold_is_told(tiny: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(start, "held_by_others", lambda: "other processes hold 20.0 of its 79.6 GiB")
+    last = said(monkeypatch, command(tiny(), write_data(tmp_path), tmp_path / "out", "full"))[-1]
+    assert last.startswith("this GPU is shared: other processes hold 20.0 of its 79.6 GiB; ")
+
+
 def test_a_gpu_that_no_table_knows_is_told_no_time(
     tiny: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -132,7 +132,7 @@ class ZeroEngine(Engine):
         if self.precision != "no":
             self.deepspeed[self.precision] = {"enabled": True}
         if sums_in_fp32(self.deepspeed, bf16=self.precision == "bf16"):
-            self.deepspeed["data_types"] = {"grad_accum_dtype": "fp32"}
+            self.deepspeed["data_types"] = (self.deepspeed.get("data_types") or {}) | {"grad_accum_dtype": "fp32"}
         plugin = DeepSpeedPlugin(hf_ds_config=self.deepspeed, zero3_init_flag=False)
         return Accelerator(mixed_precision=self.precision, deepspeed_plugin=plugin, kwargs_handlers=handlers)
 

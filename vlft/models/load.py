@@ -268,7 +268,7 @@ class Source:
         folder, trust = self.checkpoint.folder, self.checkpoint.trust_remote_code
         if self.sharded and "quantization_config" in overrides:
             # Packed weights cannot be cut up while they are made: whole first, cut up by the engine afterwards.
-            with _without_zero3():
+            with without_zero3():
                 return load_hf(folder, self.device, trust, **overrides)
         where = {"dtype": self.compute_dtype, "device_map": None} if self.sharded else {}
         model = load_hf(folder, self.device, trust, **where | overrides)
@@ -292,6 +292,8 @@ def load_hf(folder: Path, device: torch.device | str, trust_remote_code: bool = 
     options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
     try:
         model, info = AutoModelForImageTextToText.from_pretrained(folder, **options)
+    except torch.OutOfMemoryError:
+        raise  # the files are as they should be
     except Exception as error:  # broken files raise SafetensorError, KeyError, UnpicklingError and more
         raise ModelError(f"the model in {folder} cannot be loaded: {_short(error)}; copy its files again.") from error
     _check_complete(folder, info)
@@ -382,22 +384,22 @@ def _make_buffers_anew(model: Any) -> None:
     """What a model works out while it is built, as without ZeRO-3.
 
     There DeepSpeed puts every number of it into the compute dtype, not its weights alone: the frequencies of rotary
-    embeddings in bf16 turn the token at 1,000 by up to 1.2 radians too far. transformers keeps them from it in some
+    embeddings in bf16 are wrong by up to 1.2 radians for the token at 1,000. transformers keeps them from it in some
     versions only (not in 5.17).
     """
     from accelerate import init_empty_weights
 
-    with _without_zero3(), init_empty_weights(include_buffers=False):
+    with without_zero3(), init_empty_weights(include_buffers=False):
         made = dict(type(model)._from_config(model.config).named_buffers(remove_duplicate=False))
     saved = model.state_dict().keys()
     for name, buffer in model.named_buffers(remove_duplicate=False):
-        if name not in saved:
+        if name not in saved and name in made:
             buffer.data = made[name].to(buffer.device)
 
 
 @contextmanager
-def _without_zero3() -> Iterator[None]:
-    """transformers loads as if ZeRO-3 were off."""
+def without_zero3() -> Iterator[None]:
+    """Inside, transformers loads as if ZeRO-3 were off: whole models."""
     from transformers.integrations import deepspeed as hf
 
     before = hf._hf_deepspeed_config_weak_ref

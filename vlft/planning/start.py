@@ -25,7 +25,7 @@ def say_plan(job: Job) -> None:
         for line in short(job, gpu):
             job.journal.say(line)
         if others := held_by_others():
-            job.journal.say(f"this GPU is shared: {others}. The plan is of all of it.")
+            job.journal.say(f"this GPU is shared: {others}; the plan above counts what this run takes alone.")
 
 
 def short(job: Job, gpu: Gpu) -> Sequence[str]:
