@@ -94,6 +94,18 @@ def test_who_says_in_what_gradients_add_up(stage: int, types: dict[str, str] | N
     assert sums_in_fp32(config, bf16=bf16) == fp32
 
 
+@pytest.mark.parametrize(("stage", "offload", "pending"), [(2, False, 12 * 4), (2, True, 0), (3, False, 0)])
+def test_room_for_zero2s_gradients_is_left(stage: int, offload: bool, pending: int) -> None:
+    """It is made when the first ones come, which is while layers hold the most."""
+    engine = ZeroEngine.__new__(ZeroEngine)
+    engine.stage = stage
+    engine.zero = SimpleNamespace(
+        cpu_offload=offload, partition_size=[10, 5, 2], averaged_gradients={0: None, 1: ["there"]},
+        gradient_accumulation_dtype=torch.float32,
+    )  # fmt: skip
+    assert engine._pending_gradients() == pending
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", ["zero2", "zero3"])
 def test_gradients_of_many_rows_add_up_in_fp32(tiny: Callable[..., Path], tmp_path: Path, layout: str) -> None:

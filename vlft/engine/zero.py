@@ -155,10 +155,18 @@ class ZeroEngine(Engine):
         return self.model
 
     def pending_bytes(self) -> int:
-        return self._pending_states()
+        return self._pending_gradients() + self._pending_states()
+
+    def _pending_gradients(self) -> int:
+        """ZeRO-2 makes room for its share when a step's first ones come, ZeRO-3 at the start."""
+        if self.stage != 2 or self.zero.cpu_offload:
+            return 0
+        there, sizes = self.zero.averaged_gradients, self.zero.partition_size
+        missing = sum(int(size) for group, size in enumerate(sizes) if there.get(group) is None)
+        return missing * int(self.zero.gradient_accumulation_dtype.itemsize)
 
     def _pending_states(self) -> int:
-        """Adam's, of the shards that lie here; gradients and masters are there from the start."""
+        """Adam's, of the shards that lie here; masters are there from the start."""
         flats = [
             flat for flat in self._masters if flat.device.type == self.device.type and flat not in self._adam.state
         ]
