@@ -15,6 +15,7 @@ import pytest
 import torch
 from PIL import Image
 from runs import command, environment, final_weights, launched, ledger, metrics, train, write_data
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from vlft import checkpoint
 from vlft.data import images, loader, patience
@@ -165,6 +166,27 @@ def test_killed_workers_are_started_anew(
     train(words(tiny(), registry, tmp_path / "killed", **more))
     assert "starting the workers anew, nothing is lost" in capfd.readouterr().err
     same(tmp_path / "whole", tmp_path / "killed")
+
+
+@pytest.mark.parametrize("error", [ConnectionResetError(104, "reset"), FileNotFoundError(2, "no socket"), EOFError()])
+def test_a_worker_that_dies_while_its_step_is_taken_over(
+    tiny: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    """Its tensors come through a connection of their own, which breaks before the system says that it is dead."""
+    registry, more = write_data(tmp_path, 12), {"num_workers": 1, "max_steps": 3}
+    train(words(tiny(), registry, tmp_path / "whole", **more))
+    real, calls = _MultiProcessingDataLoaderIter._try_get_data, []
+
+    def breaks(self: Any, *timeout: Any) -> Any:
+        calls.append(self)
+        if len(calls) == 2:
+            raise error
+        return real(self, *timeout)
+
+    monkeypatch.setattr(_MultiProcessingDataLoaderIter, "_try_get_data", breaks)
+    train(words(tiny(), registry, tmp_path / "broken", **more))
+    assert len({id(one) for one in calls}) == 2
+    same(tmp_path / "whole", tmp_path / "broken")
 
 
 def test_workers_that_always_die_end_the_run(

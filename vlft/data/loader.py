@@ -272,8 +272,9 @@ def surviving(make: Callable[[int], DataLoader[Step]], start: int = 0) -> Iterat
     """
     number, deaths = start, 0
     while True:
+        loader = make(number)
         try:
-            steps = iter(make(number))
+            steps = iter(loader)
             # PyTorch's handler would raise in whatever line the main thread is at, the middle of a forward say. Without
             # it a death is found where a step is waited for.
             if threading.current_thread() is threading.main_thread():
@@ -282,14 +283,24 @@ def surviving(make: Callable[[int], DataLoader[Step]], start: int = 0) -> Iterat
                 yield step
                 number, deaths = number + 1, 0
             return
-        except RuntimeError as error:
-            if "DataLoader worker (pid" not in str(error):
+        except (RuntimeError, OSError, EOFError) as error:
+            if not (loader.num_workers and _tells_of_a_death(error)):
                 raise
             deaths += 1
-            what = f"step {number + 1}: {' '.join(str(error).split())[:160]}"
+            what = f"step {number + 1}: {' '.join((str(error) or type(error).__name__).split())[:160]}"
             if deaths > WORKER_DEATHS:
                 raise DataError(
                     f"data workers of {what}, {deaths} times; the memory of this machine may not do for them: lower "
                     "--num_workers (0: none) and go on with --resume_from_checkpoint latest."
                 ) from error
             print(f"vlft: {what}; starting the workers anew, nothing is lost.", file=sys.stderr, flush=True)
+
+
+def _tells_of_a_death(error: Exception) -> bool:
+    """Of a worker. A step's tensors come through a connection to it, which may break, or be gone, before the system
+    says that it is dead; PyTorch then raises what the connection did.
+    """
+    if isinstance(error, RuntimeError):
+        return "DataLoader worker (pid" in str(error)
+    broken = isinstance(error, (ConnectionError, FileNotFoundError, EOFError))
+    return broken and "in DataLoader worker process" not in str(error)  # what a worker itself has met
