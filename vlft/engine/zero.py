@@ -73,7 +73,7 @@ def sums_in_fp32(config: Mapping[str, Any], *, bf16: bool) -> bool:
     asked = (config.get("data_types") or {}).get("grad_accum_dtype")
     if asked is not None:
         return "16" not in asked
-    return bf16 and int(config["zero_optimization"]["stage"]) > 1
+    return bf16 and int(config.get("zero_optimization", {}).get("stage", 0)) > 1
 
 
 def hear_norms(zero: Any) -> list[Any]:
