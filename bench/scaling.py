@@ -283,6 +283,7 @@ class Launch:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
             time.sleep(0.05)
+        self.child.wait()  # one that is about to end has no environment any more, but its memory still
 
     def kill_rank(self, rank: int) -> dict[str, float]:
         """One alone; seconds until the other ranks and the launcher have ended, and until their workers have."""
