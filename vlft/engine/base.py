@@ -277,8 +277,10 @@ class Engine:
 
     def pending_bytes(self) -> int:
         """Of gradients and optimizer states that are not there yet and will be, on this device."""
-        gradients = sum(_gradient_bytes(p) for p in self._parameters if p.grad is None)
-        return gradients + self._pending_states()
+        return self._pending_gradients() + self._pending_states()
+
+    def _pending_gradients(self) -> int:
+        return sum(_gradient_bytes(p) for p in self._parameters if p.grad is None)
 
     def _pending_states(self) -> int:
         """Bytes of the states that the first update will make, but for what is held for them."""

@@ -154,9 +154,6 @@ class ZeroEngine(Engine):
         self._heard = hear_norms(self.zero)
         return self.model
 
-    def pending_bytes(self) -> int:
-        return self._pending_gradients() + self._pending_states()
-
     def _pending_gradients(self) -> int:
         """ZeRO-2 makes room for its share when a step's first ones come, ZeRO-3 at the start."""
         if self.stage != 2 or self.zero.cpu_offload:

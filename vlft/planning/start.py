@@ -37,8 +37,8 @@ def short(job: Job, gpu: Gpu) -> Sequence[str]:
     compute, source = job.source.compute_dtype, job.source
     static = static_of(job.model, source.parts, source.tied_head, config.optim, compute.itemsize, shape)
     # Of the engine, which also reads a file that Accelerate's launcher names.
-    whole = Cut(engine.stage, packed_whole=not engine.shards_packed)
-    cut = cut_of(engine.deepspeed, compute) if engine.deepspeed else whole
+    own = Cut(engine.stage, packed_whole=not engine.shards_packed)
+    cut = cut_of(engine.deepspeed, compute) if engine.deepspeed else own
     static = shared_out(static, cut, engine.world_size, compute=compute.itemsize)
     static = replace(static, passing=engine.passing_bytes())
     steps = look(
