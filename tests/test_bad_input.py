@@ -539,6 +539,8 @@ TABLE: dict[str, list[Case]] = {
              ("--no-use_wandb takes no value", "leave that out"), exit=2),
         Case("project without tracker", "an option of a tracker that is off", option(wandb_project="mine"),
              ("--wandb_project is given, but nothing is logged there", "add --use_wandb or leave it out"), exit=2),
+        Case("answers without scripts", "how answers are generated, where none are", option(eval_limit=5),
+             ("--eval_limit is 5, but no answers are generated", "add --eval_dataset_scripts or leave it out"), exit=2),
         Case("word before options", "a word before the first option", lambda w: w.argv() and setattr(
              w, "whole", ["train", "now", *w.argv()]),
              ("'now' stands before the first option", "options are written --name value"), exit=2),

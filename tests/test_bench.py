@@ -112,6 +112,18 @@ def test_an_unknown_row_of_predictions_is_told(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_two_processes_send_beside_products() -> None:
+    line = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
+    line += [str(BENCH / "beside.py"), "--device", "cpu", "--mib", "1", "--rounds", "1", "--tokens", "8"]
+    done = subprocess.run(line, capture_output=True, text=True, env=environment(), timeout=120, check=False)
+    assert not done.returncode, done.stderr[-3000:]
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [line["way"] for line in lines] == ["all_gather", "all_to_all"]
+    # Nine sendings of half a unit of 1 MiB, from one other process.
+    assert {line["gb"] for line in lines} == {round(9 * 2**19 / 1e9, 6)}
+
+
+@pytest.mark.slow
 def test_two_processes_train_lose_one_and_go_on(tmp_path: Path) -> None:
     tiny = ("--size", "tiny", "--device", "cpu", "--records", 12, "--workers", 0, "--root", tmp_path / "root")
     # A rank is killed in one of the `more` steps: on a busy machine these must not be over before it is.

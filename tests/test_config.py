@@ -119,6 +119,9 @@ def test_augmentation_switches() -> None:
         ({"min_pixels": 2000, "max_pixels": 1000}, "above max_pixels 1000"),
         ({"wandb_project": "x"}, "add --use_wandb"),
         ({"wandb_run_name": "x"}, "add --use_wandb"),
+        ({"eval_limit": 5}, "eval_limit is 5, but no answers are generated; add --eval_dataset_scripts"),
+        ({"eval_max_new_tokens": 32}, "no answers are generated"),
+        ({"eval_temperature": 0.7}, "no answers are generated"),
         ({"lr_scheduler_type": "constant", "warmup_steps": 1}, "give --lr_scheduler_type constant_with_warmup"),
         ({"epochs": 0}, "greater than 0"),
         ({"epochs": float("inf")}, "finite"),
@@ -344,7 +347,7 @@ def test_every_option_is_tried_on_a_resume() -> None:
 
 @pytest.mark.parametrize("name", CHANGED)
 def test_what_a_resume_may_change(name: str, tmp_path: Path) -> None:
-    old = stored()
+    old = stored("--eval_dataset_scripts", "b:anls")  # else nothing is generated, which eval_limit limits
     path = tmp_path / "run.yaml"
     path.write_text(yaml.safe_dump(old))
     new = load_run(path, [f"--{name}", CHANGED[name]])

@@ -196,8 +196,10 @@ def test_what_the_main_process_does_alone_may_take_longer_than_a_collective(
     """An index, a script that scores answers, the writing of a large result: NCCL gives up after ten minutes."""
     registry = write_data(tmp_path, 16)
     line = words(tiny(), registry, tmp_path / "out", "lora", max_steps=1, save_steps=1)
-    start(line, processes=2, fault={"kind": "slow_main", "rank": "all", "seconds": 12, "patience": 6})
+    done = start(line, processes=2, fault={"kind": "slow_main", "rank": "all", "seconds": 12, "patience": 6})
     assert len(metrics(tmp_path / "out")) == 1
+    # A wait in the store that times out is told by PyTorch in two lines, on every waiting process, again and again.
+    assert "waitForInput" not in done.stderr
 
 
 def test_accelerates_variable_divides_no_gradient(

@@ -467,6 +467,15 @@ class RunConfig(SharedOptions):
                 )
                 for name in ("wandb_project", "wandb_run_name")
             ),
+            *(
+                (
+                    (name, "eval_dataset_scripts"),
+                    getattr(self, name) != type(self).model_fields[name].default and not self.eval_dataset_scripts,
+                    f"is {getattr(self, name)}, but no answers are generated; add --eval_dataset_scripts or leave it "
+                    "out.",
+                )
+                for name in ("eval_max_new_tokens", "eval_limit", "eval_temperature")
+            ),
         ]
 
 

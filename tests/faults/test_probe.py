@@ -47,7 +47,7 @@ def test_a_run_with_it_is_bit_equal(
     registry = write_data(tmp_path)
     more = {
         "gradient_accumulation_steps": 2, "per_device_train_batch_size": 2, "num_workers": 1, "train_split_ratio": 0.7,
-        "eval_on_start": True, "eval_limit": 2, "use_data_augmentation": True,
+        "eval_on_start": True, "use_data_augmentation": True,
     }  # fmt: skip
     train(words(tiny(), registry, tmp_path / "without", **more, skip_probe=True))
     assert "probe:" not in capsys.readouterr().out

@@ -26,7 +26,7 @@ from torch.nn.utils import clip_grads_with_norm_
 from torch.optim import Optimizer
 
 from vlft.engine.readback import readback
-from vlft.engine.store import common_store, this_attempts
+from vlft.engine.store import common_store, this_attempts, wait_until_told
 from vlft.engine.summing import Summing
 from vlft.errors import ConfigError, VlftError
 from vlft.family import Part
@@ -184,16 +184,11 @@ class Engine:
             common_store().set(this_attempts(f"main has done {self._works}"), "")
 
     def _await_main(self) -> None:
-        """In pieces: a collective gives up after ten minutes, which an index, a judge of answers or the writing of a
+        """Not in a collective: it gives up after ten minutes, which an index, a judge of answers or the writing of a
         large result may take. A main process that dies takes the store with it, or the launcher ends the others.
         """
         self._works += 1
-        while True:
-            try:
-                common_store().wait([this_attempts(f"main has done {self._works}")], timedelta(seconds=5))
-            except torch.distributed.DistStoreError:
-                continue
-            return
+        wait_until_told(this_attempts(f"main has done {self._works}"))
 
     def main_first(self, work: Callable[[], T]) -> T:
         """Run `work` on the main process, then on the others (who find its result in the cache)."""
