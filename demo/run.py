@@ -18,6 +18,9 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+# Threads that spin while they wait for each other make a step 50 times as slow where something else uses a core. It is
+# read when torch is loaded, by the commands below too.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from PIL import Image
 
@@ -46,7 +49,8 @@ def command(name: str, *words: object) -> None:
     """Show a command, then run it; `name` is a program that the environment of this Python has."""
     line = [name, *(str(word) for word in words)]
     print("$", shlex.join(line), flush=True)
-    subprocess.run([str(Path(sys.executable).parent / name), *line[1:]], check=True)
+    if code := subprocess.run([str(Path(sys.executable).parent / name), *line[1:]], check=False).returncode:
+        raise SystemExit(code)  # it has said why
 
 
 def held_out(data: Path) -> list[Asked]:
@@ -63,7 +67,8 @@ def held_out(data: Path) -> list[Asked]:
 def fine_tune(run: Path, registry: Path, seed: int) -> None:
     threads = os.cpu_count() or 1
     command(
-        "accelerate", "launch", "--cpu", "--num_processes", 1, "--num_cpu_threads_per_process", threads, "-m", "vlft",
+        "accelerate", "launch", "--cpu", "--num_processes", 1, "--num_machines", 1, "--mixed_precision", "no",
+        "--dynamo_backend", "no", "--num_cpu_threads_per_process", threads, "-m", "vlft",
         "--model_name_or_path", os.path.relpath(BASE), "--output_dir", run,
         "--dataset_config_path", registry,
         "--tuning_strategy", "qlora", "--train_vit", "--lora_rank", 32, "--lora_alpha", 64, "--lora_dropout", 0,

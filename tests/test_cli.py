@@ -264,6 +264,20 @@ def test_model_folders(work: Path) -> None:
     assert "give a folder or a hub name (owner/name)" in problem
 
 
+def test_a_hint_leads_to_what_was_asked_for(work: Path) -> None:
+    """A folder that is called alike and holds other things helps nobody, nor does a folder where a file is wanted."""
+    asked = words("--dataset_config_path configs/dataset_config.json")
+    (work / "configs").rename(work / "ds_configs")
+    [problem] = problems(asked)
+    assert "no such file (the nearest is 'ds_configs/dataset_config.json')" in problem
+    (work / "ds_configs" / "dataset_config.json").rename(work / "ds_configs" / "zero2.json")
+    [problem] = problems(asked)
+    assert problem.endswith("dataset_config.json: there is no such file; give the registry of datasets.")
+    (work / "configs" / "dataset_configs").mkdir(parents=True)
+    [problem] = problems(asked)
+    assert problem.endswith("dataset_config.json: there is no such file; give the registry of datasets.")
+
+
 def test_strategy_problems() -> None:
     base = [*CORE, "--lora_rank", "8"]
     assert problems([*CORE, "--tuning_strategy", "qlra", "--lora_rank", "8"])[0].startswith(

@@ -75,8 +75,10 @@ def test_a_first_step_in_bf16_is_the_same_under_every_layout(tiny: Callable[...,
         out = tmp_path / str(layout)
         line = matrix.words(tiny(dtype="bfloat16"), registry, out, "lora_llm_full_vit", mixed_precision="bf16",
                             per_device_train_batch_size=2, max_steps=1, deepspeed=layout)  # fmt: skip
-        start(line, processes=2)
+        said = start(line, processes=2).stderr
         losses[layout] = [step["loss"] for step in metrics(out)]
+        # DeepSpeed calls what newer PyTorch deprecates: five hundred lines of it, in which vlft's own were lost.
+        assert "FutureWarning" not in said
     assert losses["zero2"] == losses["zero3"] == losses[None]
 
 

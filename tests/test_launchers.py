@@ -34,7 +34,7 @@ def test_a_run_starts(tiny: Callable[..., Path], tmp_path: Path, way: str) -> No
     done = subprocess.run(WAYS[way] + words, capture_output=True, text=True, env=env, timeout=200, check=False)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     assert len(metrics(tmp_path / "out")) == 1
-    assert "1 steps of 4 samples" in done.stdout
+    assert "1 step of 4 samples" in done.stdout
 
 
 @pytest.mark.slow

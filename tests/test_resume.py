@@ -91,6 +91,30 @@ def test_latest_with_none_starts_fresh(tiny: Callable[..., Path], tmp_path: Path
     assert len(metrics(tmp_path / "out")) == 2
 
 
+def test_a_finished_run_says_that_nothing_is_left(
+    tiny: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It says so at its start and at its end, and writes its result anew."""
+    registry, resume = write_data(tmp_path, 4), ["--resume_from_checkpoint", "latest"]
+    words = command(tiny(), registry, tmp_path / "out", "lora", max_steps=1)
+    train(words)
+    said = capsys.readouterr().out
+    shape = "fp32 on cpu: 1 step of 4 samples (4 a forward x 1 forward x 1 process)"
+    assert f"{shape}, from the start.\n" in said
+    assert "\ntrained llm by lora for 1 step in " in said
+    shutil.rmtree(tmp_path / "out" / "model")
+    train([*words, *resume])
+    said = capsys.readouterr().out
+    assert f"{shape}, all done before.\n" in said
+    assert "\nthis run is at its last step, 1; nothing was left to train.\n" in said
+    assert "\ntrained " not in said
+    assert (tmp_path / "out/model/adapter_config.json").exists()
+    train([*command(tiny(), registry, tmp_path / "out", "lora", max_steps=2), *resume])
+    said = capsys.readouterr().out
+    assert ", going on after step 1.\n" in said
+    assert "\ntrained llm by lora for 2 steps in " in said
+
+
 def test_a_used_output_folder_is_refused(tiny: Callable[..., Path], tmp_path: Path) -> None:
     words = command(tiny(), write_data(tmp_path), tmp_path / "out", "lora", max_steps=1)
     train(words)

@@ -21,6 +21,7 @@ from runs import command, environment, launched, metrics, start, write_data
 
 from vlft import terminal
 from vlft.terminal import Line, Plain, duration, ending, table, thousands
+from vlft.words import counted
 
 HIDE, SHOW = b"\x1b[?25l", b"\x1b[?25h"
 COLOUR = re.compile(rb"\x1b\[[0-9;]*(3[0-7]|38;[0-9;]+|9[0-7])m")
@@ -243,10 +244,16 @@ def test_durations_and_thousands() -> None:
     assert [thousands(v) for v in (7, 950, 12345, 1.2e6)] == ["7", "950", "12.3k", "1.2M"]
 
 
+def test_one_is_no_plural() -> None:
+    assert [counted(n, "step") for n in (0, 1, 2, 1200)] == ["0 steps", "1 step", "2 steps", "1,200 steps"]
+    assert [counted(n, "patch") for n in (1, 2)] == ["1 patch", "2 patches"]
+    assert [counted(n, "process") for n in (1, 2)] == ["1 process", "2 processes"]
+
+
 def test_the_last_words() -> None:
-    said = ending("llm by lora for 3 steps", ["eval/a/loss 1 at step 3"], 2, 75.0, Path("run"), merges=False)
+    said = ending("trained llm", ["eval/a/loss 1 at step 3"], 2, Path("run"), merges=False)
     assert said.splitlines() == [
-        "trained llm by lora for 3 steps in 75 s",
+        "trained llm",
         "eval/a/loss 1 at step 3",
         "2 samples were not used: run/ledger.jsonl says why",
         "model: run/model",
@@ -258,9 +265,10 @@ def test_the_last_words() -> None:
 
 
 def test_the_next_command_can_be_pasted() -> None:
-    said = ending("llm", [], 0, 1.0, Path("my run"), merges=True)
+    said = ending("trained llm", [], 1, Path("my run"), merges=True)
     assert "  vlft merge 'my run/model' --output_dir 'my run/merged'" in said.splitlines()
     assert "model: my run/model" in said.splitlines()
+    assert "1 sample was not used: my run/ledger.jsonl says why" in said.splitlines()
 
 
 def test_tables_fit() -> None:
@@ -268,3 +276,15 @@ def test_tables_fit() -> None:
     assert max(map(len, table(columns, rows, width=40).splitlines())) <= 40
     assert table(columns, rows, width=24) == "projector: parameters 1,234,567, dtype float32, float32 trained"
     assert "float32, float32 trained" in table(columns, rows)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("strategy", "layout"), [("qlora", None), ("full", "zero3")])
+def test_libraries_are_silent(tiny: Callable[..., Path], tmp_path: Path, strategy: str, layout: str | None) -> None:
+    """What they tell beside progress is nothing that a user can change: an optional kernel, the device that DeepSpeed
+    took, functions that it calls and PyTorch deprecates, at each call."""
+    registry = write_data(tmp_path, 8)
+    line = command(tiny(), registry, tmp_path / "out", strategy, max_steps=1, deepspeed=layout)
+    done = start(line, processes=2 if layout else 1)
+    said = [line for line in done.stderr.replace("\r", "\n").splitlines() if line and not line.startswith("indexing")]
+    assert said == []

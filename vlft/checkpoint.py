@@ -18,7 +18,9 @@ import json
 import os
 import re
 import shutil
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +34,8 @@ from vlft.errors import CheckpointError
 SCHEMA = 1
 _STATE = ("step", "global_batch", "options", "bad", "scaler", "skipped", "budget", "proved", "data", "precision")
 """What a resume reads from state.json."""
-FILE_BYTES = 2 << 30
-"""A rank starts another file beyond this size; also about what it holds in memory at a time."""
+FILE_BYTES = 1 << 30
+"""A rank starts another file beyond this size; it holds about two in memory, one being read and one being written."""
 Facts = dict[str, Any]
 """`bytes` and `xxh3_128` of a file."""
 
@@ -83,6 +85,12 @@ def begin(root: Path, step: int) -> None:
         raise _unwritten(root, step, error) from error
 
 
+def _write_file(path: Path, tensors: dict[str, Tensor]) -> tuple[str, Facts]:
+    save_file(tensors, path)
+    _sync(path)
+    return path.name, {"bytes": path.stat().st_size, "xxh3_128": checksum(path)}
+
+
 def write(root: Path, step: int, rank: int, tensors: Iterable[tuple[str, str, Tensor]]) -> dict[str, Facts]:
     """Write this rank's share; call on every process.
 
@@ -95,30 +103,40 @@ def write(root: Path, step: int, rank: int, tensors: Iterable[tuple[str, str, Te
     """
     beside = _beside(root, step)
     files: dict[str, Facts] = {}
+    numbers: Counter[str] = Counter()
     held: dict[str, Tensor] = {}
+    writing: list[Future[tuple[str, Facts]]] = []
     failed: Exception | None = None
     last = ""
 
-    def flush() -> None:
+    def settle() -> None:
         nonlocal failed
-        if not held or failed:
-            return
-        path = beside / f"{last}-{rank:03d}-{sum(name.startswith(last) for name in files):02d}.safetensors"
-        try:
-            save_file(held, path)
-            _sync(path)
-            files[path.name] = {"bytes": path.stat().st_size, "xxh3_128": checksum(path)}
-        except (OSError, SafetensorError) as error:
-            failed = error
-        held.clear()
+        while writing:
+            try:
+                name, facts = writing.pop().result()
+                files[name] = facts
+            except (OSError, SafetensorError) as error:
+                failed = error
 
-    for stem, name, tensor in tensors:
-        if held and (stem != last or sum(t.nbytes for t in held.values()) + tensor.nbytes > FILE_BYTES):
-            flush()
-        last = stem
-        if not failed:
-            held[name] = tensor
-    flush()
+    def flush(pool: Executor) -> None:
+        nonlocal held
+        settle()
+        if held and not failed:
+            path = beside / f"{last}-{rank:03d}-{numbers[last]:02d}.safetensors"
+            numbers[last] += 1
+            writing.append(pool.submit(_write_file, path, held))
+        held = {}
+
+    # The next tensors are read, and other ranks wait for that, while the disk takes a file.
+    with ThreadPoolExecutor(1) as pool:
+        for stem, name, tensor in tensors:
+            if held and (stem != last or sum(t.nbytes for t in held.values()) + tensor.nbytes > FILE_BYTES):
+                flush(pool)
+            last = stem
+            if not failed:
+                held[name] = tensor
+        flush(pool)
+        settle()
     if failed:
         # A disk that is full needs the space; other ranks remove theirs.
         for path in beside.glob(f"*-{rank:03d}-*"):

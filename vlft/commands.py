@@ -135,7 +135,7 @@ def resolve_model(path: str | Path, place: str) -> tuple[str, list[str]]:
         return str(folder), []
     if _HUB_NAME.fullmatch(name) and not folder.exists() and name[0] not in "./~":
         return name, []
-    where = f"{place} {name}: there is no such folder{sibling(folder)}"
+    where = f"{place} {name}: there is no such folder{sibling(folder, folder=True)}"
     return name, [f"{where}; give a run folder, a model folder or a hub name."]
 
 
@@ -177,7 +177,7 @@ class ReportOptions(Options):
 
     def problems(self, failed: set[str]) -> list[str]:
         return [
-            f"RUNS {run}: there is no such folder{sibling(run)}; give the output_dir of a run."
+            f"RUNS {run}: there is no such folder{sibling(run, folder=True)}; give the output_dir of a run."
             for run in self.runs
             if not run.is_dir() and "runs" not in failed
         ]
@@ -202,7 +202,8 @@ class MergeOptions(Options):
     def problems(self, failed: set[str]) -> list[str]:
         model, found = resolve_model(self.model, "MODEL") if "model" not in failed else ("", [])
         if not found and model and not Path(model).is_dir():
-            found = [f"MODEL {model}: there is no such folder{sibling(self.model)}; give a run, or its result."]
+            hint = sibling(self.model, folder=True)
+            found = [f"MODEL {model}: there is no such folder{hint}; give a run, or its result."]
         if "output_dir" not in failed and output_dir_problem(self.output_dir, None):
             found.append(f"--output_dir {self.output_dir} is not an empty folder; give a new one.")
         return found

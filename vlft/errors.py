@@ -10,7 +10,7 @@
     ├── TrainingError (7)     the run itself cannot go on
     │   ├── StoppedError (8)        a signal asked for the end: the step was finished and saved
     │   └── DeviceMemoryError (9)   the device's memory does not do, where that cannot be mended within the run
-    └── MismatchError (10)    a result does not say what its run trained
+    └── MismatchError (10)    a result does not say what its run trained, or whether it does cannot be told
 
 The number is the process's exit code. A message is one sentence: what was found, where, and what to do.
 """

@@ -33,6 +33,7 @@ from vlft.models.load import Checkpoint, compute_dtype, open_checkpoint, picture
 from vlft.setup import load_metrics, same_data, shared_data_options, try_metrics
 from vlft.terminal import figure, table
 from vlft.tracking import run_card, write_json, write_predictions
+from vlft.words import counted
 
 
 @dataclass
@@ -125,5 +126,5 @@ def hand_over(options: EvalOptions, judged: Judged, found: Evaluation, seconds: 
         )
     )
     if judged.ledger:
-        print(f"{len(judged.ledger)} samples could not be used: {folder / 'ledger.json'}")
+        print(f"{counted(len(judged.ledger), 'sample')} could not be used: {folder / 'ledger.json'}")
     print(f"answers and values: {folder}")

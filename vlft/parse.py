@@ -332,7 +332,7 @@ def _check_disk(
     if "output_dir" not in failed and folder and is_main_process() and (problem := output_dir_problem(folder, resume)):
         problems.append(problem)
     if resume and resume != "latest" and not Path(resume).expanduser().is_dir():
-        hint = nearest(resume, ["latest"]) or sibling(Path(resume))
+        hint = nearest(resume, ["latest"]) or sibling(Path(resume), folder=True)
         where = f"{place('resume_from_checkpoint')} {resume}"
         problems.append(f"{where}: there is no such folder{hint}; give a checkpoint's folder or 'latest'.")
     if "dataset_config_path" not in failed:
@@ -372,7 +372,8 @@ def _model_problem(name: str, place: str) -> list[str]:
         return [f"{place} {name}: there is no such model, older guides misname it; give {real}."]
     if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not name.startswith((".", "~")):
         return []
-    return [f"{place} {name}: there is no such folder{sibling(path)}; give a folder or a hub name (owner/name)."]
+    hint = sibling(path, folder=True)
+    return [f"{place} {name}: there is no such folder{hint}; give a folder or a hub name (owner/name)."]
 
 
 def _registry_problems(config: RunConfig, place: Callable[[str], str]) -> list[str]:

@@ -6,7 +6,7 @@ Unsloth and transformers' Trainer. Names are spelt with underscores and in lower
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 _SAME: dict[str, str] = {
     "model_name_or_path": "model model_id model_id_or_path model_name model_path base_model "
@@ -143,8 +143,13 @@ ENVIRONMENT: tuple[str, ...] = ("MAX_PIXELS", "MIN_PIXELS", "IMAGE_MAX_TOKEN_NUM
 
 def nearest(name: str, names: Iterable[str]) -> str:
     """` (the nearest is 'x')` when one of `names` resembles `name`, else nothing. Ends an error's first clause."""
+    return nearest_of(name, {one: one for one in names})
+
+
+def nearest_of(name: str, shown: Mapping[str, object]) -> str:
+    """The same of names that are shown as something else."""
     # Imported here: only a run that fails needs it.
     from rapidfuzz import fuzz, process, utils
 
-    match = process.extractOne(name, list(names), scorer=fuzz.ratio, processor=utils.default_process, score_cutoff=60)
-    return f" (the nearest is '{match[0]}')" if match else ""
+    match = process.extractOne(name, list(shown), scorer=fuzz.ratio, processor=utils.default_process, score_cutoff=60)
+    return f" (the nearest is '{shown[match[0]]}')" if match else ""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import shutil
 import socket
+import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -61,9 +62,10 @@ from vlft.optim import Multiplier, build_optimizer, master_dtype, schedule
 from vlft.proof import Proof, check_groups, logical_size, part_table, render
 from vlft.rivals import nearest
 from vlft.strategy import ParamGroup, Strategy
-from vlft.terminal import dataset_table
+from vlft.terminal import dataset_table, duration
 from vlft.trackers import Trackers
 from vlft.tracking import Best, Journal, RunFolder, cut_back, run_card, told, write_json
+from vlft.words import counted
 
 SAMPLES_OF_A_TRIAL = 4
 """On which every script is tried before the first step."""
@@ -114,6 +116,11 @@ class Job:
     stopping: bool = False
     """All ranks agree to end after this step."""
     steps: Feed = field(init=False)
+    done_before: int = field(init=False)
+    """Steps that were done when this process took the run up."""
+
+    def __post_init__(self) -> None:
+        self.done_before = self.done_steps
 
     def open_steps(self) -> None:
         """(Re)start the loader, at the step after the last one done, with the budget that holds now."""
@@ -244,7 +251,9 @@ def setup(run: Run, engine: Engine) -> Job:
         counts = dataset_table(read_json(folder.data)["datasets"])
         chosen = [best_sentence(best)] if best else []
         if config.warmup_steps and warmup > total:
-            chosen.append(f"--warmup_steps {warmup} of {total} steps: the rates end before they reach what is given.")
+            chosen.append(
+                f"--warmup_steps {warmup} of {counted(total, 'step')}: the rates end before they reach what is given."
+            )
         runs = (wrapped.said(), *kernels, *engine.said(), start_sentence(job))
         for note in (*run.notes, *data.summary, counts, *chosen, *runs, render(table)):
             job.journal.say(note)
@@ -508,11 +517,23 @@ def start_sentence(job: Job) -> str:
     c, world = job.run.config, job.engine.world_size
     rows = accumulation_for(c, world, job.global_batch)
     going = f"going on after step {job.done_steps}" if job.done_steps else "from the start"
+    if job.done_steps == job.total_steps:
+        going = "all done before"
+    precision = "fp32" if job.engine.precision == "no" else job.engine.precision
     return (
-        f"{c.tuning_strategy} from {job.run.distribution}, {job.engine.precision} on {job.engine.device.type}: "
-        f"{job.total_steps} steps of {job.global_batch} samples ({c.per_device_train_batch_size} a forward x {rows} "
-        f"forwards x {world} processes), {going}."
+        f"{c.tuning_strategy} from {job.run.distribution}, {precision} on {job.engine.device.type}: "
+        f"{counted(job.total_steps, 'step')} of {counted(job.global_batch, 'sample')} "
+        f"({c.per_device_train_batch_size} a forward x {counted(rows, 'forward')} x {counted(world, 'process')}), "
+        f"{going}."
     )
+
+
+def end_sentence(job: Job) -> str:
+    if job.done_before == job.total_steps:
+        return f"this run is at its last step, {job.total_steps}; nothing was left to train."
+    trained, seconds = ", ".join(job.proof.proved) or "nothing", time.monotonic() - job.journal.began
+    steps = counted(job.done_steps, "step")
+    return f"trained {trained} by {job.run.config.tuning_strategy} for {steps} in {duration(seconds)}"
 
 
 def base_checkpoint(run: Run, engine: Engine, folder: RunFolder, *, fresh: bool) -> Checkpoint:

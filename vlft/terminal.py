@@ -22,6 +22,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from vlft.words import counted
+
 WIDTH = 120
 """Of a table, in columns, where no terminal says its own."""
 QUIET_SECONDS = 1.0
@@ -98,21 +100,19 @@ def dataset_table(datasets: Mapping[str, Mapping[str, int]]) -> str:
     return table(("data set", "train", "held out"), rows)
 
 
-def ending(trained: str, results: Sequence[str], unused: int, seconds: float, run: Path, *, merges: bool) -> str:
+def ending(trained: str, results: Sequence[str], unused: int, run: Path, *, merges: bool) -> str:
     """The last words of a run.
 
     Args:
-        trained: what was, in words.
+        trained: a sentence about what was.
         results: sentences about the metrics.
         unused: samples in the ledger.
-        seconds: from the start of this process's run.
         merges: the result is an adapter.
     """
     model, root = shlex.quote(str(run / "model")), shlex.quote(str(run))
-    ledger = (
-        f"{unused:,} samples were not used: {run / 'ledger.jsonl'} says why" if unused else "every sample could be used"
-    )
-    lines = [f"trained {trained} in {duration(seconds)}", *results, ledger, f"model: {run / 'model'}", "next:"]
+    were = f"{counted(unused, 'sample')} {'was' if unused == 1 else 'were'} not used"
+    ledger = f"{were}: {run / 'ledger.jsonl'} says why" if unused else "every sample could be used"
+    lines = [trained, *results, ledger, f"model: {run / 'model'}", "next:"]
     lines += [f"  vlft report {root}", f'  vlft chat {model} --image PICTURE "QUESTION"']
     lines += [f"  vlft merge {model} --output_dir {shlex.quote(str(run / 'merged'))}"] if merges else []
     lines += [f"  vlft export {root} --output_dir {shlex.quote(str(run / 'export'))}"]

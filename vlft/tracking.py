@@ -229,13 +229,12 @@ class Journal:
         """Say what came of the run, on the main process.
 
         Args:
-            trained: what was, in words.
+            trained: a sentence about what was.
             merges: the result is an adapter.
         """
         results = _results(self.evaluations(), best)
         unused = sum(1 for _ in self.folder.ledger.open()) if self.folder.ledger.exists() else 0
-        seconds = time.monotonic() - self.began
-        self.say(ending(trained, results, unused, seconds, self.folder.root, merges=merges))
+        self.say(ending(trained, results, unused, self.folder.root, merges=merges))
 
     def evaluations(self) -> list[dict[str, Any]]:
         """Lines of metrics.jsonl that evaluations wrote."""

@@ -20,7 +20,7 @@ from vlft.engine import readback, seed_row, settled, start_engine
 from vlft.meter import loss_by_dataset
 from vlft.optim import set_rates
 from vlft.planning.start import say_plan
-from vlft.setup import Job, result_facts, setup
+from vlft.setup import Job, end_sentence, result_facts, setup
 
 
 def main(run: Run) -> None:
@@ -209,11 +209,8 @@ def hand_over(job: Job) -> None:
         limits = {"min_pixels": job.data.options.min_pixels, "max_pixels": job.data.options.max_pixels}
         facts = result_facts(job.run, job.folder, job.proof.missing, job.best.step if job.best and best else None)
         export.save_result(job.strategy, job.model, job.source, whole, job.folder.model, facts=facts, **limits)
-        trained = f"{', '.join(job.proof.proved) or 'nothing'} by {job.run.config.tuning_strategy}"
         adapter = (job.folder.model / "adapter_config.json").exists()
-        job.journal.ended(
-            f"{trained} for {job.done_steps} steps", job.best if best or job.is_best else None, merges=adapter
-        )
+        job.journal.ended(end_sentence(job), job.best if best or job.is_best else None, merges=adapter)
         recovery.write_report(job)
 
     job.engine.on_main(write)

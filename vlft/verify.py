@@ -13,6 +13,7 @@ S supervised tokens, V vocabulary.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -53,6 +54,9 @@ class Tolerance:
     mean: float
     answers: bool
     """Greedy answers must be equal, too."""
+
+    def __str__(self) -> str:
+        return f"largest {self.largest:g}, mean {self.mean:g}" + (", all answers" if self.answers else "")
 
 
 EXACT = Tolerance(1e-3, 1e-4, answers=True)
@@ -109,7 +113,8 @@ def verify(model: str, run: Path, samples: int = 8, max_new_tokens: int = 32) ->
     """Compare a result with the run that it came from; the table as text.
 
     Raises:
-        MismatchError: they differ by more than the tolerance; the message holds the table.
+        MismatchError: they differ by more than the tolerance, or whether they do cannot be told; the message holds the
+            table.
         ConfigError: `run` is no run folder.
         CheckpointError: the run has no checkpoint left to compare with.
         ModelError: the model cannot be loaded.
@@ -121,13 +126,9 @@ def verify(model: str, run: Path, samples: int = 8, max_new_tokens: int = 32) ->
          "equal" if g.holds else "DIFFER")
         for g in gaps
     ]  # fmt: skip
-    limits = " or ".join(
-        f"largest {t.largest:g}, mean {t.mean:g}" + (", all answers" if t.answers else "")
-        for t in dict.fromkeys(g.tolerance for g in gaps)
-    )
     rows.append((moved.pair, f"{moved.largest:.1e}", f"{moved.mean:.1e}", f"{moved.same_top:.1%}",
                  f"{moved.same_answers} of {moved.samples}", "trained"))  # fmt: skip
-    shown = f"{table(head, rows)}\ndifferences of logits, in their standard deviations; equal means: {limits}."
+    shown = f"{table(head, rows)}\ndifferences of logits, in their standard deviations; equal means: {_limits(gaps)}."
     indented = shown.replace("\n", "\n ")
     if bad := [g.pair for g in gaps if not g.holds]:
         raise MismatchError(
@@ -141,6 +142,13 @@ def verify(model: str, run: Path, samples: int = 8, max_new_tokens: int = 32) ->
             f"float32 and verify that.\n {indented}"
         )
     return f"{shown}\n{model} says what step {step} of {run} says."
+
+
+def _limits(gaps: list[Gap]) -> str:
+    """Those of most pairs, then those of each other one with its name."""
+    ((usual, _),) = Counter(g.tolerance for g in gaps).most_common(1)
+    others = [f"for {g.pair}: {g.tolerance}" for g in gaps if g.tolerance != usual]
+    return "; ".join([str(usual), *others])
 
 
 def told(gaps: list[Gap], moved: Gap) -> bool:

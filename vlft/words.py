@@ -1,10 +1,12 @@
 """Words and YAML -> values, and values -> a pydantic model with every problem told at once. Knows no strategy.
+And a number of things -> words.
 
 Plain code instead of argparse or pydantic-settings: both stop at the first unknown flag.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +18,7 @@ from pydantic import BaseModel, ValidationError
 from vlft import __version__
 from vlft.config import SCHEMA, Option, options_of
 from vlft.errors import ConfigError
-from vlft.rivals import nearest
+from vlft.rivals import nearest, nearest_of
 
 ModelT = TypeVar("ModelT", bound=BaseModel)
 
@@ -47,6 +49,12 @@ def split_words(words: Iterable[str]) -> tuple[list[str], Flags]:
         else:
             stray.append(word)
     return stray, flags
+
+
+def counted(n: int, what: str) -> str:
+    """`1 step`, `1,200 steps`, `2 patches`."""
+    ending = "" if n == 1 else "es" if what.endswith(("s", "ch")) else "s"
+    return f"{n:,} {what}{ending}"
 
 
 def plain_name(written: str) -> str:
@@ -233,13 +241,14 @@ def _sentences(
     return [f"{place} is '{shown}'{nearest(shown, option.choices)}; give {option.values}."]
 
 
-def sibling(path: Path) -> str:
-    """The nearest name in the deepest folder of `path` that exists."""
+def sibling(path: Path, *, folder: bool = False) -> str:
+    """The nearest file (or folder) that is there and differs from `path` in one name only."""
     path = path.expanduser()
+    fits = os.path.isdir if folder else os.path.isfile  # not Path's: they raise in a folder that may not be read
     for part in (path, *path.parents):
         if part.parent.is_dir():
-            hint = nearest(part.name, (entry.name for entry in part.parent.iterdir()))
-            return hint.replace("'", f"'{part.parent}/", 1) if hint and str(part.parent) != "." else hint
+            rest = path.relative_to(part)
+            return nearest_of(part.name, {one.name: one / rest for one in part.parent.iterdir() if fits(one / rest)})
     return ""
 
 

@@ -70,6 +70,13 @@ def test_what_is_wrong(change: dict[str, object], plan: dict[str, int], finding:
     assert said(replace(GOOD, **change), replace(PLAN, **plan)) == [finding]  # type: ignore[arg-type]
 
 
+def test_more_processes_than_processors_are_counted() -> None:
+    (several,) = machine.check_processors(replace(GOOD, processors=4), PLAN)
+    assert several.text.startswith("10 processes (a training process and 4 workers for each of 2 GPUs) share 4 proces")
+    (one,) = machine.check_processors(replace(GOOD, gpus=(), processors=1), replace(PLAN, workers=1))
+    assert one.text.startswith("2 processes (a training process and 1 worker) share 1 processor; lower --num_workers")
+
+
 def test_a_cache_s_disk_holds_no_checkpoints() -> None:
     assert said(replace(GOOD, disks=(Disk("cache_dir", Path("/c"), 10 * GIB),))) == []
 

@@ -150,7 +150,7 @@ def test_the_end_of_a_run_names_a_command_that_works(
 ) -> None:
     """The line of the summary, as it is printed."""
     one = _picture(tmp_path / "a.png", 60, 80)
-    line = next(text for text in ending("x", [], 0, 1.0, run, merges=True).splitlines() if "vlft chat" in text)
+    line = next(text for text in ending("x", [], 0, run, merges=True).splitlines() if "vlft chat" in text)
     words = shlex.split(line.replace("PICTURE", str(one)).replace("QUESTION", "what colour is it"))
     assert words[0] == "vlft"
     assert main([*words[1:], "--max_new_tokens", "6"]) == 0

@@ -81,6 +81,7 @@ def test_verify_says_equal(run: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert said.count(" equal\n") == 3
     assert "trained - merged" in said
     assert "3 of 3" in said
+    assert "equal means: largest 0.001, mean 0.0001, all answers.\n" in said
     assert f"{run / 'model'} says what step 3 of {run} says." in said
     assert sorted(path for path in run.rglob("*")) == before, "nothing is written"
 
@@ -107,7 +108,9 @@ def test_one_altered_weight_of_a_whole_model_in_16_bits(run: Path, tmp_path: Pat
     (close,) = [g for g in gaps if g.pair == "rounded - whole"]
     assert close.tolerance == STORED
     assert close.largest < 1e-6, "the same weights through the same forward"
-    assert "says what step 3" in verify(str(tmp_path / "whole"), run, samples=3, max_new_tokens=4)
+    said = verify(str(tmp_path / "whole"), run, samples=3, max_new_tokens=4)
+    assert "says what step 3" in said
+    assert "equal means: largest 0.25, mean 0.025; for rounded - whole: largest 0.05, mean 0.005.\n" in said
     _spoil(tmp_path / "whole", "model.layers.0.self_attn.v_proj")
     _spoil(tmp_path / "whole", "visual.merger.mlp.0")
     tensors = load_file(tmp_path / "whole" / "model.safetensors")

@@ -6,7 +6,9 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from fnmatch import fnmatch
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +16,10 @@ import huggingface_hub
 import pytest
 import torch
 import transformers
+from huggingface_hub import constants
 from runs import environment
 
+from vlft.errors import ModelError
 from vlft.models.load import load_hf, open_checkpoint
 from vlft.testing import make_checkpoint
 
@@ -43,6 +47,54 @@ def test_code_is_fetched_only_if_it_may_run(
         (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(settings))
     assert open_checkpoint(name, trust_remote_code=trust).trust_remote_code is trust
     assert fetched == ["config.json", "model.safetensors", *(["modeling_mine.py"] if trust else [])]
+
+
+@pytest.mark.parametrize(
+    ("answer", "said"),
+    [
+        ("offline", "the hub was not asked (HF_HUB_OFFLINE is set); unset it"),
+        ("refused", "the hub could not be reached (no connection); check the name and the network"),
+        ("broken off", "the hub could not be reached (no connection); check the name and the network"),
+        (404, "the hub did not give it (it answered 404); check the name, or accept its terms there and log in with "
+              "'hf auth login'"),
+        (503, "the hub did not give it (it answered 503); try again"),
+    ],
+)  # fmt: skip
+def test_what_is_neither_here_nor_at_the_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, answer: str | int, said: str
+) -> None:
+    """The word may be a misspelt path: the sentence names both places, and no text of the client that is cut off."""
+
+    class Hub(BaseHTTPRequestHandler):
+        def log_message(self, *_: Any) -> None: ...
+
+        def do_GET(self) -> None:
+            if isinstance(answer, int):
+                self.send_response(answer)
+                self.end_headers()
+
+    monkeypatch.chdir(tmp_path)
+    with ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        port = 9 if answer == "refused" else server.server_address[1]
+        monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{port}")
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", answer == "offline")
+        with pytest.raises(ModelError) as caught:
+            open_checkpoint("output/qlora")
+        server.shutdown()
+    assert str(caught.value) == f"there is no folder output/qlora here, and {said}, or give a local folder."
+
+
+def test_what_the_hub_s_client_cannot_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fetch(*_: Any, **__: Any) -> str:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
+    with pytest.raises(
+        ModelError, match=r"did not give it \(\[Errno 28\] No space left on device\); mend that, or give"
+    ):
+        open_checkpoint("output/qlora")
 
 
 LOADED = """

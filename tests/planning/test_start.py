@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
 
+import numpy as np
 import pytest
 import torch
 from runs import command, train, write_data
 
 from vlft.commands import read_plan
+from vlft.data import prepare
 from vlft.engine import Engine
 from vlft.models.peaks import peak_flops
 from vlft.planning import gpus, start
@@ -82,6 +84,11 @@ def test_a_cpu_is_told_nothing_of_memory_and_time(
     out = capsys.readouterr().out
     assert "plan:" not in out
     assert "data: a sample has 35 to 93 tokens (half of them up to " in out
+
+
+def test_sizes_that_are_all_one_are_no_range() -> None:
+    assert prepare._spread(np.array([35, 40, 93]), "token") == "35 to 93 tokens (half of them up to 40)"
+    assert prepare._spread(np.array([64, 64]), "patch") == "64 patches"
 
 
 def test_what_others_hold_is_told(tiny: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -41,6 +41,7 @@ from vlft.data.registry import DatasetSpec
 from vlft.data.sources import Chunk, RawRow, Source, open_source
 from vlft.data.tokens import Chat, PictureSize
 from vlft.errors import DataError, RecordError
+from vlft.words import counted
 
 INDEX_VERSION = 4
 """Raise it when the same data would be indexed otherwise by the code below."""
@@ -640,4 +641,4 @@ def summary(index: Index) -> Iterable[str]:
         rejected = int(shard.meta["total"]) - len(shard)
         ledger = f", {rejected} in the ledger" if rejected else ""
         blind = ", none of them with a picture" if len(shard) and not shard.n_images.any() else ""
-        yield f"{shard.spec.name}: {len(shard)} samples ({readers}){blind}{ledger}"
+        yield f"{shard.spec.name}: {counted(len(shard), 'sample')} ({readers}){blind}{ledger}"

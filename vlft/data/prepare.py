@@ -33,6 +33,7 @@ from vlft.data.tokens import Chat
 from vlft.errors import ConfigError, DataError, RecordError
 from vlft.family import Family
 from vlft.grids import Layout
+from vlft.words import counted
 
 _LIMIT_SALT = 0x11417
 
@@ -114,12 +115,10 @@ class Data:
         shrunk = f", pictures of {self.fitted.shrunk} made smaller to fit" if self.fitted.shrunk else ""
         long = sum(not e.counts_as_bad for e in self.fitted.ledger)
         left = f", {long} too long (ledger)" if long else ""
-        total = f"{self.plan.samples_per_epoch} samples an epoch, {len(self._held_out)} held out{shrunk}{left}"
-        sizes = " and ".join(
-            f"{size.min():,} to {size.max():,} {what} (half of them up to {int(np.median(size)):,})"
-            for what, size in (("tokens", self.fitted.length[ids]), ("patches", self.fitted.patches[ids]))
-        )
-        lines = [*index_summary(self.index), total, f"a sample has {sizes}"]
+        samples = counted(self.plan.samples_per_epoch, "sample")
+        total = f"{samples} an epoch, {len(self._held_out)} held out{shrunk}{left}"
+        tokens, patches = _spread(self.fitted.length[ids], "token"), _spread(self.fitted.patches[ids], "patch")
+        lines = [*index_summary(self.index), total, f"a sample has {tokens} and {patches}"]
         return [f"data: {line}" for line in lines]
 
     def steps(self, start: int, total: int, costs: Costs, budget: Budget) -> Iterator[Step]:
@@ -307,6 +306,13 @@ class Data:
                 order = np.argsort(mix64(self.index.identity[mine], _LIMIT_SALT), kind="stable")
                 chosen.append(mine if limit is None else np.sort(mine[order[:limit]]))
         return np.concatenate(chosen)
+
+
+def _spread(sizes: npt.NDArray[Any], what: str) -> str:
+    """How many tokens or patches samples have, in words."""
+    low, high, half = int(sizes.min()), int(sizes.max()), int(np.median(sizes))
+    most = counted(high, what)
+    return most if low == high else f"{low:,} to {most} (half of them up to {half:,})"
 
 
 def check_specs(options: DataOptions, specs: Sequence[DatasetSpec]) -> None:

@@ -129,7 +129,15 @@ def statistics(
 
 
 def _histogram(values: npt.NDArray[Any]) -> dict[str, list[float]]:
+    """Bins of tokens are whole numbers of them; values that are all one have one bin, which begins above 0."""
     if not len(values):
         return {"edges": [], "counts": []}
-    counts, edges = np.histogram(values, bins=BINS)
+    low, high = values.min(), values.max()
+    bins: Any = BINS
+    if np.issubdtype(values.dtype, np.integer):
+        width = -(-(high - low + 1) // BINS)
+        bins = np.arange(low, high + width + 1, width)
+    elif low == high:
+        bins = [0.95 * low, 1.05 * low]
+    counts, edges = np.histogram(values, bins=bins)
     return {"edges": [round(float(e), 6) for e in edges], "counts": counts.tolist()}

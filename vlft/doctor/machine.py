@@ -16,6 +16,7 @@ from vlft.doctor import collective
 from vlft.doctor.findings import Finding, Grade
 from vlft.doctor.versions import installed, known_bad, out_of_range, requirement_names
 from vlft.errors import ConfigError
+from vlft.words import counted
 
 GIB = 2**30
 _SHM_FOR_NCCL = 1.0
@@ -366,11 +367,13 @@ def check_disk(machine: Machine, plan: Plan) -> Iterator[Finding]:
 
 
 def check_processors(machine: Machine, plan: Plan) -> Iterator[Finding]:
-    busy = (plan.workers + 1) * max(1, len(machine.gpus))
+    gpus = len(machine.gpus)
+    busy = (plan.workers + 1) * max(1, gpus)
     if plan.workers and busy > machine.processors:
+        each = f" for each of {gpus} GPUs" if gpus > 1 else ""
         text = (
-            f"{plan.workers} workers and their process for each of {max(1, len(machine.gpus))} make {busy} processes "
-            f"on {machine.processors} processors; lower --num_workers if decoding does not keep up."
+            f"{busy} processes (a training process and {counted(plan.workers, 'worker')}{each}) share "
+            f"{counted(machine.processors, 'processor')}; lower --num_workers if decoding does not keep up."
         )
         yield Finding("note", "environment", "processors", text)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -112,6 +113,8 @@ class ZeroEngine(Engine):
             import deepspeed
         except ImportError as error:
             raise ConfigError("--deepspeed needs DeepSpeed: pip install 'vlft[deepspeed]'.") from error
+        # Of collectives that DeepSpeed calls: newer PyTorch would tell it again and again.
+        warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
         handlers = []
         if not torch.accelerator.is_available():
             # `cpu=True` would ignore the plugin; without gloo Accelerate counts 1 process and DeepSpeed 2.

@@ -39,17 +39,32 @@ def resolve_folder(name: str, *, trust_remote_code: bool = False, weights: bool 
     if Path(name).is_dir():
         return Path(name).resolve()
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
     wanted = [*WANTED_FILES, *(["*.py"] if trust_remote_code else [])]
     wanted = [pattern for pattern in wanted if weights or pattern != "*.safetensors"]
     try:
         return Path(snapshot_download(name, allow_patterns=wanted))
-    except (HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError, OSError, ValueError) as error:
-        raise ModelError(
-            f"the model '{name}' is neither a folder nor a model that the hub gave ({_short(error)}); "
-            "check the name, the network, or give a local folder."
-        ) from error
+    except Exception as error:  # of whichever HTTP library the client uses
+        # The word may be a misspelt path as well as a name of the hub.
+        raise ModelError(f"there is no folder {name} here, and {_refusal(error)}, or give a local folder.") from error
+
+
+def _refusal(error: Exception) -> str:
+    """What the hub said, and what to do; the client's own texts are half a page each."""
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    # Nor is it in the cache: why it was not fetched says more.
+    cause = error.__cause__ if isinstance(error, LocalEntryNotFoundError) else error
+    if isinstance(cause, OfflineModeIsEnabled):
+        return "the hub was not asked (HF_HUB_OFFLINE is set); unset it"
+    if isinstance(cause, HfHubHTTPError):
+        code, advice = cause.response.status_code, "try again"
+        if code in (401, 403, 404):
+            advice = "check the name, or accept its terms there and log in with 'hf auth login'"
+        return f"the hub did not give it (it answered {code}); {advice}"
+    if type(cause).__module__.startswith("httpx"):  # or httpx2, by the client's version
+        return "the hub could not be reached (no connection); check the name and the network"
+    return f"the hub did not give it ({_short(error)}); mend that"
 
 
 def _short(error: Exception) -> str:
@@ -178,10 +193,7 @@ def _base_folder(path: Path, adapter: dict[str, Any], trust_remote_code: bool, w
     try:
         return resolve_folder(base, trust_remote_code=trust_remote_code, weights=weights)
     except ModelError as error:
-        raise ModelError(
-            f"{path} names the base '{base}', which is neither a folder nor a model that the hub gave; "
-            "correct base_model_name_or_path there."
-        ) from error
+        raise ModelError(f"base_model_name_or_path of {path}: {error}") from error
 
 
 def open_checkpoint(name: str, *, trust_remote_code: bool = False, weights: bool = True) -> Checkpoint:
@@ -357,14 +369,18 @@ def _check_complete(folder: Path, info: Mapping[str, Any]) -> None:
         )
 
 
+# What a strategy or PEFT imports before anything is loaded here would tell of an optional kernel and of no GPU.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+if not torch.accelerator.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+
 def quieten() -> None:
-    """Libraries' notes that a user can do nothing about: a progress bar a second long, an optional CPU kernel."""
+    """Libraries' notes that a user can do nothing about, as a progress bar a second long."""
     from transformers.utils.logging import disable_progress_bar
 
-    if not torch.accelerator.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that there is none when peft imports it
     disable_progress_bar()
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    logging.getLogger("transformers.integrations.bitsandbytes").setLevel(logging.ERROR)  # a merge wants what it tells
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
 
 

@@ -14,6 +14,7 @@ from vlft.planning.estimate import Estimate, estimate
 from vlft.planning.gpus import GIB, Gpu
 from vlft.planning.load import histogram
 from vlft.terminal import duration, table, thousands
+from vlft.words import counted
 
 
 def main(options: PlanOptions, run: Run, words: Sequence[str], read: advice.Reader) -> None:
@@ -95,6 +96,6 @@ def shown(e: Estimate) -> str:
         f"the largest row has {row.tokens:,} tokens, {row.patches:,} patches.",
         table(("time", "of a mean step"), [(name, f"{1000 * s:,.0f} ms") for name, s in seconds]),
         f"{samples / t.step:.2f} samples/s; an epoch of {thousands(e.steps.samples_per_epoch)} samples, "
-        f"{e.steps.steps_per_epoch:,} steps: {duration(epoch)}.",
+        f"{counted(e.steps.steps_per_epoch, 'step')}: {duration(epoch)}.",
         table(("a sample's", "from to", "samples"), lengths),
     ])  # fmt: skip

@@ -14,6 +14,7 @@ from vlft.planning.memory import Memory, static_of
 from vlft.planning.time import Time
 from vlft.setup import Job
 from vlft.terminal import duration
+from vlft.words import counted
 
 STEPS = 50
 """That are looked at for a mean one: the start shall not wait."""
@@ -64,4 +65,4 @@ def _memory(m: Memory, gpu: Gpu) -> str:
 
 def _time(t: Time, steps: Steps) -> str:
     epoch = duration(t.step * steps.steps_per_epoch)
-    return f"plan: about {t.step:.2g} s a step, {epoch} an epoch of {steps.steps_per_epoch:,} steps."
+    return f"plan: about {t.step:.2g} s a step, {epoch} an epoch of {counted(steps.steps_per_epoch, 'step')}."
