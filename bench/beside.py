@@ -10,13 +10,14 @@ products of a layer of the 3B language model run on one stream and a unit of FSD
 in several ways:
 
 * `all_gather` and `all_to_all`: NCCL's own, in groups with the most blocks (`ctas`) that each may take, 0: its choice;
-* `copies`: from the others' memory by copies alone, which take no multiprocessor (PyTorch's symmetric memory; the
-  barriers before and after them are a kernel of one block).
+* `copies`: from the others' memory by copies between cards alone, which should take no multiprocessor (PyTorch's
+  symmetric memory; the barriers before and after them are a kernel of one block).
 
 A line of each way has: `send_ms` of one sending without products; `products_ms` of all products without sending;
 `both_ms` until they are done with --sends sendings beside them, `slower`, the ratio of these two, and `sent_ms` until
-these are done, too; `gb` that each rank received, and `lost_ms_per_gb`, what a GB costs the products. By default there
-are as many products and sendings as in a third of a step of 3B `full` under FSDP2, 8 samples a GPU.
+these are done, too; `gb` that each rank received, and `lost_ms_per_gb`, what a GB costs the products. Times are the
+best of four and the slowest rank's. By default there are as many products and sendings as in a third of a step of 3B
+`full` under FSDP2, 8 samples a GPU; here the sendings are not spread over it.
 """
 
 from __future__ import annotations
@@ -27,6 +28,10 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
+
+# Multicast can put the host's GPUs out of service; a number of blocks in the environment would be in force everywhere.
+os.environ |= {"NCCL_NVLS_ENABLE": "0", "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1"}
+os.environ.pop("NCCL_MAX_CTAS", None)
 
 import torch
 import torch.distributed as dist
@@ -82,11 +87,12 @@ def copies(shard: torch.Tensor, whole: torch.Tensor) -> Callable[[], None]:
     handle = symmetric.rendezvous(here, dist.group.WORLD)
     world = dist.get_world_size()
     chunks = whole.chunk(world)
+    chunks[handle.rank].copy_(here)
     theirs = [handle.get_buffer(rank, here.shape, here.dtype) for rank in range(world)]
 
     def send() -> None:
         handle.barrier()
-        for step in range(world):  # each rank begins with another, so that no link is asked by all
+        for step in range(1, world):  # each rank begins with another, so that no link is asked by all
             rank = (handle.rank - step) % world
             chunks[rank].copy_(theirs[rank])
         handle.barrier(channel=1)
@@ -98,11 +104,17 @@ class Clock:
     """Of what is asked for on two streams, the ranks beginning together."""
 
     def __init__(self, device: torch.device) -> None:
-        self.on_gpu = device.type == "cuda"
-        self.beside = torch.cuda.Stream() if self.on_gpu else None
+        self.device, self.on_gpu = device, device.type == "cuda"
+        self.beside = torch.cuda.Stream(priority=-1) if self.on_gpu else None
 
     def __call__(self, work: Callable[[], Any], times: int, send: Callable[[], Any], sends: int) -> tuple[float, float]:
-        """Milliseconds until `work` is done, and until all is."""
+        """Milliseconds until `work` is done, and until all is: of the slowest rank, the best of four."""
+        found = torch.tensor([self._once(work, times, send, sends) for _ in range(4)], device=self.device)
+        dist.all_reduce(found, dist.ReduceOp.MAX)
+        worked, sent = found.amin(0).tolist()
+        return worked, sent
+
+    def _once(self, work: Callable[[], Any], times: int, send: Callable[[], Any], sends: int) -> tuple[float, float]:
         self._wait()
         dist.barrier()
         self._wait()
@@ -142,11 +154,12 @@ def main() -> None:
 
     def nothing() -> None: ...
 
-    alone, _ = min(clock(work, given.rounds, nothing, 0) for _ in range(4))
+    for _ in range(10 if device.type == "cuda" else 1):
+        clock(work, given.rounds, nothing, 0)  # cold cards are faster
     for facts, send in ways(shard, device):
-        clock(nothing, 0, send, 2)
         _, sending = clock(nothing, 0, send, given.sends)
-        both, all_done = min(clock(work, given.rounds, send, given.sends) for _ in range(4))
+        alone, _ = clock(work, given.rounds, nothing, 0)
+        both, all_done = clock(work, given.rounds, send, given.sends)
         line = facts | {
             "send_ms": sending / given.sends, "products_ms": alone, "both_ms": both, "slower": both / alone,
             "sent_ms": all_done, "gb": gb, "lost_ms_per_gb": (both - alone) / gb, "gpus": dist.get_world_size(),

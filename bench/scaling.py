@@ -40,10 +40,10 @@ launch outlasts --within:
     $s --rows 3B-full-zero2 --profile                                                            # 105
     $s --rows 7B-full-zero3,7B-full-fsdp2                                                        # 115+120+115 = 350
 
-(Products beside what is sent were a tenth slower than on one GPU. bench/beside.py, 40 s, tells whether it helps to
-send from fewer multiprocessors, as NCCL_MAX_CTAS says, or from none.) Attention builds a graph for a row of a new
-size, for which all ranks wait: by a count over the plan, two GPUs need the last for a while in the 44th step, four in
-the 57th.
+(Products beside what is sent were a tenth slower than on one GPU. bench/beside.py, a minute or so, tells whether it
+helps to send from fewer multiprocessors, as NCCL_MAX_CTAS says, or from none.) Attention builds a graph for a row of
+a new size, for which all ranks wait: by a count over the plan, two GPUs need the last for a while in the 44th step,
+four in the 57th.
 
 Courses share GPUs, by `--memory low` as many as their sizes allow, in GiB of a GPU, on two GPUs and of the one: 7B
 `full` 85 and 132, 3B `full` 42 and 67 (DDP 62), 7B `lora` 32 and 35, 3B `lora` 18 and 24, 3B `qlora` 8 and 9. **The
@@ -54,6 +54,7 @@ more. On one card beside three others one GPU took twice as long.
     END=582; . bench/cards.sh; prep 3B 7B
     c="--parts course --batch 4 --steps 50 --warm 4 --workers 3 --launch_limit 400 --option memory=low"
     list a 0,1 "bench/scaling.py --rows 7B-full-zero3-4 $c --limit 570 --runs /dev/shm/a --within $(left)"
+    finish; LISTS=()
     list b 1,0 "bench/scaling.py --rows 3B-lora-zero3 $c --limit 270 --runs /dev/shm/b --within $(left)"; finish
 
 and then, on the machine that is still warm,
@@ -144,7 +145,8 @@ ROWS = {
     **{f"3B-lora-{to}": Spread("3B", "lora", to, ("course",)) for to in ("zero2", "zero3", "fsdp2")},
     **{f"7B-qlora-{to}": Spread("7B", "qlora", to, ("course",)) for to in ("zero2", "zero3", "fsdp2")},
     **{f"7B-lora-{to}": Spread("7B", "lora", to, ("course",)) for to in ("zero2", "zero3", "fsdp2")},
-    # Whole copies of one process have their masters in two halves and gradients in bf16: 116 GiB with --memory low.
+    # Whole copies of one process have their masters in two halves: 116 GiB with --memory low in one row a step, whose
+    # gradients are in bf16, 129 in two.
     **{
         f"7B-full-{to}-4": Spread("7B", "full", to, ("course",), batch=4, single="ddp")
         for to in ("fsdp2", "zero3", "zero2")

@@ -358,6 +358,15 @@ def test_what_a_resume_may_change(name: str, tmp_path: Path) -> None:
             check_resume(old, new, stored_global_batch=1, world_size=1, precision=("no", "no"))
 
 
+def test_a_file_of_old_may_limit_answers_that_nobody_generates(tmp_path: Path) -> None:
+    """It was legal, and a finished run is built again from its file; a flag that says so is refused."""
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(stored() | {"eval_limit": 5, "eval_temperature": 0.5}))
+    assert load_run(path, []).config.eval_limit is None
+    with pytest.raises(ConfigError, match="--eval_limit is 4, but no answers are generated"):
+        load_run(path, ["--eval_limit", "4"])
+
+
 def test_the_precision_that_was_used_counts_not_the_word() -> None:
     """`--mixed_precision` may be left to the device: on another device that would be another run in silence."""
     old, new = stored(), run("--mixed_precision", "bf16")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -112,7 +112,7 @@ def test_a_finished_run_says_that_nothing_is_left(
     train([*command(tiny(), registry, tmp_path / "out", "lora", max_steps=2), *resume])
     said = capsys.readouterr().out
     assert ", going on after step 1.\n" in said
-    assert "\ntrained llm by lora for 2 steps in " in said
+    assert "\ntrained llm by lora for 2 steps, the last 1 of them in " in said
 
 
 def test_a_used_output_folder_is_refused(tiny: Callable[..., Path], tmp_path: Path) -> None:
@@ -358,6 +358,43 @@ def saved(root: Path, step: int, keep: int = 3) -> Path:
     checkpoints.begin(root, step)
     files = checkpoints.write(root, step, 0, [("weights", "a", torch.ones(3))])
     return checkpoints.finish(root, step, files, state, keep)
+
+
+def test_a_share_in_several_files_is_read_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One is written while the tensors of the next are read; one tensor is larger than a file."""
+    monkeypatch.setattr(checkpoints, "FILE_BYTES", 100)
+    sizes = {"weights": [3, 10, 10, 60, 1], "optimizer": [20, 20]}
+    given = {stem: {f"{stem}{i}": torch.randn(n) for i, n in enumerate(many)} for stem, many in sizes.items()}
+    checkpoints.begin(tmp_path, 1)
+    files = checkpoints.write(tmp_path, 1, 0, ((stem, *pair) for stem, many in given.items() for pair in many.items()))
+    assert [*files] == [*(f"weights-000-{i:02d}.safetensors" for i in range(3)),
+                        *(f"optimizer-000-{i:02d}.safetensors" for i in range(2))]  # fmt: skip
+    done = checkpoints.finish(tmp_path, 1, files, {key: 0 for key in checkpoints._STATE if key != "step"}, 3)
+    checkpoints.read_state(done)
+    for stem, many in given.items():
+        found = checkpoints.load_tensors(done, stem)
+        assert found.keys() == many.keys()
+        assert all(torch.equal(found[name], value) for name, value in many.items())
+
+
+def test_a_file_that_cannot_be_written_leaves_the_others_reading(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Reading is collective: a rank that stopped in the middle would leave the others waiting."""
+    monkeypatch.setattr(checkpoints, "FILE_BYTES", 8)
+    read = []
+
+    def tensors() -> Iterator[tuple[str, str, torch.Tensor]]:
+        for i in range(9):
+            read.append(i)
+            if i == 3:
+                shutil.rmtree(next(tmp_path.glob(".writing-*")))
+            yield "weights", f"w{i}", torch.ones(2)
+
+    checkpoints.begin(tmp_path, 1)
+    with pytest.raises(CheckpointError, match="the checkpoint of step 1 could not be written"):
+        checkpoints.write(tmp_path, 1, 0, tensors())
+    assert read == [*range(9)]
 
 
 def test_steps_of_seven_digits_come_after_those_of_six(tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import xxhash
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -35,7 +35,8 @@ SCHEMA = 1
 _STATE = ("step", "global_batch", "options", "bad", "scaler", "skipped", "budget", "proved", "data", "precision")
 """What a resume reads from state.json."""
 FILE_BYTES = 1 << 30
-"""A rank starts another file beyond this size; it holds about two in memory, one being read and one being written."""
+"""A rank starts another file beyond this size. It holds about two in memory, one that is written and one that is read,
+and the tensor that comes next; a tensor may be larger."""
 Facts = dict[str, Any]
 """`bytes` and `xxh3_128` of a file."""
 
@@ -115,7 +116,7 @@ def write(root: Path, step: int, rank: int, tensors: Iterable[tuple[str, str, Te
             try:
                 name, facts = writing.pop().result()
                 files[name] = facts
-            except (OSError, SafetensorError) as error:
+            except Exception as error:  # whatever it was, the other ranks still read with this one
                 failed = error
 
     def flush(pool: Executor) -> None:

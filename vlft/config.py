@@ -227,6 +227,10 @@ class EvalOptions(SharedOptions):
         return str(Path(value).expanduser()) if value.startswith("~") else value
 
 
+ANSWERS = ("eval_max_new_tokens", "eval_limit", "eval_temperature")
+"""Options of the answers that scripts judge."""
+
+
 class RunConfig(SharedOptions):
     """The core's options of a training. A strategy's own stand in its `Config`."""
 
@@ -474,7 +478,7 @@ class RunConfig(SharedOptions):
                     f"is {getattr(self, name)}, but no answers are generated; add --eval_dataset_scripts or leave it "
                     "out.",
                 )
-                for name in ("eval_max_new_tokens", "eval_limit", "eval_temperature")
+                for name in ANSWERS
             ),
         ]
 

@@ -19,6 +19,7 @@ from typing import Generic, TypeVar
 from vlft import discovery
 from vlft.augmentation.policy import problem_of as policy_problem
 from vlft.config import (
+    ANSWERS,
     RATE_PARTS,
     Option,
     Run,
@@ -45,6 +46,10 @@ def _merge(file: dict[str, Given], flags: dict[str, Given]) -> dict[str, Given]:
         merged.pop("augmentation", None)
     if not _names_its_runs(merged) and {"use_wandb", "report_to"} & {*flags}:
         for name in ("wandb_project", "wandb_run_name"):
+            if name not in flags:
+                merged.pop(name, None)
+    if "eval_dataset_scripts" not in merged:  # a file may be of a time in which nobody minded
+        for name in ANSWERS:
             if name not in flags:
                 merged.pop(name, None)
     for flag, depending in (

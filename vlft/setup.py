@@ -533,7 +533,8 @@ def end_sentence(job: Job) -> str:
         return f"this run is at its last step, {job.total_steps}; nothing was left to train."
     trained, seconds = ", ".join(job.proof.proved) or "nothing", time.monotonic() - job.journal.began
     steps = counted(job.done_steps, "step")
-    return f"trained {trained} by {job.run.config.tuning_strategy} for {steps} in {duration(seconds)}"
+    here = f", the last {job.done_steps - job.done_before} of them" if job.done_before else ""
+    return f"trained {trained} by {job.run.config.tuning_strategy} for {steps}{here} in {duration(seconds)}"
 
 
 def base_checkpoint(run: Run, engine: Engine, folder: RunFolder, *, fresh: bool) -> Checkpoint:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -244,11 +245,13 @@ def _sentences(
 def sibling(path: Path, *, folder: bool = False) -> str:
     """The nearest file (or folder) that is there and differs from `path` in one name only."""
     path = path.expanduser()
-    fits = os.path.isdir if folder else os.path.isfile  # not Path's: they raise in a folder that may not be read
-    for part in (path, *path.parents):
-        if part.parent.is_dir():
-            rest = path.relative_to(part)
-            return nearest_of(part.name, {one.name: one / rest for one in part.parent.iterdir() if fits(one / rest)})
+    fits = os.path.isdir if folder else os.path.isfile  # Path's raise: one such folder would hide all others
+    with suppress(OSError):  # a folder that may not be read
+        for part in (path, *path.parents):
+            if part.parent.is_dir():
+                rest = path.relative_to(part)
+                there = {one.name: one / rest for one in part.parent.iterdir() if fits(one / rest)}
+                return nearest_of(part.name, there)
     return ""
 
 

@@ -129,12 +129,12 @@ def statistics(
 
 
 def _histogram(values: npt.NDArray[Any]) -> dict[str, list[float]]:
-    """Bins of tokens are whole numbers of them; values that are all one have one bin, which begins above 0."""
+    """Bins of tokens are whole numbers of them; equal values have one bin, which begins above 0."""
     if not len(values):
         return {"edges": [], "counts": []}
-    low, high = values.min(), values.max()
+    low, high = values.min().item(), values.max().item()
     bins: Any = BINS
-    if np.issubdtype(values.dtype, np.integer):
+    if isinstance(low, int):
         width = -(-(high - low + 1) // BINS)
         bins = np.arange(low, high + width + 1, width)
     elif low == high:

@@ -51,10 +51,17 @@ def resolve_folder(name: str, *, trust_remote_code: bool = False, weights: bool 
 
 def _refusal(error: Exception) -> str:
     """What the hub said, and what to do; the client's own texts are half a page each."""
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
+    )
 
     # Nor is it in the cache: why it was not fetched says more.
     cause = error.__cause__ if isinstance(error, LocalEntryNotFoundError) else error
+    if isinstance(cause, HFValidationError):
+        return "it is no name of the hub (owner/name); correct it"
     if isinstance(cause, OfflineModeIsEnabled):
         return "the hub was not asked (HF_HUB_OFFLINE is set); unset it"
     if isinstance(cause, HfHubHTTPError):
@@ -369,7 +376,7 @@ def _check_complete(folder: Path, info: Mapping[str, Any]) -> None:
         )
 
 
-# What a strategy or PEFT imports before anything is loaded here would tell of an optional kernel and of no GPU.
+# Before a strategy or PEFT imports bitsandbytes or DeepSpeed: one would warn of an optional kernel, one of no GPU.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 if not torch.accelerator.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -380,7 +387,8 @@ def quieten() -> None:
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
-    logging.getLogger("transformers.integrations.bitsandbytes").setLevel(logging.ERROR)  # a merge wants what it tells
+    # It tells that 4-bit weights are made whole, which a merge asks for.
+    logging.getLogger("transformers.integrations.bitsandbytes").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
 
 
