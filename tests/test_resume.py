@@ -18,7 +18,7 @@ from vlft import train as story
 from vlft.errors import CheckpointError, ConfigError
 
 
-class Stop(Exception):
+class Stop(BaseException):
     """Raised in the middle of a run, as a kill would end it."""
 
 
