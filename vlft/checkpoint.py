@@ -18,7 +18,6 @@ import json
 import os
 import re
 import shutil
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from pathlib import Path
@@ -104,7 +103,6 @@ def write(root: Path, step: int, rank: int, tensors: Iterable[tuple[str, str, Te
     """
     beside = _beside(root, step)
     files: dict[str, Facts] = {}
-    numbers: Counter[str] = Counter()
     held: dict[str, Tensor] = {}
     writing: list[Future[tuple[str, Facts]]] = []
     failed: Exception | None = None
@@ -123,8 +121,7 @@ def write(root: Path, step: int, rank: int, tensors: Iterable[tuple[str, str, Te
         nonlocal held
         settle()
         if held and not failed:
-            path = beside / f"{last}-{rank:03d}-{numbers[last]:02d}.safetensors"
-            numbers[last] += 1
+            path = beside / f"{last}-{rank:03d}-{sum(name.startswith(last) for name in files):02d}.safetensors"
             writing.append(pool.submit(_write_file, path, held))
         held = {}
 

@@ -85,6 +85,14 @@ def test_what_is_neither_here_nor_at_the_hub(
     assert str(caught.value) == f"there is no folder output/qlora here, and {said}, or give a local folder."
 
 
+def test_what_is_no_name_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(
+        ModelError, match=r"^there is no folder a/b/c here, and it is no name of the hub \(owner/name\); "
+    ):
+        open_checkpoint("a/b/c")
+
+
 def test_what_the_hub_s_client_cannot_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fetch(*_: Any, **__: Any) -> str:
         raise OSError(28, "No space left on device")
