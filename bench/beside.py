@@ -1,6 +1,7 @@
 """What products lose beside what is sent: two or more GPUs of one host, JSON lines at once.
 
     torchrun --nproc_per_node gpu bench/beside.py
+    torchrun --nproc_per_node gpu bench/beside.py --zero
     torchrun --nproc_per_node 2 bench/beside.py --device cpu --mib 1 --rounds 2 --tokens 64      # does it work?
 
 It has NOT been run on a GPU yet.
@@ -11,7 +12,9 @@ in several ways:
 
 * `all_gather` and `all_to_all`: NCCL's own, in groups with the most blocks (`ctas`) that each may take, 0: its choice;
 * `copies`: from the others' memory by copies between cards alone, which should take no multiprocessor (PyTorch's
-  symmetric memory; the barriers before and after them are a kernel of one block).
+  symmetric memory; the barriers before and after them are a kernel of one block);
+* with --zero, in the place of all of these, NCCL's own copies between cards, of symmetric memory (its "zero CTA"
+  policy).
 
 A line of each way has: `send_ms` of one sending without products; `products_ms` of all products without sending;
 `both_ms` until they are done with --sends sendings beside them, `slower`, the ratio of these two, and `sent_ms` until
@@ -71,6 +74,23 @@ def ways(shard: torch.Tensor, device: torch.device) -> Iterator[tuple[dict[str, 
         yield {"way": "all_to_all", "ctas": ctas}, lambda g=group: dist.all_to_all_single(got, whole, group=g)
     if device.type == "cuda":
         yield {"way": "copies"}, copies(shard, whole)
+
+
+def zero(shard: torch.Tensor) -> Iterator[tuple[dict[str, Any], Callable[[], Any]]]:
+    import torch.distributed._symmetric_memory as symmetric
+
+    symmetric.set_backend("NCCL")
+    options = dist.ProcessGroupNCCL.Options()
+    options.config.cta_policy = dist.ProcessGroupNCCL.NCCL_CTA_POLICY_ZERO
+    group = dist.new_group(pg_options=options)
+    dist.barrier(group=group)  # else there is no communicator yet in which memory could be registered
+    world = dist.get_world_size()
+    whole, got = (symmetric.empty(world * shard.numel(), dtype=shard.dtype, device=shard.device) for _ in range(2))
+    for one in (whole, got):
+        symmetric.rendezvous(one, group=group.group_name)
+    mine = whole.chunk(world)[dist.get_rank()]
+    yield {"way": "all_gather", "ctas": "zero"}, lambda: dist.all_gather_into_tensor(whole, mine, group=group)
+    yield {"way": "all_to_all", "ctas": "zero"}, lambda: dist.all_to_all_single(got, whole, group=group)
 
 
 def _options(ctas: int) -> Any:
@@ -141,6 +161,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=60, help="of the products")
     parser.add_argument("--sends", type=int, default=9)
     parser.add_argument("--tokens", type=int, default=4600)
+    parser.add_argument("--zero", action="store_true", help="NCCL's copies of symmetric memory alone")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     given = parser.parse_args()
     device = torch.device(given.device, int(os.environ["LOCAL_RANK"]) if given.device == "cuda" else None)
@@ -156,7 +177,7 @@ def main() -> None:
 
     for _ in range(10 if device.type == "cuda" else 1):
         clock(work, given.rounds, nothing, 0)  # cold cards are faster
-    for facts, send in ways(shard, device):
+    for facts, send in zero(shard) if given.zero else ways(shard, device):
         _, sending = clock(nothing, 0, send, given.sends)
         alone, _ = clock(work, given.rounds, nothing, 0)
         both, all_done = clock(work, given.rounds, send, given.sends)

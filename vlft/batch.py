@@ -53,7 +53,7 @@ class ToInputs:
             "cu_seqlens": row.cu_seqlens.to(self.device, non_blocking=True),
             "max_seqlen": int(row.cu_seqlens.diff().max()),
             "pixel_values": self._patches(row, self.policy if training else None),
-            "image_grid_thw": row.image_grid_thw,
+            "image_grid_thw": row.image_grid_thw.numpy(),
             "supervised_S": row.supervised_S,
             "pictured_M": row.pictured_M,
             "tower": row.tower,

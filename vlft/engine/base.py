@@ -244,6 +244,8 @@ class Engine:
     def _note_parameters(self, optimizer: Optimizer) -> None:
         self._parameters: list[nn.Parameter] = [p for g in optimizer.param_groups for p in g["params"]]
         self._parts: list[Part] = [g["part"] for g in optimizer.param_groups for _ in g["params"]]
+        # Once: to ask hundreds of DTensors takes the host milliseconds, and it is needed before every row.
+        self._numbers = [_local_numel(p) for p in self._parameters]
 
     @property
     def wants_torchs_adamw(self) -> bool:
@@ -275,11 +277,12 @@ class Engine:
         return self._pending_gradients() + self._pending_states()
 
     def _pending_gradients(self) -> int:
-        return sum(_gradient_bytes(p) for p in self._parameters if p.grad is None)
+        missing = (each for each in zip(self._parameters, self._numbers, strict=True) if each[0].grad is None)
+        return sum(n * gradient_dtype(p).itemsize for p, n in missing)
 
     def _pending_states(self) -> int:
         """Bytes of the states that the first update will make, but for what is held for them."""
-        of = getattr(getattr(self.optimizer, "optimizer", None), "state_bytes", lambda p: 2 * _local_bytes(p))
+        of = getattr(getattr(self.optimizer, "optimizer", None), "state_bytes", _adams_bytes)
         state = self.optimizer.state
         states = sum(of(p) for group in self.optimizer.param_groups for p in group["params"] if p not in state)
         return int(states) - self._held
@@ -505,14 +508,13 @@ class Engine:
         self.accelerator.end_training()
 
 
-def _gradient_bytes(p: Tensor) -> int:
-    return _local_bytes(p) * gradient_dtype(p).itemsize // p.element_size()
+def _adams_bytes(p: Tensor) -> int:
+    return 2 * _local_numel(p) * p.element_size()
 
 
-def _local_bytes(p: Tensor) -> int:
+def _local_numel(p: Tensor) -> int:
     """Of the shard that lies here."""
-    here = p.to_local() if hasattr(p, "to_local") else p
-    return here.numel() * here.element_size()
+    return (p.to_local() if hasattr(p, "to_local") else p).numel()
 
 
 def read_norms(

@@ -127,9 +127,11 @@ class FsdpEngine(Engine):
             assert isinstance(first, FSDPModule)
             if self.world_size > 1:
                 adds_up(first)
-        for run in runs:
+        chains = [[unit[0] for unit in run] for run in runs]
+        chains[:1] = [[model, *first] for first in chains[:1]]  # the root's forward comes to the first layer first
+        for chain in chains:
             # Else a unit is gathered when the host arrives there, which at a step's start is just before the GPU.
-            for one, following in pairwise(unit[0] for unit in run):
+            for one, following in pairwise(chain):
                 assert isinstance(one, FSDPModule)
                 assert isinstance(following, FSDPModule)
                 one.set_modules_to_forward_prefetch([following])

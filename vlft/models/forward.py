@@ -11,6 +11,8 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -139,21 +141,25 @@ class PackedVLM(nn.Module):
         return base_model(self.model).get_submodule(path)
 
     def _see(
-        self, pixel_values: Tensor | None, grid_thw: Tensor, inputs: TowerInputs | None, like: Tensor
+        self,
+        pixel_values: Tensor | None,
+        grids_I3: npt.NDArray[np.int64],
+        inputs: TowerInputs | None,
+        like: Tensor,
     ) -> tuple[Tensor, list[Tensor], bool]:
         """(M, D) features, the deepstack levels' features, and whether they belong to a real picture.
 
         A row without pictures runs the tower on a blank of one merged patch: under ZeRO-3, FSDP and DDP every rank
         must call every module, and AdamW decays on a zero gradient but skips a missing one.
         """
-        real = pixel_values is not None and len(grid_thw) > 0
+        real = pixel_values is not None and len(grids_I3) > 0
         tower = self._part(self.parts.vit)
         if not real:
             pixel_values = torch.zeros(4, self.patch_dim, device=like.device)
         assert pixel_values is not None
         dtype = like.dtype if like.is_floating_point() else torch.float32
         if inputs is None or inputs.layout != self.layout:
-            inputs = tower_inputs(grid_thw if real else BLANK, self.layout).map(lambda x: to_device(x, like.device))
+            inputs = tower_inputs(grids_I3 if real else BLANK, self.layout).map(lambda x: to_device(x, like.device))
         # A frozen tower keeps nothing for a backward pass, also where something (Hugging Face's checkpointing, PEFT)
         # has asked that its input have a gradient: that would double its time and take most of a row's memory.
         learns = torch.is_grad_enabled() and self._tower_learns()
@@ -166,7 +172,7 @@ class PackedVLM(nn.Module):
         self,
         input_ids_T: Tensor,
         pixel_values: Tensor | None,
-        grid_thw: Tensor,
+        grids_I3: npt.NDArray[np.int64],
         pictured_M: Tensor | None,
         tower: TowerInputs | None,
     ) -> tuple[Tensor, dict[str, Any]]:
@@ -174,7 +180,7 @@ class PackedVLM(nn.Module):
         if torch.is_autocast_enabled(embeds.device.type):
             # fp32 masters would otherwise keep the whole residual stream in fp32, twice the memory and traffic.
             embeds = embeds.to(torch.get_autocast_dtype(embeds.device.type))
-        features, levels, real = self._see(pixel_values, grid_thw, tower, embeds)
+        features, levels, real = self._see(pixel_values, grids_I3, tower, embeds)
         features, levels = features.to(embeds.dtype), [x.to(embeds.dtype) for x in levels]
         if real:
             if pictured_M is None:
@@ -198,7 +204,7 @@ class PackedVLM(nn.Module):
         cu_seqlens: Tensor,
         max_seqlen: int,
         pixel_values: Tensor | None,
-        image_grid_thw: Tensor,
+        image_grid_thw: npt.ArrayLike,
         supervised_S: Tensor | None = None,
         pictured_M: Tensor | None = None,
         tower: TowerInputs | None = None,
@@ -213,7 +219,8 @@ class PackedVLM(nn.Module):
             cu_seqlens: (B + 1,) int32 sample borders.
             max_seqlen: an upper bound of the samples' lengths.
             pixel_values: (P, channels * temporal * patch * patch) float, or None.
-            image_grid_thw: (I, 3) int64, on the CPU.
+            image_grid_thw: (I, 3) int64, for Python code: an array. FSDP2 brings a tensor to the device, behind all
+                that it was asked for, and the host waits; where nothing does, it may be one on the CPU.
             supervised_S: int64 places of the labels that are not -100.
             pictured_M: int64 places of the image tokens. Without these two they are searched for, which waits for the
                 device.
@@ -227,13 +234,14 @@ class PackedVLM(nn.Module):
             self.settle()
         if supervised_S is None:
             supervised_S = (labels_T[0] != IGNORE).nonzero()[:, 0]
+        grids_I3 = np.asarray(image_grid_thw)
         kind = kernels.compute_dtype(self._part(self.parts.embed).weight)
         self.installed.before_row(kind, input_ids_T.device)
         if self.memory is not None and torch.is_grad_enabled():
-            longest = int(image_grid_thw[:, 1:].prod(1).max()) if len(image_grid_thw) else 4
+            longest = int(grids_I3[:, 1:].prod(1).max()) if len(grids_I3) else 4
             patches = 4 if pixel_values is None else len(pixel_values)
             self.memory.before_row(patches, longest, input_ids_T.shape[1], max_seqlen, len(supervised_S), kind)
-        embeds, extra = self._embed(input_ids_T, pixel_values, image_grid_thw, pictured_M, tower)
+        embeds, extra = self._embed(input_ids_T, pixel_values, grids_I3, pictured_M, tower)
         if self.reads_rows:
             extra["read_S"] = supervised_S
         hidden = self._part(self.parts.llm)(
