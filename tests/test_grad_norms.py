@@ -10,7 +10,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from runs import CPU_ADAM, FSDP_ON_CPU, command, metrics, start, train, write_data
+from runs import CPU_ADAM, FSDP_ON_CPU, command, distance, final_weights, metrics, start, train, write_data
 
 from vlft.engine import Engine
 from vlft.engine.base import norms_of
@@ -93,6 +93,26 @@ def test_the_whole_norm_and_the_clipping_are_torchs_to_the_bit(limit: float) -> 
     assert norms.keys() == {"llm", "vit", "projector"}
     assert norms["projector"] == 0  # it has no gradient
     assert math.hypot(*norms.values()) == pytest.approx(norm, rel=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["zero2", "zero3"])
+def test_zeros_step_clips_as_deepspeed_does(tiny: Callable[..., Path], tmp_path: Path, layout: str) -> None:
+    """On its way, and not in a pass of its own. Of gradients this small Adam's result hangs on their size."""
+    registry = write_data(tmp_path, 21)
+    options = {"deepspeed": layout, "lr_scheduler_type": "constant", "warmup_steps": 0, "learning_rate_llm": 1e-2}
+
+    def go(name: str, **more: Any) -> Path:
+        fault = more.pop("fault", {"kind": "none"})
+        start(words(tiny(), registry, tmp_path / name, **options, **more), processes=2, fault=fault)
+        return tmp_path / name
+
+    own, lean = go("own", max_grad_norm=1e-6), go("lean", max_grad_norm=1e-6, fault={"kind": "fused_zero"})
+    assert [line["grad_norm"] for line in metrics(lean)] == pytest.approx(
+        [x["grad_norm"] for x in metrics(own)], rel=1e-4
+    )
+    assert distance(final_weights(own), final_weights(lean)) < 1e-5
+    assert distance(final_weights(own), final_weights(go("as they are", max_grad_norm=0.0))) > 1e-3
 
 
 def test_a_part_whose_gradient_is_not_finite_has_none(tiny: Callable[..., Path], tmp_path: Path) -> None:

@@ -205,6 +205,21 @@ def of_gpu(*, whole: bool) -> None:
         Engine.splits_masters = False  # type: ignore[method-assign,assignment]
 
 
+def fused_zero() -> None:
+    """ZeRO with torch's fused AdamW, as on a GPU; whoever asks a gradient by itself whether it is finite fails."""
+    from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+
+    from vlft import optim
+
+    class Fused(torch.optim.AdamW):
+        def __init__(self, groups: Any, *, fused: bool) -> None:
+            assert not fused
+            super().__init__(groups, fused=True)
+
+    optim.AdamW = Fused  # type: ignore[misc]
+    DeepSpeedZeroOptimizer._has_inf_or_nan = None
+
+
 def fsdp_on_cpu(*, fused: bool = False, unit: int | None = None, copies: int = 1) -> None:
     """FSDP2 where Accelerate ignores it; all but its file is vlft's engine.
 
@@ -267,6 +282,9 @@ def spoil(fault: dict[str, Any]) -> None:
         return
     if fault["kind"] == "hosts":
         base.hosts_of_one_machine = lambda _: torch.distributed.new_group(backend="gloo")  # as where there are GPUs
+        return
+    if fault["kind"] == "fused_zero":
+        fused_zero()
         return
     if fault["kind"] == "of_gpu":
         of_gpu(whole=fault["whole"])

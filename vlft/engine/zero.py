@@ -23,6 +23,7 @@ from torch.optim import Optimizer
 
 from vlft.engine.alarm import Alarm
 from vlft.engine.base import MOMENTS, Engine, Update, alone
+from vlft.engine.zero_step import LeanStep
 from vlft.errors import ConfigError
 from vlft.family import Part
 
@@ -77,24 +78,6 @@ def sums_in_fp32(config: Mapping[str, Any], *, bf16: bool) -> bool:
     return bf16 and int(config.get("zero_optimization", {}).get("stage", 0)) > 1
 
 
-def hear_norms(zero: Any) -> list[Any]:
-    """A list in which each step leaves the norm of every group (ZeRO-3: of every sub-group), in their order.
-
-    DeepSpeed takes them one by one within its step and keeps only the whole one. To take them again would read all
-    gradients twice, and to read its buffers before the step would need another path under offload.
-    """
-    heard: list[Any] = []
-    for name in ("get_grad_norm_direct", "complete_grad_norm_calculation_for_cpu_offload"):
-        real = getattr(zero, name)
-
-        def hearing(*args: Any, real: Callable[..., Any] = real, **options: Any) -> Any:
-            heard.append(norm := real(*args, **options))
-            return norm
-
-        setattr(zero, name, hearing)
-    return heard
-
-
 class ZeroEngine(Engine):
     keeps_masters = True
     shards_states = True
@@ -132,6 +115,8 @@ class ZeroEngine(Engine):
             "zero_allow_untested_optimizer": True,
             "steps_per_print": 10**9,
         }
+        # DeepSpeed measures samples a second for a line that is never printed, and waits for the GPU around each row.
+        self.deepspeed.setdefault("timers", {"throughput": {"enabled": False}})
         if self.precision != "no":
             self.deepspeed[self.precision] = {"enabled": True}
         if sums_in_fp32(self.deepspeed, bf16=self.precision == "bf16"):
@@ -154,7 +139,7 @@ class ZeroEngine(Engine):
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
         assert isinstance(self.model, nn.Module)
         self.zero: Any = self.model.optimizer  # DeepSpeed's ZeRO optimizer
-        self._heard = hear_norms(self.zero)
+        self._lean = LeanStep(self.zero)
         return self.model
 
     def _pending_gradients(self) -> int:
@@ -215,25 +200,24 @@ class ZeroEngine(Engine):
 
     def update(self, meanwhile: Callable[[], None] = lambda: None) -> Update:
         engine: Any = self.model
-        meanwhile()
         scale = float(self.zero.loss_scaler.cur_scale) if self.precision == "fp16" else 1.0
-        self._heard.clear()
+        self._lean.begin()
         engine.step()
+        meanwhile()
         # ZeRO skips a step whose norm is not finite in every precision, and calls that an overflow.
         overflow = bool(self.zero.overflow)
-        norm = engine.get_global_grad_norm()
         norms = self._part_norms(scale)
-        return Update(not overflow, float(norm) if norm is not None else 0.0, norms, scaling=overflow and scale > 1.0)
+        return Update(not overflow, math.hypot(*norms.values()), norms, scaling=overflow and scale > 1.0)
 
     def _part_norms(self, scale: float) -> dict[Part, float]:
-        """From the norms that DeepSpeed took of its groups for the whole one, each already summed over the ranks."""
-        if not self._heard:
+        """From the norms of DeepSpeed's groups, each already summed over the ranks."""
+        taken = self._lean.norms()
+        if not taken:
             return dict.fromkeys(self._group_parts, math.inf)  # an overflow ends the step before they are taken
         squares = dict.fromkeys(self._group_parts, 0.0)
-        for i, norm in enumerate(self._heard):
+        for i, norm in enumerate(taken):
             group = self.zero.sub_group_to_group_id[i] if self.stage == 3 else i
-            value = float(norm) / scale
-            squares[self._group_parts[group]] += value**2 if value >= 0 else math.inf  # -1: it is not finite
+            squares[self._group_parts[group]] += (norm / scale) ** 2 if norm >= 0 else math.inf
         return {part: math.sqrt(square) for part, square in squares.items()}
 
     # -- whole tensors -----------------------------------------------------------------------------------------------
