@@ -4,7 +4,9 @@
     torchrun --nproc_per_node gpu bench/beside.py --zero
     torchrun --nproc_per_node 2 bench/beside.py --device cpu --mib 1 --rounds 2 --tokens 64      # does it work?
 
-It has NOT been run on a GPU yet.
+On two H200s (2026-11-30) the products lost 4.4 ms a GB beside NCCL's all_gather by its own choice, more with fewer
+blocks (16: 5.4, 8: 7.1, 4: 10, 2: 15), 2.9 beside copies, and 2.1 beside NCCL's own; its all_to_all took 3.9, its own
+copies 3.1.
 
 Sharded training sends while the GPU multiplies, and NCCL's kernels take multiprocessors from the products. Here the
 products of a layer of the 3B language model run on one stream and a unit of FSDP2 is sent on another, again and again,

@@ -30,37 +30,32 @@ Lines go to stdout and OUT/scaling.jsonl (--out), what the programs said to OUT/
 names the rows that are left. bench/table.py --scaling makes docs/distributed.md's table of the lines.
 
 The plan for a machine with two GPUs, in order of worth. Measured on H200s (2026-11-30), with 80 steps of which 64 warm:
-models and data 40 s; one GPU 70, the first on a machine 90; a launch 80 to 85; --profile 20 more each. A call begins
-with `. bench/device.sh; s="python3 bench/scaling.py --out $OUT"`, wants `.whl` carried, and ends by itself, since no
-launch outlasts --within:
+models and data 40 s; one GPU 70 to 95; a launch 80 to 105; --profile 20 more each. A call begins with
+`. bench/device.sh; s="python3 bench/scaling.py --out $OUT"`, wants `.whl` carried, and ends by itself, since no launch
+outlasts --within:
 
     s="$s --parts speed --steps 80 --warm 64"
-    $s --rows 3B-full-fsdp2 --launcher fsdp_reshard_after_forward=false --profile                # 90+100 = 190
-    NCCL_MAX_CTAS=8 $s --rows 3B-full-fsdp2 --launcher fsdp_reshard_after_forward=false          # 80
-    $s --rows 3B-full-zero2 --profile                                                            # 105
+    $s --rows 3B-full-zero2                                                                      # 95+105 = 200
     $s --rows 7B-full-zero3,7B-full-fsdp2                                                        # 115+120+115 = 350
+    $s --rows 3B-full-fsdp2 --launcher fsdp_reshard_after_forward=false                          # 95+105 = 200
 
-(Products beside what is sent were a tenth slower than on one GPU. bench/beside.py, a minute or so, tells whether it
-helps to send from fewer multiprocessors, as NCCL_MAX_CTAS says, or from none.) Attention builds a graph for a row of
-a new size, for which all ranks wait: by a count over the plan, two GPUs need the last for a while in the 44th step,
-four in the 57th.
+Attention builds a graph for a row of a new size, for which all ranks wait: by a count over the plan, two GPUs need the
+last for a while in the 44th step, four in the 57th.
 
 Courses share GPUs, by `--memory low` as many as their sizes allow, in GiB of a GPU, on two GPUs and of the one: 7B
 `full` 85 and 132, 3B `full` 42 and 67 (DDP 62), 7B `lora` 32 and 35, 3B `lora` 18 and 24, 3B `qlora` 8 and 9. **The
 one GPU's come at the beginning and at the end of a row**, on the first of the list's cards. Three at a time a course
-took, with its 50 steps, 300 s (3B `full`, 70 of them its save), 250 (3B `lora`), 380 (7B `full`); its one GPU 70
-more. On one card beside three others one GPU took twice as long.
+took, with its 50 steps, 300 s (3B `full`, 70 of them its save), 250 (`lora`), 380 (7B `full`); its one GPU 70 more; 3B
+and 7B `lora` side by side 330 with all. On one card beside three others one GPU took twice as long.
 
     END=582; . bench/cards.sh; prep 3B 7B
     c="--parts course --batch 4 --steps 50 --warm 4 --workers 3 --launch_limit 400 --option memory=low"
-    list a 0,1 "bench/scaling.py --rows 7B-full-zero3-4 $c --limit 570 --runs /dev/shm/a --within $(left)"
-    finish; LISTS=()
-    list b 1,0 "bench/scaling.py --rows 3B-lora-zero3 $c --limit 270 --runs /dev/shm/b --within $(left)"; finish
+    list a 0,1 "bench/scaling.py --rows 7B-full-zero3-4 $c --limit 570 --runs /dev/shm/a --within $(left)"; finish
 
-and then, on the machine that is still warm,
+and then, on the machine that is still warm, the same with 7B-full-zero2-4, and in a third call
 
-    list c 0,1 "bench/scaling.py --rows 3B-full-ddp,3B-full-zero2 $c --limit 570 --runs /dev/shm/c --within $(left)"
-    list d 1,0 "bench/scaling.py --rows 7B-lora-zero3 $c --limit 570 --runs /dev/shm/d --within $(left)"; finish
+    list c 0,1 "bench/scaling.py --rows 3B-full-ddp $c --limit 570 --runs /dev/shm/c --within $(left)"
+    list d 1,0 "bench/scaling.py --rows 3B-full-zero2 $c --limit 570 --runs /dev/shm/d --within $(left)"; finish
 
 There the models are made, and what one GPU did is known to a list of the same name. The first steps of a run are
 slow (docs/performance.md), so that --warm matters.

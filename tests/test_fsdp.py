@@ -16,9 +16,14 @@ from runs import FSDP, FSDP_ON_CPU, command, distance, final_weights, metrics, s
 from safetensors.torch import load_file
 from torch import nn
 from torch.distributed.tensor import DTensor
+from torch.distributed.utils import _to_kwargs
 
+from vlft.batch import ToInputs
+from vlft.data.collate import collate
 from vlft.engine.fsdp import FsdpEngine, mixed_precision_policy, passing_bytes, units_of
 from vlft.errors import ConfigError
+from vlft.grids import Layout
+from vlft.models.load import PictureFacts
 
 
 def words(model: Path, registry: Path, out: Path, strategy: str, **more: Any) -> list[str]:
@@ -82,6 +87,39 @@ def test_in_bf16_it_computes_what_whole_copies_do(tiny: Callable[..., Path], tmp
         start(line, processes=2, **how)
     copies, cut = metrics(tmp_path / "copies"), metrics(tmp_path / "cut")
     assert [line["loss"] for line in copies] == [line["loss"] for line in cut]
+
+
+def test_what_python_reads_of_a_row_is_brought_to_no_device() -> None:
+    """FSDP brings tensors there, and the host would wait for all that the device was asked for before."""
+    facts = PictureFacts(Layout(2, 14, 112, 0), 2, (0.5,) * 3, (0.5,) * 3, 1 / 255, 3136, 1 << 20)
+    row = collate([], [], image_token_id=1, pad_token_id=0)
+    inputs = ToInputs(facts, None, torch.device("cpu"))(row, training=False)
+    moved = _to_kwargs((), inputs, torch.device("meta"), False)[1][0]
+    assert moved["image_grid_thw"] is inputs["image_grid_thw"]
+    assert moved["input_ids_T"].is_meta
+
+
+def _missing_gradients(rank: int, out: Path) -> None:
+    model = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 2, bias=False))
+    groups = [{"params": [layer.weight], "names": [f"{i}.weight"], "part": "llm"} for i, layer in enumerate(model)]
+    optimizer = torch.optim.SGD(groups)
+    how = {"reshard_after_forward": True, "mp_policy": mixed_precision_policy("no")}
+    engine = SimpleNamespace(device=torch.device("cpu"), world_size=2, _sharding=lambda: how)
+    FsdpEngine._shard(engine, model, optimizer)  # type: ignore[arg-type]
+    FsdpEngine._note_parameters(engine, optimizer)  # type: ignore[arg-type]
+    DTensor.to_local = None  # type: ignore[method-assign,assignment]
+    found = [FsdpEngine._pending_gradients(engine)]  # type: ignore[arg-type]
+    second = optimizer.param_groups[1]["params"][0]
+    second.grad = torch.zeros_like(second)
+    found.append(FsdpEngine._pending_gradients(engine))  # type: ignore[arg-type]
+    if rank == 0:
+        out.write_text(json.dumps(found))
+
+
+def test_bytes_of_gradients_that_are_missing(tmp_path: Path) -> None:
+    """Asked before every row, of hundreds of DTensors, of which each would take the host microseconds."""
+    on_ranks(_missing_gradients, 2, tmp_path / "found.json")
+    assert json.loads((tmp_path / "found.json").read_text()) == [4 * (16 + 8) // 2, 4 * 16 // 2]
 
 
 def _shards_of(_: int, out: Path) -> None:

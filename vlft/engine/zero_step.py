@@ -62,12 +62,18 @@ class LeanStep:
         self._squares = {id(gradients): self._square(gradients) for gradients in lists}
         return ~torch.stack([*self._squares.values()]).isfinite().all().reshape(1)
 
-    def _norm(self, gradients: Sequence[Tensor | None], params: Any, norm_type: float = 2) -> Tensor:  # noqa: ARG002
-        """() fp32: of some gradients that are cut up over the ranks; -1, DeepSpeed's own sign, if it is not finite."""
+    def _norm(self, gradients: Sequence[Tensor | None], params: Sequence[Any], norm_type: float = 2) -> Tensor:
+        """() fp32: of some gradients that are cut up over the ranks; -1, DeepSpeed's own sign, if it is not finite.
+
+        Args:
+            params: those of the gradients.
+        """
         assert norm_type == 2
         square = self._squares.pop(id(gradients), None)
         square = self._square(gradients) if square is None else square
-        torch.distributed.all_reduce(square, group=self._zero.dp_process_group)
+        # MiCS cuts up over some of the ranks only, and parameters know over which.
+        group = getattr(next(iter(params), None), "ds_process_group", self._zero.dp_process_group)
+        torch.distributed.all_reduce(square, group=group)
         norm = square.sqrt().float()
         norm = torch.where(norm.isfinite(), norm, -1.0)
         self._heard.append(readback(norm))
