@@ -206,8 +206,10 @@ def of_gpu(*, whole: bool) -> None:
 
 
 def fused_zero() -> None:
-    """ZeRO with torch's fused AdamW, as on a GPU; whoever asks a gradient by itself whether it is finite fails."""
+    """ZeRO with torch's fused AdamW, as on a GPU. Whoever asks a gradient by itself whether it is finite fails, or
+    takes the time of a row, for which a GPU would be waited for."""
     from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+    from deepspeed.utils.timer import ThroughputTimer
 
     from vlft import optim
 
@@ -217,7 +219,7 @@ def fused_zero() -> None:
             super().__init__(groups, fused=True)
 
     optim.AdamW = Fused  # type: ignore[misc]
-    DeepSpeedZeroOptimizer._has_inf_or_nan = None
+    DeepSpeedZeroOptimizer._has_inf_or_nan = ThroughputTimer._init_timer = None
 
 
 def fsdp_on_cpu(*, fused: bool = False, unit: int | None = None, copies: int = 1) -> None:
