@@ -166,6 +166,8 @@ def main() -> None:
     parser.add_argument("--zero", action="store_true", help="NCCL's copies of symmetric memory alone")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     given = parser.parse_args()
+    if given.zero and given.device != "cuda":
+        parser.error("--zero is NCCL's, on GPUs alone.")
     device = torch.device(given.device, int(os.environ["LOCAL_RANK"]) if given.device == "cuda" else None)
     if device.type == "cuda":
         torch.cuda.set_device(device)

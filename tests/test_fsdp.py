@@ -15,6 +15,7 @@ from ranks_here import on_ranks
 from runs import FSDP, FSDP_ON_CPU, command, distance, final_weights, metrics, start, train, write_data
 from safetensors.torch import load_file
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.utils import _to_kwargs
 
@@ -120,6 +121,30 @@ def test_bytes_of_gradients_that_are_missing(tmp_path: Path) -> None:
     """Asked before every row, of hundreds of DTensors, of which each would take the host microseconds."""
     on_ranks(_missing_gradients, 2, tmp_path / "found.json")
     assert json.loads((tmp_path / "found.json").read_text()) == [4 * (16 + 8) // 2, 4 * 16 // 2]
+
+
+class Tower(nn.Module):
+    _no_split_modules = ("Linear",)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(4, 4) for _ in range(2))
+
+
+def _gathered_ahead(_: int, out: Path) -> None:
+    model = Tower()
+    optimizer = torch.optim.SGD([{"params": [*model.parameters()], "names": [n for n, _ in model.named_parameters()]}])
+    how = {"reshard_after_forward": True, "mp_policy": mixed_precision_policy("no")}
+    engine = SimpleNamespace(device=torch.device("cpu"), world_size=1, _sharding=lambda: how)
+    FsdpEngine._shard(engine, model, optimizer)  # type: ignore[arg-type]
+    root, first = (fully_shard.state(module) for module in (model, model.layers[0]))
+    out.write_text(json.dumps([state is first for state in root._states_to_forward_prefetch]))
+
+
+def test_the_first_layers_are_gathered_with_the_root(tmp_path: Path) -> None:
+    """And not when the host comes to them, which at a step's start has nothing ahead of the GPU."""
+    on_ranks(_gathered_ahead, 1, tmp_path / "ahead.json")
+    assert json.loads((tmp_path / "ahead.json").read_text()) == [True]
 
 
 def _shards_of(_: int, out: Path) -> None:

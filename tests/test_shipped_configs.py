@@ -39,11 +39,12 @@ def test_an_accelerate_file_owns_processes_only(path: Path) -> None:
 
 
 def test_a_number_that_vlft_owns_is_refused_in_a_deepspeed_file(tmp_path: Path) -> None:
-    wrong = {"zero_optimization": {"stage": 2}, "gradient_clipping": 0.5, "bf16": {"enabled": True}}
+    zero = {"stage": 2, "compute_grad_norm": False}
+    wrong = {"zero_optimization": zero, "gradient_clipping": 0.5, "bf16": {"enabled": True}}
     (tmp_path / "mine.json").write_text(json.dumps(wrong))
     with pytest.raises(ConfigError) as caught:
         read_config(tmp_path / "mine.json")
-    assert len(caught.value.problems) == 2
+    assert len(caught.value.problems) == 3
     fine = {"zero_optimization": {"stage": 3}, "gradient_clipping": "auto", "bf16": {"enabled": "auto"}}
     (tmp_path / "mine.json").write_text(json.dumps(fine))
     assert read_config(tmp_path / "mine.json") == {"zero_optimization": {"stage": 3}}

@@ -207,7 +207,8 @@ def of_gpu(*, whole: bool) -> None:
 
 def fused_zero() -> None:
     """ZeRO with torch's fused AdamW, as on a GPU. Whoever asks a gradient by itself whether it is finite fails, or
-    takes the time of a row, for which a GPU would be waited for."""
+    divides it before the step, or takes the time of a row, for which a GPU would be waited for."""
+    from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
     from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
     from deepspeed.utils.timer import ThroughputTimer
 
@@ -220,6 +221,7 @@ def fused_zero() -> None:
 
     optim.AdamW = Fused  # type: ignore[misc]
     DeepSpeedZeroOptimizer._has_inf_or_nan = ThroughputTimer._init_timer = None
+    DeepSpeedZeroOptimizer.unscale_and_clip_grads = DeepSpeedZeroOptimizer_Stage3.unscale_and_clip_grads = None
 
 
 def fsdp_on_cpu(*, fused: bool = False, unit: int | None = None, copies: int = 1) -> None:

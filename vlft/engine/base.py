@@ -344,7 +344,7 @@ class Engine:
         """Clip and step, unless a gradient is not finite; gradients are cleared.
 
         Args:
-            meanwhile: called once, before the host waits for the device.
+            meanwhile: called once, before the host waits for the norms.
         """
         inner = getattr(self.optimizer, "optimizer", self.optimizer)
         ahead = self.steps_ahead and self.accelerator.scaler is None and scales_gradients(inner)

@@ -57,6 +57,10 @@ def read_config(path: Path) -> dict[str, Any]:
             "start from a bundled one, --deepspeed zero2 or zero3."
         ) from error
     problems = [] if stage in (1, 2, 3) else [f"--deepspeed {path}: ZeRO stage {stage} is not 1, 2 or 3; choose one."]
+    if config["zero_optimization"].get("compute_grad_norm", True) is not True:
+        problems.append(
+            f"--deepspeed {path}: 'compute_grad_norm' is off, but vlft logs norms and skips by them; leave it out."
+        )
     for key in OWNED:
         value = config.pop(key, "auto")
         if value != "auto" and not (isinstance(value, dict) and value.get("enabled") in ("auto", None)):
@@ -115,7 +119,8 @@ class ZeroEngine(Engine):
             "zero_allow_untested_optimizer": True,
             "steps_per_print": 10**9,
         }
-        # DeepSpeed measures samples a second for a line that is never printed, and waits for the GPU around each row.
+        # It measures samples a second for a line that is never printed, and waits for the GPU before each row and
+        # after each step.
         self.deepspeed.setdefault("timers", {"throughput": {"enabled": False}})
         if self.precision != "no":
             self.deepspeed[self.precision] = {"enabled": True}
@@ -203,7 +208,7 @@ class ZeroEngine(Engine):
         scale = float(self.zero.loss_scaler.cur_scale) if self.precision == "fp16" else 1.0
         self._lean.begin()
         engine.step()
-        meanwhile()
+        meanwhile()  # not before: the backward ended with a wait, so that the GPU has nothing to do until the step
         # ZeRO skips a step whose norm is not finite in every precision, and calls that an overflow.
         overflow = bool(self.zero.overflow)
         norms = self._part_norms(scale)

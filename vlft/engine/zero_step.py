@@ -34,7 +34,7 @@ class LeanStep:
         zero.get_grad_norm_direct = self._norm
         if hasattr(zero, "bit16_groups"):  # ZeRO-1 and 2; ZeRO-3 looks at its flat buffer, which is fast
             zero.has_overflow_partitioned_grads_serial = self._overflow
-        if scales_gradients(zero.optimizer):  # not under offload
+        if scales_gradients(zero.optimizer):  # DeepSpeed's own Adam, of offloaded states, does not
             zero.unscale_and_clip_grads = self._leave_to_the_step
         offloaded = zero.complete_grad_norm_calculation_for_cpu_offload
 
@@ -46,6 +46,7 @@ class LeanStep:
         zero.complete_grad_norm_calculation_for_cpu_offload = hearing
 
     def begin(self) -> None:
+        self._zero.optimizer.grad_scale = None
         self._heard.clear()
         self._squares.clear()
 
@@ -71,8 +72,8 @@ class LeanStep:
         assert norm_type == 2
         square = self._squares.pop(id(gradients), None)
         square = self._square(gradients) if square is None else square
-        # MiCS cuts up over some of the ranks only, and parameters know over which.
-        group = getattr(next(iter(params), None), "ds_process_group", self._zero.dp_process_group)
+        choose = getattr(self._zero, "_get_param_partition_group", None)
+        group = choose(params[0]) if choose and params else self._zero.dp_process_group
         torch.distributed.all_reduce(square, group=group)
         norm = square.sqrt().float()
         norm = torch.where(norm.isfinite(), norm, -1.0)
@@ -88,8 +89,9 @@ class LeanStep:
 
     def _leave_to_the_step(self, which: Any, norm: Tensor) -> None:  # noqa: ARG002
         """Of the next group. `norm`: of all gradients, times the loss scale; it is finite."""
-        zero = self._zero
-        scale = torch.as_tensor(float(zero.loss_scale), device=norm.device)
+        zero, scale = self._zero, float(self._zero.loss_scale)
+        # No number goes to the GPU from the host, which would wait for all that it was asked for.
         if zero.clip_grad > 0:
-            scale = ((norm / scale + 1e-6) / zero.clip_grad).clamp(min=1.0) * scale
-        zero.optimizer.grad_scale = scale.float()
+            zero.optimizer.grad_scale = (((norm / scale + 1e-6) / zero.clip_grad).clamp(min=1.0) * scale).float()
+        else:
+            zero.optimizer.grad_scale = None if scale == 1 else torch.full_like(norm, scale, dtype=torch.float32)

@@ -219,8 +219,8 @@ class PackedVLM(nn.Module):
             cu_seqlens: (B + 1,) int32 sample borders.
             max_seqlen: an upper bound of the samples' lengths.
             pixel_values: (P, channels * temporal * patch * patch) float, or None.
-            image_grid_thw: (I, 3) int64, for Python code: an array. FSDP2 brings a tensor to the device, behind all
-                that it was asked for, and the host waits; where nothing does, it may be one on the CPU.
+            image_grid_thw: (I, 3) int64, for Python code: an array, or a tensor on the CPU where nothing moves it.
+                FSDP2 brings tensors to the device, and the host would wait for all that it was asked for before.
             supervised_S: int64 places of the labels that are not -100.
             pictured_M: int64 places of the image tokens. Without these two they are searched for, which waits for the
                 device.
