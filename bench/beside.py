@@ -71,7 +71,7 @@ def ways(shard: torch.Tensor, device: torch.device) -> Iterator[tuple[dict[str, 
     whole = shard.new_empty(world * shard.numel())
     got = torch.empty_like(whole)
     for ctas in CTAS if device.type == "cuda" else (0,):
-        group = dist.new_group(pg_options=_options(ctas)) if ctas else dist.group.WORLD
+        group = dist.new_group(pg_options=_options("max_ctas", ctas)) if ctas else dist.group.WORLD
         yield {"way": "all_gather", "ctas": ctas}, lambda g=group: dist.all_gather_into_tensor(whole, shard, group=g)
         yield {"way": "all_to_all", "ctas": ctas}, lambda g=group: dist.all_to_all_single(got, whole, group=g)
     if device.type == "cuda":
@@ -82,9 +82,7 @@ def zero(shard: torch.Tensor) -> Iterator[tuple[dict[str, Any], Callable[[], Any
     import torch.distributed._symmetric_memory as symmetric
 
     symmetric.set_backend("NCCL")
-    options = dist.ProcessGroupNCCL.Options()
-    options.config.cta_policy = dist.ProcessGroupNCCL.NCCL_CTA_POLICY_ZERO
-    group = dist.new_group(pg_options=options)
+    group = dist.new_group(pg_options=_options("cta_policy", dist.ProcessGroupNCCL.NCCL_CTA_POLICY_ZERO))
     dist.barrier(group=group)  # else there is no communicator yet in which memory could be registered
     world = dist.get_world_size()
     whole, got = (symmetric.empty(world * shard.numel(), dtype=shard.dtype, device=shard.device) for _ in range(2))
@@ -95,9 +93,9 @@ def zero(shard: torch.Tensor) -> Iterator[tuple[dict[str, Any], Callable[[], Any
     yield {"way": "all_to_all", "ctas": "zero"}, lambda: dist.all_to_all_single(got, whole, group=group)
 
 
-def _options(ctas: int) -> Any:
+def _options(name: str, value: int) -> Any:
     options = dist.ProcessGroupNCCL.Options()
-    options.config.max_ctas = ctas
+    setattr(options.config, name, value)
     return options
 
 

@@ -100,19 +100,26 @@ def test_what_python_reads_of_a_row_is_brought_to_no_device() -> None:
     assert moved["input_ids_T"].is_meta
 
 
+def cut_up(model: nn.Module, optimizer: torch.optim.Optimizer, *, ranks: int = 1, precision: str = "no") -> Any:
+    """As the engine does, which itself is for GPUs: what stands in its place has what the cutting asks of it."""
+    how = {"reshard_after_forward": True, "mp_policy": mixed_precision_policy(precision)}
+    engine: Any = SimpleNamespace(device=torch.device("cpu"), world_size=ranks, _sharding=lambda: how)
+    FsdpEngine._shard(engine, model, optimizer)
+    return engine
+
+
 def _missing_gradients(rank: int, out: Path) -> None:
     model = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 2, bias=False))
     groups = [{"params": [layer.weight], "names": [f"{i}.weight"], "part": "llm"} for i, layer in enumerate(model)]
     optimizer = torch.optim.SGD(groups)
-    how = {"reshard_after_forward": True, "mp_policy": mixed_precision_policy("no")}
-    engine = SimpleNamespace(device=torch.device("cpu"), world_size=2, _sharding=lambda: how)
-    FsdpEngine._shard(engine, model, optimizer)  # type: ignore[arg-type]
-    FsdpEngine._note_parameters(engine, optimizer)  # type: ignore[arg-type]
+    engine = cut_up(model, optimizer, ranks=2)
+    FsdpEngine._note_parameters(engine, optimizer)
+    # Who asks one from now on fails. (mypy: a method is not to be replaced.)
     DTensor.to_local = None  # type: ignore[method-assign,assignment]
-    found = [FsdpEngine._pending_gradients(engine)]  # type: ignore[arg-type]
+    found = [FsdpEngine._pending_gradients(engine)]
     second = optimizer.param_groups[1]["params"][0]
     second.grad = torch.zeros_like(second)
-    found.append(FsdpEngine._pending_gradients(engine))  # type: ignore[arg-type]
+    found.append(FsdpEngine._pending_gradients(engine))
     if rank == 0:
         out.write_text(json.dumps(found))
 
@@ -134,9 +141,7 @@ class Tower(nn.Module):
 def _gathered_ahead(_: int, out: Path) -> None:
     model = Tower()
     optimizer = torch.optim.SGD([{"params": [*model.parameters()], "names": [n for n, _ in model.named_parameters()]}])
-    how = {"reshard_after_forward": True, "mp_policy": mixed_precision_policy("no")}
-    engine = SimpleNamespace(device=torch.device("cpu"), world_size=1, _sharding=lambda: how)
-    FsdpEngine._shard(engine, model, optimizer)  # type: ignore[arg-type]
+    cut_up(model, optimizer)
     root, first = (fully_shard.state(module) for module in (model, model.layers[0]))
     out.write_text(json.dumps([state is first for state in root._states_to_forward_prefetch]))
 
@@ -152,9 +157,7 @@ def _shards_of(_: int, out: Path) -> None:
     model[0].weight.requires_grad_(False).quant_state = "as bitsandbytes'"  # type: ignore[attr-defined]
     plain = model[1].weight
     optimizer = torch.optim.SGD([{"params": [plain], "names": ["plain.weight"]}])
-    how = {"reshard_after_forward": True, "mp_policy": mixed_precision_policy("bf16")}
-    engine = SimpleNamespace(device=torch.device("cpu"), world_size=1, _sharding=lambda: how)
-    FsdpEngine._shard(engine, model, optimizer)  # type: ignore[arg-type]
+    cut_up(model, optimizer, precision="bf16")
     cut = {name: isinstance(p, DTensor) for name, p in model.named_parameters()}
     out.write_text(json.dumps(cut | {"left of what was cut": plain.numel()}))
 

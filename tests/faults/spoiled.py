@@ -219,6 +219,7 @@ def fused_zero() -> None:
             assert not fused
             super().__init__(groups, fused=True)
 
+    # mypy: a class's name is not to be given to another, which is what a fault does.
     optim.AdamW = Fused  # type: ignore[misc]
     DeepSpeedZeroOptimizer._has_inf_or_nan = ThroughputTimer._init_timer = None
     DeepSpeedZeroOptimizer.unscale_and_clip_grads = DeepSpeedZeroOptimizer_Stage3.unscale_and_clip_grads = None

@@ -72,7 +72,7 @@ class LeanStep:
         assert norm_type == 2
         square = self._squares.pop(id(gradients), None)
         square = self._square(gradients) if square is None else square
-        choose = getattr(self._zero, "_get_param_partition_group", None)
+        choose = getattr(self._zero, "_get_param_partition_group", None)  # ZeRO-3's
         group = choose(params[0]) if choose and params else self._zero.dp_process_group
         torch.distributed.all_reduce(square, group=group)
         norm = square.sqrt().float()
@@ -88,7 +88,11 @@ class LeanStep:
         return torch.stack(norms_of(there)).double().square().sum()
 
     def _leave_to_the_step(self, which: Any, norm: Tensor) -> None:  # noqa: ARG002
-        """Of the next group. `norm`: of all gradients, times the loss scale; it is finite."""
+        """Of the next group, which DeepSpeed names in its own way at each stage: its step divides what it is given.
+
+        Args:
+            norm: of all gradients, times the loss scale; it is finite.
+        """
         zero, scale = self._zero, float(self._zero.loss_scale)
         # No number goes to the GPU from the host, which would wait for all that it was asked for.
         if zero.clip_grad > 0:
