@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -113,6 +114,26 @@ def test_zeros_step_clips_as_deepspeed_does(tiny: Callable[..., Path], tmp_path:
     )
     assert distance(final_weights(own), final_weights(lean)) < 1e-5
     assert distance(final_weights(own), final_weights(go("as they are", max_grad_norm=0.0))) > 1e-3
+
+
+def test_zero2_sums_gradients_as_deepspeed_does(tiny: Callable[..., Path], tmp_path: Path) -> None:
+    """To the bit, in bf16: buckets of some weights and of one that is larger, several rows, weights of two ranks."""
+    registry = write_data(tmp_path, 36)
+    for name, more in {"own": {"use_multi_rank_bucket_allreduce": True}, "stretches": {}}.items():
+        zero = {"stage": 2, "overlap_comm": True, "contiguous_gradients": True, "reduce_scatter": True}
+        zero |= {"reduce_bucket_size": 4000} | more
+        config: dict[str, Any] = {"zero_optimization": zero}
+        if name == "own":
+            config["gradient_allreduce_op"] = "mean"
+        file = tmp_path / f"{name}.json"
+        file.write_text(json.dumps(config))
+        options = {"deepspeed": file, "mixed_precision": "bf16", "learning_rate_llm": 1e-2}
+        options |= {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 3}
+        kind = "none" if name == "own" else "no_bucket_goes_to_all"
+        start(words(tiny(), registry, tmp_path / name, **options), processes=2, fault={"kind": kind})
+    own, stretches = metrics(tmp_path / "own"), metrics(tmp_path / "stretches")
+    assert [line["loss"] for line in stretches] == [line["loss"] for line in own]
+    assert distance(final_weights(tmp_path / "own"), final_weights(tmp_path / "stretches")) == 0
 
 
 def test_a_part_whose_gradient_is_not_finite_has_none(tiny: Callable[..., Path], tmp_path: Path) -> None:

@@ -225,6 +225,13 @@ def fused_zero() -> None:
     DeepSpeedZeroOptimizer.unscale_and_clip_grads = DeepSpeedZeroOptimizer_Stage3.unscale_and_clip_grads = None
 
 
+def no_bucket_goes_to_all() -> None:
+    """ZeRO-2 without DeepSpeed's way to sum gradients: whoever sends a whole bucket to all ranks or casts one fails."""
+    from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+
+    DeepSpeedZeroOptimizer.allreduce_bucket = DeepSpeedZeroOptimizer._add_to_grad_partition_buffer = None
+
+
 def fsdp_on_cpu(*, fused: bool = False, unit: int | None = None, copies: int = 1) -> None:
     """FSDP2 where Accelerate ignores it; all but its file is vlft's engine.
 
@@ -290,6 +297,9 @@ def spoil(fault: dict[str, Any]) -> None:
         return
     if fault["kind"] == "fused_zero":
         fused_zero()
+        return
+    if fault["kind"] == "no_bucket_goes_to_all":
+        no_bucket_goes_to_all()
         return
     if fault["kind"] == "of_gpu":
         of_gpu(whole=fault["whole"])

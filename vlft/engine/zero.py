@@ -24,6 +24,7 @@ from torch.optim import Optimizer
 from vlft.engine.alarm import Alarm
 from vlft.engine.base import MOMENTS, Engine, Update, alone
 from vlft.engine.zero_step import LeanStep
+from vlft.engine.zero_sums import StretchSums, sums_stretches
 from vlft.errors import ConfigError
 from vlft.family import Part
 
@@ -122,6 +123,10 @@ class ZeroEngine(Engine):
         # It measures samples a second for a line that is never printed, and waits for the GPU before each row and
         # after each step.
         self.deepspeed.setdefault("timers", {"throughput": {"enabled": False}})
+        unlike = self.deepspeed["zero_optimization"].get("zenflow") or self.deepspeed.get("compile")
+        if self.stage == 2 and not unlike:  # DeepSpeed refuses it there
+            # A row's share is already of all ranks, and a division of all gradients is a pass over them.
+            self.deepspeed.setdefault("gradient_allreduce_op", "sum")
         if self.precision != "no":
             self.deepspeed[self.precision] = {"enabled": True}
         if sums_in_fp32(self.deepspeed, bf16=self.precision == "bf16"):
@@ -145,6 +150,8 @@ class ZeroEngine(Engine):
         assert isinstance(self.model, nn.Module)
         self.zero: Any = self.model.optimizer  # DeepSpeed's ZeRO optimizer
         self._lean = LeanStep(self.zero)
+        if sums_stretches(self.zero, self.deepspeed["zero_optimization"]):
+            StretchSums(self.zero)
         return self.model
 
     def _pending_gradients(self) -> int:
@@ -197,8 +204,9 @@ class ZeroEngine(Engine):
     def backward(self, loss: Tensor, *, last: bool) -> None:
         engine: Any = self.model
         engine.set_gradient_accumulation_boundary(last)
-        # DeepSpeed averages over ranks; a row's share is already of all of them.
-        engine.backward(loss * self.world_size, scale_wrt_gas=False)
+        if engine.gradient_average:
+            loss = loss * self.world_size  # DeepSpeed takes the mean; a row's share is already of all ranks
+        engine.backward(loss, scale_wrt_gas=False)
 
     def reduce(self, fits: bool) -> bool:
         return fits  # DeepSpeed did it within the last backward
