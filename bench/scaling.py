@@ -29,14 +29,14 @@ forward and backward over the ranks' mean, told where no rank waits for another 
 Lines go to stdout and OUT/scaling.jsonl (--out), what the programs said to OUT/scaling-log.txt; the last line of stdout
 names the rows that are left. bench/table.py --scaling makes docs/distributed.md's table of the lines.
 
-The plan for a machine with two GPUs, in order of worth. Measured on H200s (2026-11-30), with 80 steps of which 64 warm:
+The plan for a machine with two GPUs, in order of worth. Measured on H200s (2026-12-01), with 80 steps of which 64 warm:
 models and data 40 s; one GPU 70 to 95; a launch 80 to 105; --profile 20 more each. A call begins with
 `. bench/device.sh; s="python3 bench/scaling.py --out $OUT"`, wants `.whl` carried, and ends by itself, since no launch
 outlasts --within:
 
     s="$s --parts speed --steps 80 --warm 64"
-    $s --rows 3B-full-zero2                                                                      # 95+105 = 200
-    $s --rows 7B-full-zero3,7B-full-fsdp2                                                        # 115+120+115 = 350
+    $s --rows 7B-full-zero3,7B-full-fsdp2 --profile                                              # 115+140+135 = 390
+    $s --rows 3B-full-zero2                                                                      # 85+90 = 175
     $s --rows 3B-full-fsdp2 --launcher fsdp_reshard_after_forward=false                          # 95+105 = 200
 
 Attention builds a graph for a row of a new size, for which all ranks wait: by a count over the plan, two GPUs need the
@@ -44,15 +44,15 @@ last for a while in the 44th step, four in the 57th.
 
 Courses share GPUs, by `--memory low` as many as their sizes allow, in GiB of a GPU, on two GPUs and of the one: 7B
 `full` 85 and 132, 3B `full` 42 and 67 (DDP 62), 7B `lora` 32 and 35, 3B `lora` 18 and 24, 3B `qlora` 8 and 9. **The
-one GPU's come at the beginning and at the end of a row**, on the first of the list's cards. Three at a time a course
-took, with its 50 steps, 300 s (3B `full`, 70 of them its save), 250 (`lora`), 380 (7B `full`); its one GPU 70 more; 3B
-and 7B `lora` side by side 330 with all. On one card beside three others one GPU took twice as long.
+one GPU's come at the beginning and at the end of a row**, on the first of the list's cards. With its 50 steps, its one
+GPU and both resumes a course of 7B `full` took 420 s by itself, and 270 where its one GPU was known; 3B `full` 260, two
+side by side; 3B and 7B `lora` 330, side by side. On one card beside three others one GPU took twice as long.
 
     END=582; . bench/cards.sh; prep 3B 7B
     c="--parts course --batch 4 --steps 50 --warm 4 --workers 3 --launch_limit 400 --option memory=low"
-    list a 0,1 "bench/scaling.py --rows 7B-full-zero3-4 $c --limit 570 --runs /dev/shm/a --within $(left)"; finish
+    list a 0,1 "bench/scaling.py --rows 7B-full-zero2-4 $c --limit 570 --runs /dev/shm/a --within $(left)"; finish
 
-and then, on the machine that is still warm, the same with 7B-full-zero2-4, and in a third call
+and then, on the machine that is still warm,
 
     list c 0,1 "bench/scaling.py --rows 3B-full-ddp $c --limit 570 --runs /dev/shm/c --within $(left)"
     list d 1,0 "bench/scaling.py --rows 3B-full-zero2 $c --limit 570 --runs /dev/shm/d --within $(left)"; finish

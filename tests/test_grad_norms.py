@@ -116,6 +116,7 @@ def test_zeros_step_clips_as_deepspeed_does(tiny: Callable[..., Path], tmp_path:
     assert distance(final_weights(own), final_weights(go("as they are", max_grad_norm=0.0))) > 1e-3
 
 
+@pytest.mark.slow
 def test_zero2_sums_gradients_as_deepspeed_does(tiny: Callable[..., Path], tmp_path: Path) -> None:
     """To the bit, in bf16: buckets of some weights and of one that is larger, several rows, weights of two ranks."""
     registry = write_data(tmp_path, 36)

@@ -1,9 +1,9 @@
 """How ZeRO-2's gradients are summed over the ranks while the backward pass goes on: where they lie.
 
-DeepSpeed gathers gradients in buckets. Each bucket it copies, sends whole to all ranks, halves before it does so, copies
-back, casts and adds to the fp32 sums of their owner: nine times the bytes that are needed, beside the backward pass's
-own. Here every stretch of a bucket goes to the rank that owns it, and is added there as it is. Nor does the host wait
-for the last sums: what comes after them on the GPU does.
+DeepSpeed gathers gradients in buckets. Each bucket it divides, copies, sends whole to all ranks, copies back, casts
+and adds to the fp32 sums of its owner: four times the bytes that are needed, beside the backward pass's own. Here
+every stretch of a bucket goes to the rank that owns it, and is added there as it is. Nor does the host wait for the
+last sums: what comes after them on the GPU does.
 """
 
 from __future__ import annotations
