@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import Mock
 
@@ -15,6 +16,8 @@ from runs import CPU_ADAM, FSDP_ON_CPU, command, distance, final_weights, metric
 
 from vlft.engine import Engine
 from vlft.engine.base import norms_of
+from vlft.engine.zero import completed, read_config
+from vlft.engine.zero_sums import can_reduce_slices
 from vlft.optim import scales_gradients
 
 PARTS = {"vit", "projector", "llm", "head"}
@@ -116,25 +119,73 @@ def test_zeros_step_clips_as_deepspeed_does(tiny: Callable[..., Path], tmp_path:
     assert distance(final_weights(own), final_weights(go("as they are", max_grad_norm=0.0))) > 1e-3
 
 
+ZERO2: dict[str, Any] = {"stage": 2, "overlap_comm": True, "contiguous_gradients": True, "reduce_scatter": True}
+OF_MEANS: dict[str, Any] = {"gradient_allreduce_op": "mean"}
+
+
 @pytest.mark.slow
 def test_zero2_sums_gradients_as_deepspeed_does(tiny: Callable[..., Path], tmp_path: Path) -> None:
-    """To the bit, in bf16: buckets of some weights and of one that is larger, several rows, weights of two ranks."""
+    """To the bit, in bf16: several rows, buckets of several weights and weights that are larger."""
     registry = write_data(tmp_path, 36)
-    for name, more in {"own": {"use_multi_rank_bucket_allreduce": True}, "stretches": {}}.items():
-        zero = {"stage": 2, "overlap_comm": True, "contiguous_gradients": True, "reduce_scatter": True}
-        zero |= {"reduce_bucket_size": 4000} | more
-        config: dict[str, Any] = {"zero_optimization": zero}
-        if name == "own":
-            config["gradient_allreduce_op"] = "mean"
+
+    def go(name: str, config: dict[str, Any] = {}, fault: str = "none", **more: Any) -> Path:  # noqa: B006
         file = tmp_path / f"{name}.json"
-        file.write_text(json.dumps(config))
+        file.write_text(json.dumps({"zero_optimization": ZERO2 | {"reduce_bucket_size": 4000} | more} | config))
         options = {"deepspeed": file, "mixed_precision": "bf16", "learning_rate_llm": 1e-2}
         options |= {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 3}
-        kind = "none" if name == "own" else "no_bucket_goes_to_all"
-        start(words(tiny(), registry, tmp_path / name, **options), processes=2, fault={"kind": kind})
-    own, stretches = metrics(tmp_path / "own"), metrics(tmp_path / "stretches")
-    assert [line["loss"] for line in stretches] == [line["loss"] for line in own]
-    assert distance(final_weights(tmp_path / "own"), final_weights(tmp_path / "stretches")) == 0
+        start(words(tiny(), registry, tmp_path / name, **options), processes=2, fault={"kind": fault})
+        return tmp_path / name
+
+    own = go("DeepSpeed's", OF_MEANS, use_multi_rank_bucket_allreduce=True)
+    sizes = [weight.numel() for weight in final_weights(own).values()]
+    assert max(sizes) > 4000 > 2 * min(sizes)
+    for other in (
+        go("slices", fault="no_bucket_goes_to_all"),
+        go("means", OF_MEANS),
+        go("no buckets", contiguous_gradients=False),
+    ):
+        for key in ("loss", "grad_norm", "grad_norms"):
+            assert [line[key] for line in metrics(other)] == [line[key] for line in metrics(own)], (other, key)
+        assert distance(final_weights(own), final_weights(other)) == 0, other
+
+
+REDUCES = {
+    "partition_gradients": True, "contiguous_gradients": True, "reduce_scatter": True, "gradient_average": False,
+    "cpu_offload": False, "zenflow": False, "has_moe_layers": False, "sequence_parallel_size": 1,
+    "communication_data_type": torch.bfloat16, "bit16_groups": [[1], [2]],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {}, {"partition_gradients": False}, {"contiguous_gradients": False}, {"reduce_scatter": False},
+        {"gradient_average": True}, {"cpu_offload": True}, {"zenflow": True}, {"has_moe_layers": True},
+        {"sequence_parallel_size": 2}, {"communication_data_type": torch.float32}, {"bit16_groups": None},
+        {"bit16_groups": [[1], ["in bf16"]]}, {"use_multi_rank_bucket_allreduce": True},
+    ],
+)  # fmt: skip
+def test_what_else_a_file_asks_for_is_left_to_deepspeed(other: dict[str, Any]) -> None:
+    config = {key: value for key, value in other.items() if key.startswith("use")}
+    zero = SimpleNamespace(**REDUCES | other, dtype=torch.bfloat16)
+    zero._use_compact_grad_partition_buffer = lambda group: zero.bit16_groups[group] != ["in bf16"]
+    assert can_reduce_slices(zero, config) == (not other)
+
+
+@pytest.mark.parametrize(
+    ("file", "op"),
+    [
+        ({}, "sum"), (OF_MEANS, "mean"), ({"compile": {"deepcompile": False}}, "sum"),
+        ({"compile": {"deepcompile": True}}, None), ({"zero_optimization": {"stage": 2, "zenflow": {}}}, None),
+        ({"zero_optimization": {"stage": 3}}, None), ({"zero_optimization": {"stage": 1}}, None),
+    ],
+)  # fmt: skip
+def test_only_zero2_is_told_to_sum(tmp_path: Path, file: dict[str, Any], op: str | None) -> None:
+    (tmp_path / "file.json").write_text(json.dumps({"zero_optimization": {"stage": 2}} | file))
+    assert (
+        completed(read_config(tmp_path / "file.json"), precision="bf16", max_grad_norm=1.0).get("gradient_allreduce_op")
+        == op
+    )
 
 
 def test_a_part_whose_gradient_is_not_finite_has_none(tiny: Callable[..., Path], tmp_path: Path) -> None:

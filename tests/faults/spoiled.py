@@ -226,7 +226,7 @@ def fused_zero() -> None:
 
 
 def no_bucket_goes_to_all() -> None:
-    """ZeRO-2 without DeepSpeed's way to sum gradients: whoever sends a whole bucket to all ranks or casts one fails."""
+    """ZeRO-2 without DeepSpeed's way to sum gradients: whoever copies a bucket to be sent, or casts it, fails."""
     from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
     DeepSpeedZeroOptimizer.allreduce_bucket = DeepSpeedZeroOptimizer._add_to_grad_partition_buffer = None

@@ -60,6 +60,22 @@ def test_a_layout_trains_saves_and_resumes_in_bf16(
     assert a.keys() == b.keys()
 
 
+def test_zero2s_sums_beside_the_backward_are_those_behind_it(tiny: Callable[..., Path], tmp_path: Path) -> None:
+    """Buckets are filled again, and weights that are larger than one let go of, while they are still being summed."""
+    registry, model, curves = write_data(tmp_path), tiny(dtype="bfloat16"), {}
+    for overlap in (True, False):
+        zero = {"stage": 2, "overlap_comm": overlap, "contiguous_gradients": True, "reduce_bucket_size": 4000}
+        file = tmp_path / f"{overlap}.json"
+        file.write_text(json.dumps({"zero_optimization": zero}))
+        options = {"deepspeed": file, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 3}
+        start(command(model, registry, tmp_path / str(overlap), "full", max_steps=6, **options, **RATES))
+        lines = metrics(tmp_path / str(overlap))
+        curves[overlap] = [line["loss"] for line in lines], [line["grad_norm"] for line in lines]
+    print("overlap", curves)
+    for beside, behind in zip(curves[True], curves[False], strict=True):
+        assert beside == pytest.approx(behind, rel=2e-3)
+
+
 OFFLOAD = pytest.param(
     "zero3_offload",
     marks=pytest.mark.skipif(not CPU_ADAM, reason="DeepSpeed compiles its CPU Adam at first use, for minutes"),

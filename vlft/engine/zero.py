@@ -24,7 +24,7 @@ from torch.optim import Optimizer
 from vlft.engine.alarm import Alarm
 from vlft.engine.base import MOMENTS, Engine, Update, alone
 from vlft.engine.zero_step import LeanStep
-from vlft.engine.zero_sums import StretchSums, sums_stretches
+from vlft.engine.zero_sums import SliceReduction, can_reduce_slices
 from vlft.errors import ConfigError
 from vlft.family import Part
 
@@ -83,6 +83,29 @@ def sums_in_fp32(config: Mapping[str, Any], *, bf16: bool) -> bool:
     return bf16 and int(config.get("zero_optimization", {}).get("stage", 0)) > 1
 
 
+def completed(config: Mapping[str, Any], precision: str, max_grad_norm: float) -> dict[str, Any]:
+    """A file as `read_config` gives it, with what vlft's options own and with better defaults than DeepSpeed's."""
+    config = dict(config) | {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": max_grad_norm,
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 10**9,
+    }
+    # It measures samples a second for a line that is never printed, and waits for the GPU before each row and after
+    # each step.
+    config.setdefault("timers", {"throughput": {"enabled": False}})
+    zero, deepcompile = config["zero_optimization"], (config.get("compile") or {}).get("deepcompile")
+    if zero["stage"] == 2 and zero.get("zenflow") is None and not deepcompile:  # DeepSpeed refuses it beside these
+        # A row's share is already of all ranks, and a division of all gradients is a pass over them.
+        config.setdefault("gradient_allreduce_op", "sum")
+    if precision != "no":
+        config[precision] = {"enabled": True}
+    if sums_in_fp32(config, bf16=precision == "bf16"):
+        config["data_types"] = (config.get("data_types") or {}) | {"grad_accum_dtype": "fp32"}
+    return config
+
+
 class ZeroEngine(Engine):
     keeps_masters = True
     shards_states = True
@@ -113,24 +136,7 @@ class ZeroEngine(Engine):
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         alone()
         os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
-        self.deepspeed |= {
-            "train_micro_batch_size_per_gpu": 1,
-            "gradient_accumulation_steps": 1,
-            "gradient_clipping": self.max_grad_norm,
-            "zero_allow_untested_optimizer": True,
-            "steps_per_print": 10**9,
-        }
-        # It measures samples a second for a line that is never printed, and waits for the GPU before each row and
-        # after each step.
-        self.deepspeed.setdefault("timers", {"throughput": {"enabled": False}})
-        unlike = self.deepspeed["zero_optimization"].get("zenflow") or self.deepspeed.get("compile")
-        if self.stage == 2 and not unlike:  # DeepSpeed refuses it there
-            # A row's share is already of all ranks, and a division of all gradients is a pass over them.
-            self.deepspeed.setdefault("gradient_allreduce_op", "sum")
-        if self.precision != "no":
-            self.deepspeed[self.precision] = {"enabled": True}
-        if sums_in_fp32(self.deepspeed, bf16=self.precision == "bf16"):
-            self.deepspeed["data_types"] = (self.deepspeed.get("data_types") or {}) | {"grad_accum_dtype": "fp32"}
+        self.deepspeed = completed(self.deepspeed, self.precision, self.max_grad_norm)
         plugin = DeepSpeedPlugin(hf_ds_config=self.deepspeed, zero3_init_flag=False)
         return Accelerator(mixed_precision=self.precision, deepspeed_plugin=plugin, kwargs_handlers=handlers)
 
@@ -150,8 +156,8 @@ class ZeroEngine(Engine):
         assert isinstance(self.model, nn.Module)
         self.zero: Any = self.model.optimizer  # DeepSpeed's ZeRO optimizer
         self._lean = LeanStep(self.zero)
-        if sums_stretches(self.zero, self.deepspeed["zero_optimization"]):
-            StretchSums(self.zero)
+        if can_reduce_slices(self.zero, self.deepspeed["zero_optimization"]):
+            SliceReduction(self.zero)
         return self.model
 
     def _pending_gradients(self) -> int:
@@ -216,7 +222,7 @@ class ZeroEngine(Engine):
         scale = float(self.zero.loss_scaler.cur_scale) if self.precision == "fp16" else 1.0
         self._lean.begin()
         engine.step()
-        meanwhile()  # not before: the backward ended with a wait, so that the GPU has nothing to do until the step
+        meanwhile()  # not before: DeepSpeed's backward ends with a wait, and the GPU has nothing to do until the step
         # ZeRO skips a step whose norm is not finite in every precision, and calls that an overflow.
         overflow = bool(self.zero.overflow)
         norms = self._part_norms(scale)
