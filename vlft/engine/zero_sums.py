@@ -2,8 +2,8 @@
 
 DeepSpeed gathers gradients in buckets. Each bucket it divides by the ranks, copies and sends whole to all of them,
 casts it, adds it to its owner's fp32 sums and copies it back: some 19 bytes of memory a gradient where 5 would do,
-beside the backward pass's own. Here each slice of a bucket is reduced to the rank that owns it, and is added there as it
-is. Nor does the host wait for the last sums: what comes after them on the GPU does.
+beside the backward pass's own. Here each slice of a bucket is reduced to the rank that owns it, and is added there as
+it is. Nor does the host wait for the last sums: what comes after them on the GPU does.
 """
 
 from __future__ import annotations
