@@ -36,6 +36,7 @@ def test_a_row_gives_a_line_and_the_line_a_table(tmp_path: Path) -> None:
     assert "| 3B `lora_llm_full_vit` | fp32 / fp32 / fp32 |" in "\n".join(run("table.py", tmp_path / "out/lines.jsonl"))
 
 
+@pytest.mark.slow
 def test_a_row_that_fails_gives_a_line_with_its_error(tmp_path: Path) -> None:
     tiny = ("--size", "tiny", "--device", "cpu", "--records", 4, "--workers", 0, "--root", tmp_path / "root")
     (text,) = run("train.py", "--rows", "3B-lora", *tiny, "--out", tmp_path, "--option", "no_such_option=1")

@@ -78,7 +78,7 @@ def test_shards_that_lie_twice(tiny: Callable[..., Path], tmp_path: Path) -> Non
         assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
 
 
-@pytest.mark.parametrize("strategy", ["full", "qlora"])
+@pytest.mark.parametrize("strategy", ["full", pytest.param("qlora", marks=pytest.mark.slow)])
 def test_in_bf16_it_computes_what_whole_copies_do(tiny: Callable[..., Path], tmp_path: Path, strategy: str) -> None:
     """To the last digit: FSDP casts inputs of layers if it may, and the tower's angles lose theirs."""
     registry = write_data(tmp_path, 21)
@@ -170,6 +170,7 @@ def test_packed_weights_stay_whole(tmp_path: Path) -> None:
     assert found == {"packed.weight": False, "plain.weight": True, "left of what was cut": 0}
 
 
+@pytest.mark.slow
 def test_masters_are_saved_after_an_evaluation(tiny: Callable[..., Path], tmp_path: Path) -> None:
     """Which leaves what it gathered."""
     registry = write_data(tmp_path, 12)

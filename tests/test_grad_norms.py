@@ -54,7 +54,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
         )
         if layout == "ZeRO-3 offload"
         else pytest.param(layout, marks=pytest.mark.slow)
-        if layout.startswith("ZeRO")
+        if layout != "copies"
         else layout
         for layout in LAYOUTS
     ],
@@ -188,6 +188,7 @@ def test_only_zero2_is_told_to_sum(tmp_path: Path, file: dict[str, Any], op: str
     )
 
 
+@pytest.mark.slow
 def test_a_part_whose_gradient_is_not_finite_has_none(tiny: Callable[..., Path], tmp_path: Path) -> None:
     line = words(tiny(), write_data(tmp_path, 12), tmp_path / "out", deepspeed="zero3")
     start(line, fault={"kind": "not_finite", "rows": [1], "what": "gradient"})

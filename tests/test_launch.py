@@ -107,6 +107,7 @@ assert searched > 20
 """
 
 
+@pytest.mark.slow
 def test_every_kernel_is_launched_in_the_form_and_with_what_triton_would_choose(tmp_path: Path) -> None:
     """Of all sizes, and from addresses that no vector can be loaded from, in changing order. None computes in fp64."""
     paths = os.pathsep.join([str(Path(__file__).parents[1] / "bench"), *sys.path])
