@@ -36,7 +36,7 @@ outlasts --within:
 
     s="$s --parts speed --steps 80 --warm 64"
     $s --rows 7B-full-zero3 --profile                                                            # 115+140 = 255
-    $s --rows 7B-full-zero3 --profile --deepspeed wide.json                                      # 140, with its one GPU
+    $s --rows 7B-full-zero3 --profile --deepspeed wide.json                                      # 140, one GPU known
     $s --rows 3B-full-zero2                                                                      # 85+90 = 175
     $s --rows 3B-full-fsdp2 --launcher fsdp_reshard_after_forward=false                          # 95+105 = 200
 

@@ -96,7 +96,7 @@ def completed(config: Mapping[str, Any], precision: str, max_grad_norm: float) -
     # each step.
     config.setdefault("timers", {"throughput": {"enabled": False}})
     zero, deepcompile = config["zero_optimization"], (config.get("compile") or {}).get("deepcompile")
-    if zero["stage"] == 2 and zero.get("zenflow") is None and not deepcompile:  # DeepSpeed refuses it beside these
+    if int(zero["stage"]) == 2 and zero.get("zenflow") is None and not deepcompile:  # DeepSpeed refuses it beside these
         # A row's share is already of all ranks, and a division of all gradients is a pass over them.
         config.setdefault("gradient_allreduce_op", "sum")
     if precision != "no":
