@@ -14,6 +14,7 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
@@ -105,7 +106,7 @@ def told(path: str, seconds: float, slow: str | None) -> None:
     """
     import pathlib
     import shutil
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Iterable, Mapping
 
     from vlft import checkpoint, tracking, train
     from vlft.data import index
@@ -232,6 +233,48 @@ def no_bucket_goes_to_all() -> None:
     DeepSpeedZeroOptimizer.allreduce_bucket = DeepSpeedZeroOptimizer._add_to_grad_partition_buffer = None
 
 
+def layers_by_weights() -> None:
+    """ZeRO-3 as DeepSpeed does it."""
+    from vlft.engine import zero
+
+    zero.can_gather_layers = lambda *_: False
+
+
+def no_layer_by_weights() -> None:
+    """ZeRO-3 without DeepSpeed's way to gather layers and to sum their gradients: whoever goes it, fails. So does a
+    layer that is not on its way when a row comes to it, but for the first; and one that is left over behind a row."""
+    from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
+    from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+    from deepspeed.utils import z3_leaf_module, z3_leaf_parameter
+
+    from vlft.engine.zero_layers import LayerGathering
+
+    def checked(kind: type, name: str, wrong: Callable[[Any], bool]) -> None:
+        real = getattr(kind, name)
+
+        def check(self: Any, it: Any, *args: Any, **options: Any) -> Any:
+            assert not wrong(it), name
+            return real(self, it, *args, **options)
+
+        setattr(kind, name, check)
+
+    checked(PartitionedParameterCoordinator, "fetch_sub_module", z3_leaf_module)
+    checked(PartitionedParameterCoordinator, "release_sub_module", z3_leaf_module)
+    checked(DeepSpeedZeroOptimizer_Stage3, "reduce_independent_p_g_buckets_and_remove_grads", z3_leaf_parameter)
+    need, finish, rows = LayerGathering._need, LayerGathering._finish, []
+
+    def needs(self: Any, when: str, layer: Any) -> None:
+        assert when == "inference" or not rows or self._at is None or layer in self._ahead or layer in self._here
+        need(self, when, layer)
+
+    def finishes(self: Any) -> None:
+        finish(self)
+        rows.append(None)
+        assert not any(p.numel() for layer in self._layers.values() for p in layer.weights)
+
+    LayerGathering._need, LayerGathering._finish = needs, finishes  # type: ignore[method-assign]
+
+
 def fsdp_on_cpu(*, fused: bool = False, unit: int | None = None, copies: int = 1) -> None:
     """FSDP2 where Accelerate ignores it; all but its file is vlft's engine.
 
@@ -300,6 +343,12 @@ def spoil(fault: dict[str, Any]) -> None:
         return
     if fault["kind"] == "no_bucket_goes_to_all":
         no_bucket_goes_to_all()
+        return
+    if fault["kind"] == "layers_by_weights":
+        layers_by_weights()
+        return
+    if fault["kind"] == "no_layer_by_weights":
+        no_layer_by_weights()
         return
     if fault["kind"] == "of_gpu":
         of_gpu(whole=fault["whole"])

@@ -76,6 +76,21 @@ def test_zero2s_sums_beside_the_backward_are_those_behind_it(tiny: Callable[...,
         assert beside == pytest.approx(behind, rel=2e-3)
 
 
+def test_zero3s_layers_train_as_deepspeed_trains_them(tiny: Callable[..., Path], tmp_path: Path) -> None:
+    registry, model, curves = write_data(tmp_path), tiny(dtype="bfloat16"), []
+    for own in (True, False):
+        zero = {"stage": 3, "overlap_comm": True, "stage3_use_all_reduce_for_fetch_params": own}
+        file = tmp_path / f"{own}.json"
+        file.write_text(json.dumps({"zero_optimization": zero | {"stage3_param_persistence_threshold": 100}}))
+        options = {"deepspeed": file, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 3}
+        start(command(model, registry, tmp_path / str(own), "full", max_steps=6, **options, **RATES))
+        lines = metrics(tmp_path / str(own))
+        curves.append(([line["loss"] for line in lines], [line["grad_norm"] for line in lines]))
+    print("layers", curves)
+    for theirs, ours in zip(*curves, strict=True):
+        assert ours == pytest.approx(theirs, rel=2e-3)
+
+
 OFFLOAD = pytest.param(
     "zero3_offload",
     marks=pytest.mark.skipif(not CPU_ADAM, reason="DeepSpeed compiles its CPU Adam at first use, for minutes"),

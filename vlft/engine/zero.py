@@ -23,6 +23,7 @@ from torch.optim import Optimizer
 
 from vlft.engine.alarm import Alarm
 from vlft.engine.base import MOMENTS, Engine, Update, alone
+from vlft.engine.zero_layers import LayerGathering, can_gather_layers
 from vlft.engine.zero_step import LeanStep
 from vlft.engine.zero_sums import SliceReduction, can_reduce_slices
 from vlft.errors import ConfigError
@@ -156,9 +157,18 @@ class ZeroEngine(Engine):
         assert isinstance(self.model, nn.Module)
         self.zero: Any = self.model.optimizer  # DeepSpeed's ZeRO optimizer
         self._lean = LeanStep(self.zero)
-        if can_reduce_slices(self.zero, self.deepspeed["zero_optimization"]):
+        asked = self.deepspeed["zero_optimization"]
+        self._gathering: LayerGathering | None = None
+        self._takes_means = bool(self.model.gradient_average)
+        if can_reduce_slices(self.zero, asked):
             SliceReduction(self.zero)
+        elif whole and can_gather_layers(self.zero, asked):
+            self._gathering = LayerGathering(self.zero, whole)
+            self._takes_means = False
         return self.model
+
+    def passing_bytes(self) -> int:
+        return self._gathering.passing_bytes() if self._gathering else 0  # DeepSpeed's own are not known
 
     def _pending_gradients(self) -> int:
         """ZeRO-2 makes room for its share when a step's first ones come, ZeRO-3 at the start."""
@@ -210,7 +220,7 @@ class ZeroEngine(Engine):
     def backward(self, loss: Tensor, *, last: bool) -> None:
         engine: Any = self.model
         engine.set_gradient_accumulation_boundary(last)
-        if engine.gradient_average:
+        if self._takes_means:
             loss = loss * self.world_size  # DeepSpeed takes the mean; a row's share is already of all ranks
         engine.backward(loss, scale_wrt_gas=False)
 

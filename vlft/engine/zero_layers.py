@@ -1,0 +1,336 @@
+"""How ZeRO-3 gathers a model's layers and sums their gradients: a layer at once, the next one ahead, as FSDP does.
+
+DeepSpeed does it weight by weight, in Python, with a wait of the host in each layer: of 7B `full` some 8 ms a layer, in
+which the GPU has nothing to do for half of the time. It also copies what it gathers twice, and each gradient once or
+twice. Here the weights of a layer come to where they are used, in one launch; so do their gradients to the rank that
+owns them. What is gathered next is what followed in the row before.
+
+All of it is in the order of the stream on which the model computes: what is gathered ahead waits for the layer before
+that one, so that no more than two layers are there at once, and nothing needs a second stream's consent to be freed.
+Of all else (embeddings, head, merger, what a layer's parts do outside of it) DeepSpeed takes care.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.distributed_c10d import _coalescing_manager
+
+ALIGNED = 128
+"""Elements: where a weight begins in what is gathered."""
+ELSEWHERE = (
+    "zero_quantized_weights", "zero_quantized_nontrainable_weights", "zero_quantized_gradients", "mics_shard_size",
+    "stage3_use_all_reduce_for_fetch_params", "stage3_module_granularity_threshold", "zenflow",
+)  # fmt: skip
+"""Keys of a DeepSpeed file that ask for other ways to gather or to sum."""
+
+
+REPLACED = (
+    "reduce_ready_partitions_and_remove_grads", "independent_gradient_partition_epilogue",
+    "_prepare_fp32_grad_for_sub_group", "_gradient_averaging_world_size",
+)  # fmt: skip
+"""DeepSpeed's. A version without one of them sums gradients in another way."""
+HOOKS = tuple(f"{when}_sub_module_{what}_function" for what in ("forward", "backward") for when in ("pre", "post"))
+
+
+def can_gather_layers(zero: Any, config: Mapping[str, Any]) -> bool:
+    """Whether `LayerGathering` does what this DeepSpeed file asks for: ZeRO-3 on the device, over all ranks.
+
+    Args:
+        zero: DeepSpeed's ZeRO optimizer, of any stage.
+        config: the file's `zero_optimization`.
+    """
+    return (
+        hasattr(zero, "parameter_offload")
+        and all(hasattr(zero, name) for name in REPLACED)
+        and all(hasattr(zero.parameter_offload, name) for name in HOOKS)
+        and not (zero.offload_optimizer or zero.offload_param or zero.zenflow)
+        and zero.zero_hpz_partition_size == 1
+        and zero.sequence_parallel_size == 1
+        and zero.communication_data_type == zero.dtype
+        and zero.gradient_predivide_factor == 1.0
+        and not any(config.get(key) for key in ELSEWHERE)
+    )
+
+
+@dataclass(eq=False)
+class _Layer:
+    module: nn.Module
+    weights: list[Any]
+    """Those of a dtype behind each other, else as DeepSpeed numbers them: the same order on all ranks."""
+    trained: list[Any]
+    """In the order in which DeepSpeed tells their gradients."""
+    sizes: list[int]
+    """Elements of each weight as it is gathered, from shards of one size."""
+
+    def runs(self) -> Iterator[slice]:
+        """Of weights of one dtype."""
+        begin = 0
+        for _, run in groupby(self.weights, key=lambda p: p.ds_tensor.dtype):
+            end = begin + len(list(run))
+            yield slice(begin, end)
+            begin = end
+
+
+@dataclass
+class _Gathered:
+    """A layer's weights on their way here, or here."""
+
+    works: list[Any]
+    weights: list[Tensor]
+
+    def wait(self) -> None:
+        """The stream's, not the host's."""
+        for work in self.works:
+            work.wait()
+        self.works = []
+
+
+@dataclass
+class _Summed:
+    """A layer's gradients on their way to their owners."""
+
+    works: list[Any]
+    sent: list[Tensor]
+    """Held until they have arrived."""
+    mine: list[Tensor]
+    sums: list[Tensor]
+    adds: bool
+    """To what the rows before left; else it is the step's first row."""
+
+
+class LayerGathering:
+    """Puts its own functions in the place of DeepSpeed's, for some layers."""
+
+    def __init__(self, zero: Any, layers: Sequence[nn.Module]) -> None:
+        """
+        Args:
+            zero: one that `can_gather_layers`.
+            layers: leaf modules of DeepSpeed, each of which is called as one and gathered whole.
+        """
+        from deepspeed.runtime.zero import parameter_offload
+        from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+
+        self._zero, self._status = zero, ZeroParamStatus
+        self._stack: list[nn.Module] = parameter_offload.FWD_MODULE_STACK
+        self._group = zero.dp_process_group
+        self._rank = torch.distributed.get_rank(self._group)
+        self._world = torch.distributed.get_world_size(self._group)
+        self._layers = {layer: self._of(layer) for layer in layers}
+        self._last_of = {layer.trained[-1]: layer for layer in self._layers.values() if layer.trained}
+        self._within = {p for layer in self._layers.values() for p in layer.trained}
+        self._sums = _sums(zero)
+        self._nothing: dict[torch.dtype, Tensor] = {}
+        self._ahead: dict[_Layer, _Gathered] = {}
+        self._here: dict[_Layer, _Gathered] = {}
+        self._follows: dict[tuple[str, _Layer], tuple[str, _Layer]] = {}
+        """(forward, backward or inference, layer) -> what came after it in the last row."""
+        self._at: tuple[str, _Layer] | None = None
+        self._summing: _Summed | None = None
+        self._take_over()
+
+    def passing_bytes(self) -> int:
+        """What a row holds at the most of weights that are gathered and of gradients that are on their way: of a layer
+        and of the next, and of what is outside of layers, which DeepSpeed keeps from the forward to the backward, but
+        for its largest weight: that is the head, or as large (`beside_head` has it).
+        """
+        weights, gradients = [0], [0]
+        for layer in self._layers.values():
+            of = {p: size * p.ds_tensor.element_size() for p, size in zip(layer.weights, layer.sizes, strict=True)}
+            weights.append(sum(of.values()))
+            gradients.append(sum(of[p] for p in layer.trained))
+        inside = {p for layer in self._layers.values() for p in layer.weights}
+        others = [p for p in self._zero.parameter_offload.module.parameters() if p not in inside]
+        outside = sorted(p.ds_numel * p.ds_tensor.element_size() for p in others)
+        return int(2 * max(weights) + 2 * max(gradients) + sum(outside[:-1]))
+
+    def _of(self, module: nn.Module) -> _Layer:
+        weights: list[Any] = sorted(dict.fromkeys(module.parameters()), key=lambda p: (str(p.ds_tensor.dtype), p.ds_id))
+        sizes = [self._world * p.ds_tensor.numel() for p in weights]
+        return _Layer(module, weights, list(self._zero.leaf_parameters.get(module, ())), sizes)
+
+    def _take_over(self) -> None:
+        zero, hooks = self._zero, self._zero.parameter_offload
+        inside = {p for layer in self._layers.values() for p in layer.weights}
+        for p in inside:
+            p.ds_persist = False
+            if p.ds_status == self._status.AVAILABLE:
+                p.partition()
+        zero.persistent_parameters = [p for p in zero.persistent_parameters if p not in inside]
+        hooks.module.register_forward_pre_hook(lambda *_: self._begin())  # the whole model: a row
+        own = self._before_forward, self._after_forward, self._before_backward, self._release
+        for name, its_own in zip(HOOKS, own, strict=True):
+            setattr(hooks, name, self._instead(its_own, getattr(hooks, name)))
+        self._reduce_others = zero.reduce_ready_partitions_and_remove_grads
+        zero.reduce_ready_partitions_and_remove_grads = self._arrived
+        self._epilogue = zero.independent_gradient_partition_epilogue
+        zero.independent_gradient_partition_epilogue = self._finish
+        zero._prepare_fp32_grad_for_sub_group = _gives_gradients(zero)
+        zero._gradient_averaging_world_size = lambda *_: 1  # of all else, too, the sums and not the means
+        if zero.reduce_and_partition_stream is not None:
+            zero.reduce_and_partition_stream = _ordered_stream()
+            zero.max_param_reduce_events = len(zero.fp16_groups) + sum(map(len, zero.fp16_groups))
+
+    def _instead(self, own: Callable[[_Layer], None], theirs: Callable[[Any], None]) -> Callable[[Any], None]:
+        def chosen(module: nn.Module) -> None:
+            layer = self._layers.get(module)
+            if layer is None:
+                theirs(module)
+            else:
+                own(layer)
+
+        return chosen
+
+    # -- weights -----------------------------------------------------------------------------------------------------
+
+    def _begin(self) -> None:
+        """Of a row. What the one before left behind is of no use: it may have been the last before an update."""
+        self._at = None
+        for gathered in self._ahead.values():
+            gathered.wait()  # else its memory would be given to others while it is being written
+        self._ahead.clear()
+        for layer in list(self._here):
+            self._release(layer)
+
+    def _before_forward(self, layer: _Layer) -> None:
+        self._stack.append(layer.module)
+        self._need("forward" if torch.is_grad_enabled() else "inference", layer)
+
+    def _after_forward(self, layer: _Layer) -> None:
+        if self._at is None or self._follows.get(self._at) != ("backward", layer):
+            self._release(layer)
+
+    def _before_backward(self, layer: _Layer) -> None:
+        self._need("backward", layer)
+
+    def _need(self, when: str, layer: _Layer) -> None:
+        now = when, layer
+        if now == self._at:
+            return  # another of its outputs
+        if self._at is not None:
+            self._follows[self._at] = now
+        self._at = now
+        if layer not in self._here:
+            self._here[layer] = gathered = self._ahead.pop(layer, None) or self._gather(layer)
+            gathered.wait()
+            for p, whole in zip(layer.weights, gathered.weights, strict=True):
+                p.data = whole
+                p.ds_status = self._status.AVAILABLE
+        _, following = self._follows.get(now, (None, None))
+        if following is not None and following not in self._here and following not in self._ahead:
+            self._ahead[following] = self._gather(following)
+
+    def _gather(self, layer: _Layer) -> _Gathered:
+        """Begin to."""
+        works, weights = list[Any](), list[Tensor]()
+        for run in layer.runs():
+            first, sizes = layer.weights[run][0].ds_tensor, layer.sizes[run]
+            room = [-(-size // ALIGNED) * ALIGNED for size in sizes]
+            parts = torch.split(torch.empty(sum(room), dtype=first.dtype, device=first.device), room)
+            whole = [part[:size] for part, size in zip(parts, sizes, strict=True)]
+            shards = [p.ds_tensor for p in layer.weights[run]]
+            works += self._together(torch.distributed.all_gather_into_tensor, whole, shards)
+            weights += [part[: p.ds_numel].view(p.ds_shape) for p, part in zip(layer.weights[run], whole, strict=True)]
+        return _Gathered(works, weights)
+
+    def _release(self, layer: _Layer) -> None:
+        if self._here.pop(layer, None) is None:
+            return
+        for p in layer.weights:
+            if p.dtype not in self._nothing:
+                self._nothing[p.dtype] = torch.empty(0, dtype=p.dtype, device=p.device)
+            p.data = self._nothing[p.dtype]
+            p.ds_status = self._status.NOT_AVAILABLE
+
+    def _together(self, collective: Callable[..., Any], outputs: list[Tensor], inputs: list[Tensor]) -> list[Any]:
+        """`collective` of each pair, in one launch where the backend can; returns what to wait for."""
+        pairs, device = list(zip(outputs, inputs, strict=True)), outputs[0].device
+        if device.type == "cpu":
+            return [collective(output, given, group=self._group, async_op=True) for output, given in pairs]
+        with _coalescing_manager(group=self._group, device=device, async_ops=True) as work:
+            for output, given in pairs:
+                collective(output, given, group=self._group)
+        return [work]
+
+    # -- gradients ---------------------------------------------------------------------------------------------------
+
+    def _arrived(self, p: nn.Parameter) -> None:
+        """A gradient. Those of a layer come one after the other, when its backward pass is done."""
+        if p not in self._within:
+            self._reduce_others(p)
+        elif p in self._last_of:
+            self._sum(self._last_of[p])
+
+    @torch.no_grad()
+    def _sum(self, layer: _Layer) -> None:
+        """Begin to, over the ranks; and end it for the layer before."""
+        sent, mine, sums = [], [], []
+        for p in layer.trained:
+            assert p.grad is not None
+            size = p.ds_tensor.numel()
+            flat = p.grad.contiguous().view(-1)
+            p.grad = None
+            if flat.numel() < self._world * size:
+                flat = torch.cat([flat, flat.new_zeros(self._world * size - flat.numel())])
+            sent.append(flat)
+            mine.append(flat.narrow(0, self._rank * size, size))
+            sums.append(self._sums[p])
+        works = self._together(torch.distributed.reduce_scatter_tensor, mine, sent)
+        self._add()
+        self._summing = _Summed(works, sent, mine, sums, adds=self._zero.micro_step_id > 0)
+
+    def _add(self) -> None:
+        """What has been summed over the ranks, to the sum of the step's rows."""
+        summed, self._summing = self._summing, None
+        if summed is None:
+            return
+        for work in summed.works:
+            work.wait()
+        if summed.adds:
+            torch._foreach_add_(summed.sums, summed.mine)
+        else:
+            torch._foreach_copy_(summed.sums, summed.mine)
+
+    @torch.no_grad()
+    def _finish(self) -> None:
+        """After a row's backward pass."""
+        self._add()
+        self._begin()
+        stream = self._zero.reduce_and_partition_stream
+        if stream is not None:
+            stream.wait_stream(torch.accelerator.current_stream())  # where DeepSpeed looks whether all is finite
+        self._epilogue()
+
+
+def _gives_gradients(zero: Any) -> Callable[[int], None]:
+    """To the optimizer, a sub-group's. DeepSpeed's makes a copy of what lies in one piece already."""
+    sizes = [sum(p.partition_numel() for p in group) for group in zero.fp16_groups]
+    parts = zero.grad_partitions_flat_buffer.split(sizes)
+
+    def give(sub_group_id: int) -> None:
+        master = zero.fp32_partitioned_groups_flat[sub_group_id]
+        master.grad = parts[sub_group_id].to(master.dtype)
+        zero.averaged_gradients[sub_group_id] = None
+
+    return give
+
+
+def _sums(zero: Any) -> dict[nn.Parameter, Tensor]:
+    """Where DeepSpeed keeps the sums of a step's rows."""
+    owned = [p for group in zero.fp16_groups for p in group]
+    return dict(zip(owned, zero.grad_partitions_flat_buffer.split([p.partition_numel() for p in owned]), strict=True))
+
+
+def _ordered_stream() -> Any:
+    """One for which the GPU waits where DeepSpeed's host would, at the end of each backward pass."""
+
+    class OrderedStream(torch.cuda.Stream):
+        def synchronize(self) -> None:
+            torch.cuda.current_stream().wait_stream(self)
+
+    return OrderedStream()  # type: ignore[no-untyped-call]
