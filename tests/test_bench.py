@@ -37,6 +37,22 @@ def test_a_row_gives_a_line_and_the_line_a_table(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_one_rank_of_several_trains_its_share(tmp_path: Path) -> None:
+    tiny = ("--size", "tiny", "--device", "cpu", "--records", 16, "--workers", 0, "--root", tmp_path / "root")
+    steps = ("--steps", 2, "--warm", 1, "--batch", 2, "--ranks", 4, "--out", tmp_path / "out")
+    one, *others = map(json.loads, run("one_rank.py", *tiny, *steps, "--layouts", "one,ddp,zero2,zero3"))
+    assert [line["layout"] for line in others] == ["ddp", "zero2", "zero3"]
+    assert one["ranks"] == one["of_one"] == 1
+    for line in others:
+        assert "error" not in line, line["error"]
+        assert line["ranks"] == 4
+        assert line["samples_per_step"] == 2
+        assert line["of_one"] > 0
+    # A layer's weights are not here between its rows; what is left of them is outside of layers.
+    assert others[2]["trained_parameters"] < one["trained_parameters"] == others[0]["trained_parameters"]
+
+
+@pytest.mark.slow
 def test_a_row_that_fails_gives_a_line_with_its_error(tmp_path: Path) -> None:
     tiny = ("--size", "tiny", "--device", "cpu", "--records", 4, "--workers", 0, "--root", tmp_path / "root")
     (text,) = run("train.py", "--rows", "3B-lora", *tiny, "--out", tmp_path, "--option", "no_such_option=1")

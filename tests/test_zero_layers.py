@@ -46,7 +46,7 @@ def test_layers_train_as_deepspeed_trains_them(tiny: Callable[..., Path], tmp_pa
 
 @pytest.mark.slow
 def test_shards_that_are_filled_up_hold_the_same_weights(tiny: Callable[..., Path], tmp_path: Path) -> None:
-    """Three ranks: no weight of a tiny model is a multiple of them. DeepSpeed divides by three, and we do not."""
+    """Three ranks: no weight of a tiny model is a multiple of them. DeepSpeed divides by three, which is not exact."""
     how = {"model": tiny(), "strategy": "full", "mixed_precision": "no", "processes": 3}
     own = go(tmp_path / "own", fault="layers_by_weights", **how)
     other = go(tmp_path / "layers", fault="no_layer_by_weights", **how)
@@ -56,32 +56,54 @@ def test_shards_that_are_filled_up_hold_the_same_weights(tiny: Callable[..., Pat
     assert distance(final_weights(own), final_weights(other)) < 1e-5
 
 
-GATHERS = {
-    "offload_optimizer": False, "offload_param": False, "zenflow": False, "zero_hpz_partition_size": 1,
-    "sequence_parallel_size": 1, "communication_data_type": torch.bfloat16, "gradient_predivide_factor": 1.0,
-    "parameter_offload": SimpleNamespace(**dict.fromkeys(HOOKS, print)), **dict.fromkeys(REPLACED, print),
-}  # fmt: skip
+def zero3(**other: Any) -> SimpleNamespace:
+    """What is asked of DeepSpeed's optimizer, of a model of two layers and a head."""
+    model = torch.nn.ModuleList(torch.nn.Linear(4, 4) for _ in range(3))
+    hooks: dict[str, Any] = dict.fromkeys(HOOKS, print) | {"module": model}
+    there: dict[str, Any] = {
+        "offload_optimizer": False, "offload_param": False, "zenflow": False, "zero_hpz_partition_size": 1,
+        "sequence_parallel_size": 1, "ipg_buckets": {torch.bfloat16: "a bucket"}, "gradient_predivide_factor": 1.0,
+        "reduce_scatter": True, "dtype": torch.bfloat16, "dp_process_group": "all",
+        "_get_param_partition_group": lambda _: "all", "_global_ranks": len, "parameter_offload": SimpleNamespace(**hooks),
+        **dict.fromkeys(REPLACED, print),
+    }  # fmt: skip
+    return SimpleNamespace(**there | other)
+
+
+def layers_of(zero: SimpleNamespace) -> list[torch.nn.Module]:
+    return list(zero.parameter_offload.module[:2])
 
 
 @pytest.mark.parametrize(
     "other",
     [
         {}, {"offload_optimizer": True}, {"offload_param": True}, {"zenflow": True}, {"zero_hpz_partition_size": 2},
-        {"sequence_parallel_size": 2}, {"communication_data_type": torch.float32}, {"gradient_predivide_factor": 2.0},
+        {"sequence_parallel_size": 2}, {"reduce_scatter": False}, {"gradient_predivide_factor": 2.0},
+        {"ipg_buckets": {torch.float32: "of another dtype"}}, {"_get_param_partition_group": lambda _: "some"},
         *({key: True} for key in ELSEWHERE),
     ],
 )  # fmt: skip
 def test_what_else_a_file_asks_for_is_left_to_deepspeed(other: dict[str, Any]) -> None:
-    zero = SimpleNamespace(**GATHERS | other, dtype=torch.bfloat16)
+    zero = zero3(**other)
     config = {key: value for key, value in other.items() if key in ELSEWHERE}
-    assert can_gather_layers(zero, config) == (not other)
+    assert can_gather_layers(zero, config, layers_of(zero)) == (not other)
+    assert not can_gather_layers(zero, config, [])
 
 
-@pytest.mark.parametrize("name", REPLACED)
-def test_a_deepspeed_that_sums_in_another_way_is_left_to_itself(name: str) -> None:
-    there = {key: value for key, value in GATHERS.items() if key != name}
-    assert not can_gather_layers(SimpleNamespace(**there, dtype=torch.bfloat16), {})
+@pytest.mark.parametrize("beside", [1, 2])
+def test_a_weight_that_is_not_of_one_layer_alone_is_left_to_deepspeed(beside: int) -> None:
+    zero = zero3()
+    modules = zero.parameter_offload.module
+    modules[beside].weight = modules[0].weight
+    assert not can_gather_layers(zero, {}, layers_of(zero))
+
+
+@pytest.mark.parametrize("name", [*REPLACED, *HOOKS])
+def test_a_deepspeed_that_works_in_another_way_is_left_to_itself(name: str) -> None:
+    zero = zero3()
+    delattr(zero if name in REPLACED else zero.parameter_offload, name)
+    assert not can_gather_layers(zero, {}, layers_of(zero))
 
 
 def test_zero2_has_no_layers_to_gather() -> None:
-    assert not can_gather_layers(SimpleNamespace(bit16_groups=[[1]]), {})
+    assert not can_gather_layers(SimpleNamespace(bit16_groups=[[1]]), {}, [torch.nn.Linear(4, 4)])

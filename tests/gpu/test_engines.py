@@ -78,13 +78,14 @@ def test_zero2s_sums_beside_the_backward_are_those_behind_it(tiny: Callable[...,
 
 def test_zero3s_layers_train_as_deepspeed_trains_them(tiny: Callable[..., Path], tmp_path: Path) -> None:
     registry, model, curves = write_data(tmp_path), tiny(dtype="bfloat16"), []
-    for own in (True, False):
-        zero = {"stage": 3, "overlap_comm": True, "stage3_use_all_reduce_for_fetch_params": own}
-        file = tmp_path / f"{own}.json"
-        file.write_text(json.dumps({"zero_optimization": zero | {"stage3_param_persistence_threshold": 100}}))
+    file = tmp_path / "zero3.json"
+    zero = {"stage": 3, "overlap_comm": True, "stage3_param_persistence_threshold": 100}
+    file.write_text(json.dumps({"zero_optimization": zero}))
+    for fault in ("layers_by_weights", "no_layer_by_weights"):
         options = {"deepspeed": file, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 3}
-        start(command(model, registry, tmp_path / str(own), "full", max_steps=6, **options, **RATES))
-        lines = metrics(tmp_path / str(own))
+        line = command(model, registry, tmp_path / fault, "full", max_steps=6, **options, **RATES)
+        start(line, fault={"kind": fault})
+        lines = metrics(tmp_path / fault)
         curves.append(([line["loss"] for line in lines], [line["grad_norm"] for line in lines]))
     print("layers", curves)
     for theirs, ours in zip(*curves, strict=True):

@@ -846,6 +846,27 @@ def test_gradients_come_as_kept_values_go() -> None:
     assert peak([Tower(LANGUAGE.cost, (0,) * 4)], [["input"] * 4], 1e6) == 4 * 10 + 1e6
 
 
+def test_no_weight_of_a_layer_is_looked_at_before_a_row(
+    tiny: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """ZeRO-3 would take it for one that the whole model needs, and gather it in each row."""
+    packed, _ = prepared(tiny(), "lora")
+    memory = Memory(packed.installed.learning(), 512, room=lambda: 1e12)
+    monkeypatch.setattr(torch.nn.Module, "__getattr__", None)
+    memory.before_row(100, 50, 60, 30, 10, torch.float32)
+    assert memory.reckoned > 0
+
+
+def test_ranks_of_adapters_that_are_cut_up_are_those_of_whole_ones(tiny: Callable[..., Path]) -> None:
+    packed, _ = prepared(tiny(), "lora")
+    block = packed.installed.language[0].vlft_block
+    whole = Sizes.of(block)  # type: ignore[arg-type]
+    for name, p in packed.installed.language[0].named_parameters():
+        if "lora" in name:
+            p.ds_shape, p.data = p.shape, torch.empty(0)  # type: ignore[attr-defined]
+    assert Sizes.of(block).ranks == whole.ranks > 0  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("frozen", [slice(0, 2), slice(1, 3)])
 def test_frozen_layers_of_a_tower_that_trains_have_no_gradients_to_come(
     tiny: Callable[..., Path], frozen: slice

@@ -162,7 +162,7 @@ class ZeroEngine(Engine):
         self._takes_means = bool(self.model.gradient_average)
         if can_reduce_slices(self.zero, asked):
             SliceReduction(self.zero)
-        elif whole and can_gather_layers(self.zero, asked):
+        elif can_gather_layers(self.zero, asked, whole):
             self._gathering = LayerGathering(self.zero, whole)
             self._takes_means = False
         return self.model
@@ -232,7 +232,7 @@ class ZeroEngine(Engine):
         scale = float(self.zero.loss_scaler.cur_scale) if self.precision == "fp16" else 1.0
         self._lean.begin()
         engine.step()
-        meanwhile()  # not before: DeepSpeed's backward ends with a wait, and the GPU has nothing to do until the step
+        meanwhile()  # not before: the step waits for the norm, and then the GPU would have nothing to do
         # ZeRO skips a step whose norm is not finite in every precision, and calls that an overflow.
         overflow = bool(self.zero.overflow)
         norms = self._part_norms(scale)

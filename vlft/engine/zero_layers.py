@@ -1,4 +1,4 @@
-"""How ZeRO-3 gathers a model's layers and sums their gradients: a layer at once, the next one ahead, as FSDP does.
+"""How ZeRO-3 gathers a model's layers and sums gradients: a layer at once, the next one ahead, as FSDP does.
 
 DeepSpeed does it weight by weight, in Python, with a wait of the host in each layer: of 7B `full` some 8 ms a layer, in
 which the GPU has nothing to do for half of the time. It also copies what it gathers twice, and each gradient once or
@@ -7,13 +7,15 @@ owns them. What is gathered next is what followed in the row before.
 
 All of it is in the order of the stream on which the model computes: what is gathered ahead waits for the layer before
 that one, so that no more than two layers are there at once, and nothing needs a second stream's consent to be freed.
-Of all else (embeddings, head, merger, what a layer's parts do outside of it) DeepSpeed takes care.
+What is outside of layers (embeddings, head, merger) DeepSpeed gathers; its options of how far ahead and for how long
+are about that alone.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache, partial
 from itertools import groupby
 from typing import Any
 
@@ -23,38 +25,57 @@ from torch.distributed.distributed_c10d import _coalescing_manager
 
 ALIGNED = 128
 """Elements: where a weight begins in what is gathered."""
+GATHER = getattr(torch.distributed, "all_gather_single", torch.distributed.all_gather_into_tensor)
+SCATTER = getattr(torch.distributed, "reduce_scatter_single", torch.distributed.reduce_scatter_tensor)
+"""The second names are those of torch 2.11; newer ones warn of them at each call."""
 ELSEWHERE = (
     "zero_quantized_weights", "zero_quantized_nontrainable_weights", "zero_quantized_gradients", "mics_shard_size",
     "stage3_use_all_reduce_for_fetch_params", "stage3_module_granularity_threshold", "zenflow",
 )  # fmt: skip
 """Keys of a DeepSpeed file that ask for other ways to gather or to sum."""
-
-
-REPLACED = (
-    "reduce_ready_partitions_and_remove_grads", "independent_gradient_partition_epilogue",
-    "_prepare_fp32_grad_for_sub_group", "_gradient_averaging_world_size",
-)  # fmt: skip
+SUMS = "_DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition"
+"""Where DeepSpeed has the sums of a step's rows."""
+REPLACED = ("reduce_ready_partitions_and_remove_grads", "independent_gradient_partition_epilogue", SUMS)
 """DeepSpeed's. A version without one of them sums gradients in another way."""
 HOOKS = tuple(f"{when}_sub_module_{what}_function" for what in ("forward", "backward") for when in ("pre", "post"))
 
 
-def can_gather_layers(zero: Any, config: Mapping[str, Any]) -> bool:
+def can_gather_layers(zero: Any, config: Mapping[str, Any], layers: Sequence[nn.Module]) -> bool:
     """Whether `LayerGathering` does what this DeepSpeed file asks for: ZeRO-3 on the device, over all ranks.
 
     Args:
         zero: DeepSpeed's ZeRO optimizer, of any stage.
         config: the file's `zero_optimization`.
+        layers: of the model.
     """
     return (
-        hasattr(zero, "parameter_offload")
+        bool(layers)
+        and hasattr(zero, "parameter_offload")
         and all(hasattr(zero, name) for name in REPLACED)
         and all(hasattr(zero.parameter_offload, name) for name in HOOKS)
         and not (zero.offload_optimizer or zero.offload_param or zero.zenflow)
         and zero.zero_hpz_partition_size == 1
         and zero.sequence_parallel_size == 1
-        and zero.communication_data_type == zero.dtype
+        and zero.reduce_scatter
+        and {*zero.ipg_buckets} == {zero.dtype}
         and zero.gradient_predivide_factor == 1.0
         and not any(config.get(key) for key in ELSEWHERE)
+        and _own_their_weights(layers, zero)
+    )
+
+
+def _own_their_weights(layers: Sequence[nn.Module], zero: Any) -> bool:
+    """Each weight is of one layer and of nothing outside, and cut up over all ranks."""
+    model: nn.Module = zero.parameter_offload.module
+    ranks = cache(zero._global_ranks)  # DeepSpeed makes several groups of the same ones
+    everybody = ranks(zero.dp_process_group)
+    of_layers = [p for layer in layers for p in layer.parameters()]
+    inside = {module for layer in layers for module in layer.modules()}
+    outside = {p for module in model.modules() if module not in inside for p in module.parameters(recurse=False)}
+    return (
+        len(of_layers) == len({*of_layers})
+        and not outside & {*of_layers}
+        and all(ranks(zero._get_param_partition_group(p)) == everybody for p in model.parameters())
     )
 
 
@@ -105,13 +126,13 @@ class _Summed:
 
 
 class LayerGathering:
-    """Puts its own functions in the place of DeepSpeed's, for some layers."""
+    """Puts its own functions in the place of DeepSpeed's."""
 
     def __init__(self, zero: Any, layers: Sequence[nn.Module]) -> None:
         """
         Args:
             zero: one that `can_gather_layers`.
-            layers: leaf modules of DeepSpeed, each of which is called as one and gathered whole.
+            layers: leaf modules of DeepSpeed, each of which is called as one.
         """
         from deepspeed.runtime.zero import parameter_offload
         from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
@@ -124,7 +145,7 @@ class LayerGathering:
         self._layers = {layer: self._of(layer) for layer in layers}
         self._last_of = {layer.trained[-1]: layer for layer in self._layers.values() if layer.trained}
         self._within = {p for layer in self._layers.values() for p in layer.trained}
-        self._sums = _sums(zero)
+        self._sums: Mapping[int, Tensor] = getattr(zero, SUMS)
         self._nothing: dict[torch.dtype, Tensor] = {}
         self._ahead: dict[_Layer, _Gathered] = {}
         self._here: dict[_Layer, _Gathered] = {}
@@ -166,15 +187,13 @@ class LayerGathering:
         own = self._before_forward, self._after_forward, self._before_backward, self._release
         for name, its_own in zip(HOOKS, own, strict=True):
             setattr(hooks, name, self._instead(its_own, getattr(hooks, name)))
-        self._reduce_others = zero.reduce_ready_partitions_and_remove_grads
-        zero.reduce_ready_partitions_and_remove_grads = self._arrived
         self._epilogue = zero.independent_gradient_partition_epilogue
+        zero.reduce_ready_partitions_and_remove_grads = self._arrived
         zero.independent_gradient_partition_epilogue = self._finish
-        zero._prepare_fp32_grad_for_sub_group = _gives_gradients(zero)
-        zero._gradient_averaging_world_size = lambda *_: 1  # of all else, too, the sums and not the means
-        if zero.reduce_and_partition_stream is not None:
-            zero.reduce_and_partition_stream = _ordered_stream()
-            zero.max_param_reduce_events = len(zero.fp16_groups) + sum(map(len, zero.fp16_groups))
+        if pieces := self._in_one_piece():
+            zero._prepare_fp32_grad_for_sub_group = partial(self._give, pieces)
+        for bucket in zero.ipg_buckets.values():
+            bucket.buffer = None  # nothing comes there any more
 
     def _instead(self, own: Callable[[_Layer], None], theirs: Callable[[Any], None]) -> Callable[[Any], None]:
         def chosen(module: nn.Module) -> None:
@@ -189,7 +208,9 @@ class LayerGathering:
     # -- weights -----------------------------------------------------------------------------------------------------
 
     def _begin(self) -> None:
-        """Of a row. What the one before left behind is of no use: it may have been the last before an update."""
+        """Of a row, and its end: an update may follow. What was gathered ahead of a generation is dropped, too."""
+        if self._at is not None:
+            self._follows.pop(self._at, None)
         self._at = None
         for gathered in self._ahead.values():
             gathered.wait()  # else its memory would be given to others while it is being written
@@ -216,6 +237,8 @@ class LayerGathering:
             self._follows[self._at] = now
         self._at = now
         if layer not in self._here:
+            # Else it would come a second time, and DeepSpeed wait for a weight that is here.
+            assert all(p.ds_status != self._status.INFLIGHT for p in layer.weights), "DeepSpeed gathers it, too"
             self._here[layer] = gathered = self._ahead.pop(layer, None) or self._gather(layer)
             gathered.wait()
             for p, whole in zip(layer.weights, gathered.weights, strict=True):
@@ -234,7 +257,7 @@ class LayerGathering:
             parts = torch.split(torch.empty(sum(room), dtype=first.dtype, device=first.device), room)
             whole = [part[:size] for part, size in zip(parts, sizes, strict=True)]
             shards = [p.ds_tensor for p in layer.weights[run]]
-            works += self._together(torch.distributed.all_gather_into_tensor, whole, shards)
+            works += self._together(GATHER, whole, shards)
             weights += [part[: p.ds_numel].view(p.ds_shape) for p, part in zip(layer.weights[run], whole, strict=True)]
         return _Gathered(works, weights)
 
@@ -249,28 +272,26 @@ class LayerGathering:
 
     def _together(self, collective: Callable[..., Any], outputs: list[Tensor], inputs: list[Tensor]) -> list[Any]:
         """`collective` of each pair, in one launch where the backend can; returns what to wait for."""
-        pairs, device = list(zip(outputs, inputs, strict=True)), outputs[0].device
-        if device.type == "cpu":
-            return [collective(output, given, group=self._group, async_op=True) for output, given in pairs]
-        with _coalescing_manager(group=self._group, device=device, async_ops=True) as work:
-            for output, given in pairs:
+        with _coalescing_manager(group=self._group, async_ops=True) as begun:
+            for output, given in zip(outputs, inputs, strict=True):
                 collective(output, given, group=self._group)
-        return [work]
+        assert begun.works, "nothing to wait for"
+        return list(begun.works)
 
     # -- gradients ---------------------------------------------------------------------------------------------------
 
     def _arrived(self, p: nn.Parameter) -> None:
         """A gradient. Those of a layer come one after the other, when its backward pass is done."""
-        if p not in self._within:
-            self._reduce_others(p)
-        elif p in self._last_of:
-            self._sum(self._last_of[p])
+        if p in self._last_of:
+            self._sum(self._last_of[p].trained)
+        elif p not in self._within:
+            self._sum([p])
 
     @torch.no_grad()
-    def _sum(self, layer: _Layer) -> None:
-        """Begin to, over the ranks; and end it for the layer before."""
+    def _sum(self, weights: Sequence[Any]) -> None:
+        """Begin to, over the ranks; and end it for those before."""
         sent, mine, sums = [], [], []
-        for p in layer.trained:
+        for p in weights:
             assert p.grad is not None
             size = p.ds_tensor.numel()
             flat = p.grad.contiguous().view(-1)
@@ -279,8 +300,8 @@ class LayerGathering:
                 flat = torch.cat([flat, flat.new_zeros(self._world * size - flat.numel())])
             sent.append(flat)
             mine.append(flat.narrow(0, self._rank * size, size))
-            sums.append(self._sums[p])
-        works = self._together(torch.distributed.reduce_scatter_tensor, mine, sent)
+            sums.append(self._sums[p.ds_id])
+        works = self._together(SCATTER, mine, sent)
         self._add()
         self._summing = _Summed(works, sent, mine, sums, adds=self._zero.micro_step_id > 0)
 
@@ -301,36 +322,32 @@ class LayerGathering:
         """After a row's backward pass."""
         self._add()
         self._begin()
-        stream = self._zero.reduce_and_partition_stream
-        if stream is not None:
-            stream.wait_stream(torch.accelerator.current_stream())  # where DeepSpeed looks whether all is finite
         self._epilogue()
+        if self._zero.reduce_and_partition_stream is not None:
+            # There DeepSpeed looks whether all is finite. Only now: its epilogue has the host wait for that stream.
+            self._zero.reduce_and_partition_stream.wait_stream(torch.accelerator.current_stream())
 
+    def _in_one_piece(self) -> list[Tensor]:
+        """The sums of each of DeepSpeed's sub-groups as one tensor; none where they lie otherwise."""
+        zero, pieces, begin = self._zero, list[Tensor](), 0
+        for group in zero.fp16_groups:
+            parts = [self._sums[p.ds_id] for p in group]
+            piece = zero.grad_partitions_flat_buffer[begin : begin + sum(map(len, parts))]
+            at = piece.data_ptr()
+            for part in parts:
+                if part.data_ptr() != at:
+                    return []
+                at += part.numel() * part.element_size()
+            pieces.append(piece)
+            begin += len(piece)
+        return pieces
 
-def _gives_gradients(zero: Any) -> Callable[[int], None]:
-    """To the optimizer, a sub-group's. DeepSpeed's makes a copy of what lies in one piece already."""
-    sizes = [sum(p.partition_numel() for p in group) for group in zero.fp16_groups]
-    parts = zero.grad_partitions_flat_buffer.split(sizes)
-
-    def give(sub_group_id: int) -> None:
+    def _give(self, pieces: list[Tensor], sub_group_id: int) -> None:
+        """To the optimizer, the sums of a sub-group, of which DeepSpeed would make a copy."""
+        zero = self._zero
+        for p in zero.fp16_groups[sub_group_id]:
+            if not p.requires_grad:  # any more
+                self._sums[p.ds_id].zero_()
         master = zero.fp32_partitioned_groups_flat[sub_group_id]
-        master.grad = parts[sub_group_id].to(master.dtype)
+        master.grad = pieces[sub_group_id].to(master.dtype)
         zero.averaged_gradients[sub_group_id] = None
-
-    return give
-
-
-def _sums(zero: Any) -> dict[nn.Parameter, Tensor]:
-    """Where DeepSpeed keeps the sums of a step's rows."""
-    owned = [p for group in zero.fp16_groups for p in group]
-    return dict(zip(owned, zero.grad_partitions_flat_buffer.split([p.partition_numel() for p in owned]), strict=True))
-
-
-def _ordered_stream() -> Any:
-    """One for which the GPU waits where DeepSpeed's host would, at the end of each backward pass."""
-
-    class OrderedStream(torch.cuda.Stream):
-        def synchronize(self) -> None:
-            torch.cuda.current_stream().wait_stream(self)
-
-    return OrderedStream()  # type: ignore[no-untyped-call]

@@ -122,8 +122,13 @@ class Sizes:
             width=block.qkv.each[0].columns, qkv=sum(p.rows for p in block.qkv.each), heads=block.heads,
             heads_width=block.heads * block.size, inner=sum(block.inner.widths(block.norm_1.weight.device)),
             head_norms=block.q_norm is not None, causal=block.causal,
-            ranks=sum(len(a.a_rD) for group in block.groups() for p in group.each for a in p.adapters()),
+            ranks=sum(_rows(a.a_rD) for group in block.groups() for p in group.each for a in p.adapters()),
         )  # fmt: skip
+
+
+def _rows(weight: nn.Parameter) -> int:
+    """ZeRO-3 leaves an empty tensor in place of a weight."""
+    return int(getattr(weight, "ds_shape", weight.shape)[0])
 
 
 @dataclass(frozen=True)
@@ -230,6 +235,8 @@ class Memory:
         """What `_gradients` says of each layer; parameters are too many to be asked for every row."""
         self._row: tuple[list[Tower], float, float] = ([], 0.0, 0.0)
         """Of the last row: towers, and in bytes what the head needs for it, and the room."""
+        # Looked at now: to ZeRO-3, a weight that is read while a row runs is one that the whole model needs.
+        self._sizes = [Sizes.of(layers[0].vlft_block) if layers and room else None for layers in towers]  # type: ignore[arg-type]
         self.now: list[list[Keep]] = [list(row) for row in fixed or [["all"] * len(layers) for layers in towers]]
         self._tell()
 
@@ -244,10 +251,8 @@ class Memory:
             return
         towers, coming = [], 0
         missing = self._missing()
-        for layers, each, n, longest in zip(self.towers, missing, (patches, tokens), (picture, sample), strict=True):
-            cost = NOTHING
-            if layers:
-                cost = Cost.of(Sizes.of(layers[0].vlft_block), n, longest, kind.itemsize)  # type: ignore[arg-type]
+        for sizes, each, n, longest in zip(self._sizes, missing, (patches, tokens), (picture, sample), strict=True):
+            cost = Cost.of(sizes, n, longest, kind.itemsize) if sizes else NOTHING
             towers.append(Tower(cost, each))
             coming += sum(each)
         head = float(kind.itemsize * supervised * self.vocabulary + self.beside())
