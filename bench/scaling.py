@@ -35,15 +35,12 @@ models and data 40 s; one GPU 70 to 95; a launch 80 to 105; --profile 20 more ea
 outlasts --within:
 
     s="$s --parts speed --steps 80 --warm 64"
-    $s --rows 7B-full-zero3 --profile                                                            # 115+140 = 255
-    $s --rows 7B-full-zero3 --profile --deepspeed wide.json                                      # 140, one GPU known
+    $s --rows 7B-full-zero3 --profile                                                            # 115+120 = 235
     $s --rows 3B-full-zero2                                                                      # 85+90 = 175
     $s --rows 3B-full-fsdp2 --launcher fsdp_reshard_after_forward=false                          # 95+105 = 200
 
-wide.json is ds_configs/zero3.json with a reduce_bucket_size of 5e8 and a stage3_prefetch_bucket_size of 3e8: read in
-DeepSpeed's source, **not measured**. A layer of 7B has 233 million parameters. Of the next one 50 million are fetched
-ahead, and its gradients make some five buckets, of which DeepSpeed's host lets no more than three wait: it may launch a
-layer's backward only when the GPU has done most of the one before.
+The first has **not been run** since ZeRO-3 gathers whole layers (bench/one_rank.py says what to expect); after it the
+courses 7B-full-zero3-4 and 3B-full-zero3 again, whose curves are of DeepSpeed's own gathering.
 
 Attention builds a graph for a row of a new size, for which all ranks wait: by a count over the plan, two GPUs need the
 last for a while in the 44th step, four in the 57th.

@@ -64,8 +64,8 @@ def zero3(**other: Any) -> SimpleNamespace:
         "offload_optimizer": False, "offload_param": False, "zenflow": False, "zero_hpz_partition_size": 1,
         "sequence_parallel_size": 1, "ipg_buckets": {torch.bfloat16: "a bucket"}, "gradient_predivide_factor": 1.0,
         "reduce_scatter": True, "dtype": torch.bfloat16, "dp_process_group": "all",
-        "_get_param_partition_group": lambda _: "all", "_global_ranks": len, "parameter_offload": SimpleNamespace(**hooks),
-        **dict.fromkeys(REPLACED, print),
+        "_get_param_partition_group": lambda _: "all", "_global_ranks": len,
+        "parameter_offload": SimpleNamespace(**hooks), **dict.fromkeys(REPLACED, print),
     }  # fmt: skip
     return SimpleNamespace(**there | other)
 
