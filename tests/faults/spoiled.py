@@ -329,45 +329,31 @@ def gpu_share(gib: float) -> None:
     torch.cuda.set_per_process_memory_fraction(gib * 2**30 / torch.cuda.get_device_properties(0).total_memory)
 
 
+def hosts() -> None:
+    """Hosts tell each other what they have, as where there are GPUs."""
+    base.hosts_of_one_machine = lambda _: torch.distributed.new_group(backend="gloo")
+
+
+def other_data(registry: str) -> None:
+    sys.argv[sys.argv.index("--dataset_config_path") + 1] = registry
+
+
+OF_A_PROCESS: tuple[Callable[..., None], ...] = (
+    fsdp_on_cpu, hosts, fused_zero, no_bucket_goes_to_all, layers_by_weights, no_layer_by_weights, of_gpu, told,
+    other_data, slow_main, gpu_share,
+)  # fmt: skip
+"""What is done once, before it begins; the others are done in each forward."""
+
+
 def spoil(fault: dict[str, Any]) -> None:
-    if fault["kind"] == "none":
-        return
-    if fault["kind"] == "fsdp_on_cpu":
-        fsdp_on_cpu(**{name: value for name, value in fault.items() if name != "kind"})
-        return
-    if fault["kind"] == "hosts":
-        base.hosts_of_one_machine = lambda _: torch.distributed.new_group(backend="gloo")  # as where there are GPUs
-        return
-    if fault["kind"] == "fused_zero":
-        fused_zero()
-        return
-    if fault["kind"] == "no_bucket_goes_to_all":
-        no_bucket_goes_to_all()
-        return
-    if fault["kind"] == "layers_by_weights":
-        layers_by_weights()
-        return
-    if fault["kind"] == "no_layer_by_weights":
-        no_layer_by_weights()
-        return
-    if fault["kind"] == "of_gpu":
-        of_gpu(whole=fault["whole"])
-        return
-    if fault["kind"] == "told":
-        told(fault["path"], fault["seconds"], fault["slow"])
-        return
-    if fault["kind"] == "other_data":
-        sys.argv[sys.argv.index("--dataset_config_path") + 1] = fault["registry"]
-        return
-    if fault["kind"] == "slow_main":
-        slow_main(fault["seconds"], fault["patience"])
-        return
-    if fault["kind"] == "gpu_share":
-        gpu_share(fault["gib"])
-        return
-    options = {k: v for k, v in fault.items() if k not in ("kind", "rank")}
-    kind = KINDS[fault["kind"]]
-    PackedVLM.forward = lambda self, **row: kind(self, **options, **row)  # type: ignore[method-assign]
+    name = fault["kind"]
+    options = {key: value for key, value in fault.items() if key not in ("kind", "rank")}
+    once = {kind.__name__: kind for kind in OF_A_PROCESS}
+    if name in once:
+        once[name](**options)
+    elif name != "none":
+        kind = KINDS[name]
+        PackedVLM.forward = lambda self, **row: kind(self, **options, **row)  # type: ignore[method-assign]
 
 
 if __name__ == "__main__":
