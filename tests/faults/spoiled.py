@@ -242,7 +242,8 @@ def layers_by_weights() -> None:
 
 def no_layer_by_weights() -> None:
     """ZeRO-3 without DeepSpeed's way to gather layers and to sum their gradients: whoever goes it, fails. So does a
-    layer that is not on its way when a row comes to it, but for the first; and one that is left over behind a row."""
+    layer that is not on its way when a row comes to it, but for the first; one that is left over behind a row; and more
+    in passing than is reckoned with."""
     from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
     from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
     from deepspeed.utils import z3_leaf_module, z3_leaf_parameter
@@ -266,6 +267,11 @@ def no_layer_by_weights() -> None:
     def needs(self: Any, when: str, layer: Any) -> None:
         assert when == "inference" or not rows or self._at is None or layer in self._ahead or layer in self._here
         need(self, when, layer)
+        passing = [
+            tensor for gathered in (self._here, self._ahead) for one in gathered.values() for tensor in one.weights
+        ]
+        passing += self._summing.sent if self._summing else []
+        assert sum(tensor.numel() * tensor.element_size() for tensor in passing) <= self.passing_bytes()
 
     def finishes(self: Any) -> None:
         finish(self)
