@@ -236,7 +236,7 @@ class Memory:
         self._row: tuple[list[Tower], float, float] = ([], 0.0, 0.0)
         """Of the last row: towers, and in bytes what the head needs for it, and the room."""
         # Looked at now: to ZeRO-3, a weight that is read while a row runs is one that the whole model needs.
-        self._sizes = [Sizes.of(layers[0].vlft_block) if layers and room else None for layers in towers]  # type: ignore[arg-type]
+        self._sizes = [Sizes.of(layers[0].vlft_block) if layers else None for layers in towers]  # type: ignore[arg-type]
         self.now: list[list[Keep]] = [list(row) for row in fixed or [["all"] * len(layers) for layers in towers]]
         self._tell()
 
