@@ -50,6 +50,15 @@ def test_a_number_that_vlft_owns_is_refused_in_a_deepspeed_file(tmp_path: Path) 
     assert read_config(tmp_path / "mine.json") == {"zero_optimization": {"stage": 3}}
 
 
+def test_a_way_in_which_weights_go_before_they_are_read_is_refused(tmp_path: Path) -> None:
+    zero = {"stage": 3, "stage3_module_granularity_threshold": 1}
+    (tmp_path / "mine.json").write_text(json.dumps({"zero_optimization": zero}))
+    with pytest.raises(ConfigError, match=r"stage3_module_granularity_threshold.*leave it out"):
+        read_config(tmp_path / "mine.json")
+    (tmp_path / "mine.json").write_text(json.dumps({"zero_optimization": zero | {"stage": 2}}))
+    read_config(tmp_path / "mine.json")
+
+
 def test_the_wheel_holds_them_all(tmp_path: Path) -> None:
     build = [
         sys.executable,

@@ -80,6 +80,7 @@ def layers_of(zero: SimpleNamespace) -> list[torch.nn.Module]:
         {}, {"offload_optimizer": True}, {"offload_param": True}, {"zenflow": True}, {"zero_hpz_partition_size": 2},
         {"sequence_parallel_size": 2}, {"reduce_scatter": False}, {"gradient_predivide_factor": 2.0},
         {"ipg_buckets": {torch.float32: "of another dtype"}}, {"_get_param_partition_group": lambda _: "some"},
+        {"_get_param_partition_group": lambda p: "all" if p.dim() == 1 else "two"},
         *({key: True} for key in ELSEWHERE),
     ],
 )  # fmt: skip

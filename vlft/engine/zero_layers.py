@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from itertools import groupby
 from typing import Any
 
@@ -30,7 +30,7 @@ SCATTER = getattr(torch.distributed, "reduce_scatter_single", torch.distributed.
 """The second names are those of torch 2.11; newer ones warn of them at each call."""
 ELSEWHERE = (
     "zero_quantized_weights", "zero_quantized_nontrainable_weights", "zero_quantized_gradients", "mics_shard_size",
-    "stage3_use_all_reduce_for_fetch_params", "stage3_module_granularity_threshold", "zenflow",
+    "stage3_use_all_reduce_for_fetch_params", "zenflow",
 )  # fmt: skip
 """Keys of a DeepSpeed file that ask for other ways to gather or to sum."""
 SUMS = "_DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition"
@@ -67,15 +67,14 @@ def can_gather_layers(zero: Any, config: Mapping[str, Any], layers: Sequence[nn.
 def _own_their_weights(layers: Sequence[nn.Module], zero: Any) -> bool:
     """Each weight is of one layer and of nothing outside, and cut up over all ranks."""
     model: nn.Module = zero.parameter_offload.module
-    ranks = cache(zero._global_ranks)  # DeepSpeed makes several groups of the same ones
-    everybody = ranks(zero.dp_process_group)
+    groups = {zero._get_param_partition_group(p) for p in model.parameters()}
     of_layers = [p for layer in layers for p in layer.parameters()]
     inside = {module for layer in layers for module in layer.modules()}
     outside = {p for module in model.modules() if module not in inside for p in module.parameters(recurse=False)}
     return (
         len(of_layers) == len({*of_layers})
         and not outside & {*of_layers}
-        and all(ranks(zero._get_param_partition_group(p)) == everybody for p in model.parameters())
+        and [zero._global_ranks(group) for group in groups] == [zero._global_ranks(zero.dp_process_group)]
     )
 
 
@@ -139,7 +138,9 @@ class LayerGathering:
 
         self._zero, self._status = zero, ZeroParamStatus
         self._stack: list[nn.Module] = parameter_offload.FWD_MODULE_STACK
-        self._group = zero.dp_process_group
+        # That of DeepSpeed's own gathering. Another one of the same ranks would be a second communicator, whose kernels
+        # could wait on one GPU for those that wait for them on another.
+        self._group = zero._get_param_partition_group(next(layers[0].parameters()))
         self._rank = torch.distributed.get_rank(self._group)
         self._world = torch.distributed.get_world_size(self._group)
         self._layers = {layer: self._of(layer) for layer in layers}
