@@ -81,7 +81,8 @@ class Recorder:
         self.facts["weights"] = _names(map(master_dtype, trained))
         self.facts["frozen"] = _names(p.dtype for p in model.parameters() if not p.requires_grad)
         self.facts["gradients"] = _names(p.grad.dtype for p in trained if p.grad is not None)
-        self.facts["trained_parameters"] = sum(p.numel() for p in trained)
+        # Under ZeRO-3 an empty tensor is in the place of a weight.
+        self.facts["trained_parameters"] = sum(getattr(p, "ds_numel", p.numel()) for p in trained)
         self._optimizer = optimizer
 
     def end(self) -> None:

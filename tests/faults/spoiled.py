@@ -246,7 +246,7 @@ def no_layer_by_weights() -> None:
     in passing than is reckoned with."""
     from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
     from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
-    from deepspeed.utils import z3_leaf_module, z3_leaf_parameter
+    from deepspeed.utils import z3_leaf_module
 
     from vlft.engine.zero_layers import LayerGathering
 
@@ -261,7 +261,7 @@ def no_layer_by_weights() -> None:
 
     checked(PartitionedParameterCoordinator, "fetch_sub_module", z3_leaf_module)
     checked(PartitionedParameterCoordinator, "release_sub_module", z3_leaf_module)
-    checked(DeepSpeedZeroOptimizer_Stage3, "reduce_independent_p_g_buckets_and_remove_grads", z3_leaf_parameter)
+    checked(DeepSpeedZeroOptimizer_Stage3, "reduce_independent_p_g_buckets_and_remove_grads", lambda _: True)
     need, finish, rows = LayerGathering._need, LayerGathering._finish, []
 
     def needs(self: Any, when: str, layer: Any) -> None:

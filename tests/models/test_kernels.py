@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import random
 import subprocess
@@ -855,6 +856,19 @@ def test_no_weight_of_a_layer_is_looked_at_before_a_row(
     monkeypatch.setattr(torch.nn.Module, "__getattr__", None)
     memory.before_row(100, 50, 60, 30, 10, torch.float32)
     assert memory.reckoned > 0
+
+
+@pytest.mark.parametrize("cut_up", [False, True])
+def test_adapters_that_come_later_are_reckoned_with(
+    tiny: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, cut_up: bool
+) -> None:
+    packed, _ = prepared(tiny(), "lora")
+    layers = packed.installed.learning()
+    memory = Memory(layers, 512, room=lambda: 1e12, gradients_stay=not cut_up)
+    more = dataclasses.replace(Sizes.of(layers[1][0].vlft_block), ranks=500)  # type: ignore[arg-type]
+    monkeypatch.setattr(Sizes, "of", lambda _: more)
+    memory.leave([])
+    assert (memory._sizes[1] == more) != cut_up
 
 
 def test_ranks_of_adapters_that_are_cut_up_are_those_of_whole_ones(tiny: Callable[..., Path]) -> None:

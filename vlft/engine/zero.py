@@ -239,7 +239,7 @@ class ZeroEngine(Engine):
         scale = float(self.zero.loss_scaler.cur_scale) if self.precision == "fp16" else 1.0
         self._lean.begin()
         engine.step()
-        meanwhile()  # not before: the step waits for the norm, and then the GPU would have nothing to do
+        meanwhile()  # not before: what it takes longer than the GPU's backlog would delay the step
         # ZeRO skips a step whose norm is not finite in every precision, and calls that an overflow.
         overflow = bool(self.zero.overflow)
         norms = self._part_norms(scale)

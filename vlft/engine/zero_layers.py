@@ -35,8 +35,13 @@ ELSEWHERE = (
 """Keys of a DeepSpeed file that ask for other ways to gather or to sum."""
 SUMS = "_DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition"
 """Where DeepSpeed has the sums of a step's rows."""
-REPLACED = ("reduce_ready_partitions_and_remove_grads", "independent_gradient_partition_epilogue", SUMS)
-"""DeepSpeed's. A version without one of them sums gradients in another way."""
+NEEDED = (
+    SUMS, "reduce_ready_partitions_and_remove_grads", "independent_gradient_partition_epilogue",
+    "_prepare_fp32_grad_for_sub_group", "zero_hpz_partition_size", "sequence_parallel_size", "zenflow",
+    "offload_optimizer", "offload_param", "reduce_scatter", "ipg_buckets", "gradient_predivide_factor",
+    "_get_param_partition_group", "_global_ranks", "leaf_parameters", "fp16_groups", "grad_partitions_flat_buffer",
+)  # fmt: skip
+"""Of DeepSpeed's optimizer: what is looked at or replaced. A version without one of them works in another way."""
 HOOKS = tuple(f"{when}_sub_module_{what}_function" for what in ("forward", "backward") for when in ("pre", "post"))
 
 
@@ -51,7 +56,7 @@ def can_gather_layers(zero: Any, config: Mapping[str, Any], layers: Sequence[nn.
     return (
         bool(layers)
         and hasattr(zero, "parameter_offload")
-        and all(hasattr(zero, name) for name in REPLACED)
+        and all(hasattr(zero, name) for name in NEEDED)
         and all(hasattr(zero.parameter_offload, name) for name in HOOKS)
         and not (zero.offload_optimizer or zero.offload_param or zero.zenflow)
         and zero.zero_hpz_partition_size == 1
@@ -146,7 +151,7 @@ class LayerGathering:
         self._layers = {layer: self._of(layer) for layer in layers}
         self._last_of = {layer.trained[-1]: layer for layer in self._layers.values() if layer.trained}
         self._within = {p for layer in self._layers.values() for p in layer.trained}
-        self._sums: Mapping[int, Tensor] = getattr(zero, SUMS)
+        self._sums: Mapping[int, Tensor] = getattr(zero, SUMS)  # it stays: nobody asks DeepSpeed to take it to the host
         self._nothing: dict[torch.dtype, Tensor] = {}
         self._ahead: dict[_Layer, _Gathered] = {}
         self._here: dict[_Layer, _Gathered] = {}
@@ -325,7 +330,8 @@ class LayerGathering:
         self._begin()
         self._epilogue()
         if self._zero.reduce_and_partition_stream is not None:
-            # There DeepSpeed looks whether all is finite. Only now: its epilogue has the host wait for that stream.
+            # There DeepSpeed looks whether all is finite. Only now: its epilogue has the host wait for that stream,
+            # which has nothing to do then. (It is the model's own where a file says no to `overlap_comm`.)
             self._zero.reduce_and_partition_stream.wait_stream(torch.accelerator.current_stream())
 
     def _in_one_piece(self) -> list[Tensor]:
@@ -344,7 +350,10 @@ class LayerGathering:
         return pieces
 
     def _give(self, pieces: list[Tensor], sub_group_id: int) -> None:
-        """To the optimizer, the sums of a sub-group, of which DeepSpeed would make a copy."""
+        """To the optimizer, the sums of a sub-group, of which DeepSpeed would make a copy.
+
+        It may divide them where they lie: the next step's first row has a gradient for every trained weight.
+        """
         zero = self._zero
         for p in zero.fp16_groups[sub_group_id]:
             if not p.requires_grad:  # any more

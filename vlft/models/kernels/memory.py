@@ -235,8 +235,7 @@ class Memory:
         """What `_gradients` says of each layer; parameters are too many to be asked for every row."""
         self._row: tuple[list[Tower], float, float] = ([], 0.0, 0.0)
         """Of the last row: towers, and in bytes what the head needs for it, and the room."""
-        # Looked at now: to ZeRO-3, a weight that is read while a row runs is one that the whole model needs.
-        self._sizes = [Sizes.of(layers[0].vlft_block) if layers else None for layers in towers]  # type: ignore[arg-type]
+        self._measure()
         self.now: list[list[Keep]] = [list(row) for row in fixed or [["all"] * len(layers) for layers in towers]]
         self._tell()
 
@@ -287,6 +286,13 @@ class Memory:
         for t, (tower, keeps) in enumerate(zip(self.towers, self.now, strict=True)):
             stay = [(layer, keep) for layer, keep in zip(tower, keeps, strict=True) if id(layer) not in gone]
             self.towers[t], self.now[t] = [layer for layer, _ in stay], [keep for _, keep in stay]
+        if self.gradients_stay:
+            self._measure()
+
+    def _measure(self) -> None:
+        """Not while a row runs, where weights are cut up: to ZeRO-3 one that is read then is one that the whole model
+        needs."""
+        self._sizes = [Sizes.of(layers[0].vlft_block) if layers else None for layers in self.towers]  # type: ignore[arg-type]
 
     def spare(self, asked: int) -> int | None:
         """Bytes that the room must shrink by after a row that did not fit, so that layers keep less of it.
