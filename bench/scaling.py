@@ -53,11 +53,11 @@ side by side; 3B and 7B `lora` 330, side by side. On one card beside three other
 
     END=582; . bench/cards.sh; prep 3B 7B
     c="--parts course --batch 4 --steps 50 --warm 4 --workers 3 --launch_limit 400 --option memory=low"
-    list a 0,1 "bench/scaling.py --rows 7B-full-zero2-4 $c --limit 570 --runs /dev/shm/a --within $(left)"; finish
+    list a 0,1 "bench/scaling.py --rows 7B-full-zero3-4 $c --limit 570 --runs /dev/shm/a --within $(left)"; finish
 
 and then, on the machine that is still warm,
 
-    list c 0,1 "bench/scaling.py --rows 3B-full-ddp $c --limit 570 --runs /dev/shm/c --within $(left)"
+    list c 0,1 "bench/scaling.py --rows 3B-full-zero3 $c --limit 570 --runs /dev/shm/c --within $(left)"
     list d 1,0 "bench/scaling.py --rows 3B-full-zero2 $c --limit 570 --runs /dev/shm/d --within $(left)"; finish
 
 There the models are made, and what one GPU did is known to a list of the same name. The first steps of a run are
