@@ -85,7 +85,7 @@ class Echoes(dist.ProcessGroup):
     def broadcast(self, tensors: list[Tensor], opts: Any = None) -> Any:
         return self._carry(bytes_of(tensors), opts, tensors[0], lambda: None)
 
-    def barrier(self, opts: Any = None) -> Any:  # noqa: ARG002
+    def barrier(self, opts: Any = None) -> Any:  # noqa: ARG002  (PyTorch gives it)
         return _done(torch.zeros(1))
 
     def allgather(self, outputs: list[list[Tensor]], inputs: list[Tensor], opts: Any = None) -> Any:
@@ -96,9 +96,7 @@ class Echoes(dist.ProcessGroup):
         return self._carry((self._ranks - 1) * bytes_of(inputs), opts, inputs[0], copy)
 
     def all_gather_single(self, output: Tensor, given: Tensor, opts: Any = None) -> Any:
-        return self._carry(
-            (self._ranks - 1) * bytes_of([given]), opts, given, lambda: self._fill(output, given)
-        )  # fmt: skip
+        return self.all_gather_single_coalesced([output], [given], opts)
 
     def all_gather_single_coalesced(self, outputs: list[Tensor], inputs: list[Tensor], opts: Any = None) -> Any:
         def copy() -> None:
@@ -135,7 +133,7 @@ class Echoes(dist.ProcessGroup):
 
 def _done(tensor: Tensor) -> Any:
     cuda = tensor.device.type == "cuda"
-    future = torch.futures.Future(devices=[tensor.device] if cuda else None)  # type: ignore[var-annotated]
+    future: torch.futures.Future[list[Tensor]] = torch.futures.Future(devices=[tensor.device] if cuda else None)
     future.set_result([tensor])
     return _create_work_from_future(future)
 

@@ -26,7 +26,6 @@ import train as bench
 ASKED = "VLFT_BENCH_ONE_RANK"
 """Environment: what the process of the real rank is to do."""
 LAYOUTS = ("one", "ddp", "zero2", "zero3", "fsdp2")
-LIGHT = {"optim": "adamw_8bit", "mixed_precision": "bf16"}
 
 
 def parser() -> argparse.ArgumentParser:
@@ -49,7 +48,7 @@ def run(asked: dict[str, Any]) -> dict[str, Any]:
     given.profile_path = given.out / f"profile-{name}.txt" if given.profile else None
     ours = {"per_device_train_batch_size": str(given.batch), "gradient_accumulation_steps": "1"}
     if layout == "one":
-        ours |= LIGHT
+        ours |= bench.LIGHT
     else:
         import echoes
 
@@ -72,17 +71,11 @@ def environment(layout: str, given: argparse.Namespace) -> dict[str, str]:
 def measure(layout: str, strategy: str, given: argparse.Namespace) -> dict[str, Any]:
     facts = {"layout": layout, "ranks": given.ranks if layout != "one" else 1, "size": given.size}
     facts |= {"strategy": strategy, "wire": given.wire, "deepspeed": given.deepspeed}
-    result, log = given.root / "line.json", given.root / "log.txt"
-    result.unlink(missing_ok=True)
+    result = given.root / "line.json"
     options = {name: str(value) if isinstance(value, Path) else value for name, value in vars(given).items()}
     asked = {"given": options, "layout": layout, "strategy": strategy, "line": str(result)}
     env = environment(layout, given) | {ASKED: json.dumps(asked)}
-    wrong = bench.run([sys.executable, str(Path(__file__).resolve())], given.limit, env, log)
-    with (given.out / "log.txt").open("a") as whole:
-        whole.write(f"==== {layout}\n{log.read_text(errors='replace')[-200_000:]}\n")
-    if wrong or not result.exists():
-        return facts | {"error": wrong or "no line"}
-    return facts | json.loads(result.read_text())
+    return facts | bench.line_of(layout, [sys.executable, str(Path(__file__).resolve())], env, result, given)
 
 
 def main() -> None:
@@ -99,9 +92,7 @@ def main() -> None:
             if "error" not in found:
                 one = found["tflops"] if layout == "one" else one
                 found |= {"of_one": round(found["tflops"] / one, 4)} if one else {}
-            print(json.dumps(found), flush=True)
-            with (given.out / "lines.jsonl").open("a") as file:
-                file.write(json.dumps(found) + "\n")
+            bench.say(found, given)
 
 
 if __name__ == "__main__":

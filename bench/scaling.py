@@ -92,8 +92,6 @@ from ranks import ASKED
 LAUNCH = "VLFT_BENCH_LAUNCH"
 """Environment: which launch a process belongs to. Launchers give their processes sessions, out of reach of killpg."""
 STRATEGIES = {"full": "full", "lora": "lora_llm_full_vit", "qlora": "qlora"}
-LIGHT = {"optim": "adamw_8bit", "mixed_precision": "bf16"}
-"""What one GPU runs where it cannot hold fp32 masters."""
 BOTH = ("speed", "course")
 SPEEDS = ("samples_per_s", "s_per_step", "mfu", "peak_gib", "reserved_gib", "first_step_s", "memory", "budget",
           "weights", "gradients", "states", "gpu", "torch")  # fmt: skip
@@ -458,7 +456,7 @@ def alone(spread: Spread, batch: tuple[int, int], table: Table, timed: int = 1) 
     if key in table.known:
         return dict(table.known[key])
     single = replace(spread, layout="ddp")
-    more = {} if spread.alone else LIGHT
+    more = {} if spread.alone else bench.LIGHT
     facts = {"row": f"{spread.size}-{spread.strategy}", "world": 1, "part": "one GPU", "batch": list(batch)}
     shutil.rmtree(table.output, ignore_errors=True)
     found: dict[str, Any] = {}

@@ -51,6 +51,8 @@ ONE_ROW = {"per_device_train_batch_size": "8", "gradient_accumulation_steps": "1
 
 BF16 = {"optim": "adamw_bf16", "mixed_precision": "bf16"}
 """Trained weights without fp32 masters, as the peer has the vision tower's."""
+LIGHT = {"optim": "adamw_8bit", "mixed_precision": "bf16"}
+"""Where one GPU cannot hold fp32 masters."""
 
 
 RECORDS = {"documents": 256, "short": 512}
@@ -65,12 +67,12 @@ ROWS = {
         "7B",
         "lora_llm_full_vit",
         batch=(1, 8),
-        ours={"memory": "low", "optim": "adamw_8bit", "mixed_precision": "bf16"},
+        ours={"memory": "low"} | LIGHT,
     ),
     "7B-qlora": Row("7B", "qlora", ours=ONE_ROW),
     "7B-qlora-24": Row("7B", "qlora", ours={"memory": "25GiB"}),  # two rows: a smaller one keeps nearly all
     "7B-qlora-low": Row("7B", "qlora", batch=(1, 8), ours={"memory": "low"}),
-    "7B-full": Row("7B", "full", ours=ONE_ROW | {"optim": "adamw_8bit", "mixed_precision": "bf16"}),
+    "7B-full": Row("7B", "full", ours=ONE_ROW | LIGHT),
     "3B-short": Row(
         "3B",
         "lora",
@@ -279,16 +281,30 @@ def measure(name: str, row: Row, who: str, given: argparse.Namespace) -> dict[st
     """One row: its line, or a line with its error."""
     facts = {"row": name, "who": who, **asdict(row)}
     facts.pop("ours")
-    result, log = given.root / "line.json", given.root / "log.txt"
+    result, began = given.root / "line.json", time.monotonic()
+    found = line_of(f"{name} {who}", command(name, row, who, given, result), environment(given, who), result, given)
+    return facts | {"wall_s": round(time.monotonic() - began, 1)} | found
+
+
+def line_of(
+    title: str, words: list[str], env: dict[str, str], result: Path, given: argparse.Namespace
+) -> dict[str, Any]:
+    """What a process writes to `result`, or its error; what it says goes to OUT/log.txt under its title."""
+    log = given.root / "log.txt"
     result.unlink(missing_ok=True)
-    began = time.monotonic()
-    wrong = run(command(name, row, who, given, result), given.limit, environment(given, who), log)
+    wrong = run(words, given.limit, env, log)
     with (given.out / "log.txt").open("a") as whole:
-        whole.write(f"==== {name} {who}\n{log.read_text(errors='replace')[-200_000:]}\n")
-    facts["wall_s"] = round(time.monotonic() - began, 1)
+        whole.write(f"==== {title}\n{log.read_text(errors='replace')[-200_000:]}\n")
     if wrong or not result.exists():
-        return facts | {"error": wrong or "no line"}
-    return facts | json.loads(result.read_text())
+        return {"error": wrong or "no line"}
+    found: dict[str, Any] = json.loads(result.read_text())
+    return found
+
+
+def say(line: dict[str, Any], given: argparse.Namespace) -> None:
+    print(json.dumps(line), flush=True)
+    with (given.out / "lines.jsonl").open("a") as file:
+        file.write(json.dumps(line) + "\n")
 
 
 def chosen_rows(given: argparse.Namespace) -> list[tuple[str, Row]]:
@@ -328,10 +344,7 @@ def main() -> None:
     prepare(rows, given)
     for name, row in rows:
         for who in given.who.split(","):
-            line = json.dumps(measure(name, row, who, given))
-            print(line, flush=True)
-            with (given.out / "lines.jsonl").open("a") as file:
-                file.write(line + "\n")
+            say(measure(name, row, who, given), given)
 
 
 if __name__ == "__main__":

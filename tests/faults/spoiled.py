@@ -344,19 +344,21 @@ def other_data(registry: str) -> None:
     sys.argv[sys.argv.index("--dataset_config_path") + 1] = registry
 
 
-OF_A_PROCESS: tuple[Callable[..., None], ...] = (
-    fsdp_on_cpu, hosts, fused_zero, no_bucket_goes_to_all, layers_by_weights, no_layer_by_weights, of_gpu, told,
-    other_data, slow_main, gpu_share,
-)  # fmt: skip
-"""What is done once, before it begins; the others are done in each forward."""
+ONCE: dict[str, Callable[..., None]] = {
+    f.__name__: f
+    for f in (
+        fsdp_on_cpu, hosts, fused_zero, no_bucket_goes_to_all, layers_by_weights, no_layer_by_weights, of_gpu, told,
+        other_data, slow_main, gpu_share,
+    )
+}  # fmt: skip
+"""What is done before a process begins; KINDS are done in each forward."""
 
 
 def spoil(fault: dict[str, Any]) -> None:
     name = fault["kind"]
     options = {key: value for key, value in fault.items() if key not in ("kind", "rank")}
-    once = {kind.__name__: kind for kind in OF_A_PROCESS}
-    if name in once:
-        once[name](**options)
+    if name in ONCE:
+        ONCE[name](**options)
     elif name != "none":
         kind = KINDS[name]
         PackedVLM.forward = lambda self, **row: kind(self, **options, **row)  # type: ignore[method-assign]

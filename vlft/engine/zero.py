@@ -166,12 +166,10 @@ class ZeroEngine(Engine):
         self._lean = LeanStep(self.zero)
         asked = self.deepspeed["zero_optimization"]
         self._gathering: LayerGathering | None = None
-        self._takes_means = bool(self.model.gradient_average)
         if can_reduce_slices(self.zero, asked):
             SliceReduction(self.zero)
         elif can_gather_layers(self.zero, asked, whole):
             self._gathering = LayerGathering(self.zero, whole)
-            self._takes_means = False
         return self.model
 
     def passing_bytes(self) -> int:
@@ -227,7 +225,7 @@ class ZeroEngine(Engine):
     def backward(self, loss: Tensor, *, last: bool) -> None:
         engine: Any = self.model
         engine.set_gradient_accumulation_boundary(last)
-        if self._takes_means:
+        if engine.gradient_average and self._gathering is None:
             loss = loss * self.world_size  # DeepSpeed takes the mean; a row's share is already of all ranks
         engine.backward(loss, scale_wrt_gas=False)
 
@@ -353,10 +351,6 @@ class ZeroEngine(Engine):
         scaler.cur_scale = state["scale"]
         scaler.cur_iter, scaler.last_overflow_iter = int(state["good_steps"]), -1
         scaler.cur_hysteresis = state.get("hysteresis", scaler.cur_hysteresis)
-
-
-def _bytes(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
 
 
 def _with_gradient(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:  # noqa: ARG001

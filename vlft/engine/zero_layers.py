@@ -149,8 +149,7 @@ class LayerGathering:
         self._rank = torch.distributed.get_rank(self._group)
         self._world = torch.distributed.get_world_size(self._group)
         self._layers = {layer: self._of(layer) for layer in layers}
-        self._last_of = {layer.trained[-1]: layer for layer in self._layers.values() if layer.trained}
-        self._within = {p for layer in self._layers.values() for p in layer.trained}
+        self._layer_of = {p: layer for layer in self._layers.values() for p in layer.trained}
         self._sums: Mapping[int, Tensor] = getattr(zero, SUMS)  # it stays: nobody asks DeepSpeed to take it to the host
         self._nothing: dict[torch.dtype, Tensor] = {}
         self._ahead: dict[_Layer, _Gathered] = {}
@@ -177,7 +176,7 @@ class LayerGathering:
         return int(2 * max(weights) + 2 * max(gradients) + sum(outside[:-1]))
 
     def _of(self, module: nn.Module) -> _Layer:
-        weights: list[Any] = sorted(dict.fromkeys(module.parameters()), key=lambda p: (str(p.ds_tensor.dtype), p.ds_id))
+        weights: list[Any] = sorted(module.parameters(), key=lambda p: (str(p.ds_tensor.dtype), p.ds_id))
         sizes = [self._world * p.ds_tensor.numel() for p in weights]
         return _Layer(module, weights, list(self._zero.leaf_parameters.get(module, ())), sizes)
 
@@ -288,10 +287,11 @@ class LayerGathering:
 
     def _arrived(self, p: nn.Parameter) -> None:
         """A gradient. Those of a layer come one after the other, when its backward pass is done."""
-        if p in self._last_of:
-            self._sum(self._last_of[p].trained)
-        elif p not in self._within:
+        layer = self._layer_of.get(p)
+        if layer is None:
             self._sum([p])
+        elif p is layer.trained[-1]:
+            self._sum(layer.trained)
 
     @torch.no_grad()
     def _sum(self, weights: Sequence[Any]) -> None:
